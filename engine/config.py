@@ -1,0 +1,109 @@
+"""The settings that every training stage shares. A stage's own config adds `system`, `data`, `model`, ... to `RunConfig`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from utils.config import flag
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    results_dir: Path = flag(Path("results"), "results-dir")
+    """Folder that holds the runs; each run is <results-dir>/<NNN>-<name>."""
+    name: str = flag("", "run-name")
+    """Name of the run; empty: system and stage."""
+    global_batch_size: int = flag(256, "global-batch-size")
+    """Samples per optimiser step over all ranks and accumulation steps."""
+    accumulation: int = flag(1, "accumulation")
+    """Micro-batches per optimiser step; gradients are exchanged on the last one only."""
+    epochs: int = flag(1, "epochs")
+    """Passes over the training set."""
+    max_steps: int = flag(0, "max-steps")
+    """End exactly at this optimiser step, whatever the epochs; 0: by epochs."""
+    seed: int = flag(0, "global-seed", "seed")
+    """Seed of the weights, the order of samples and all noise. Results do not depend on the number of ranks."""
+    resume: str = flag("auto", "resume")
+    """auto: go on with this run when the results folder has it; none: always a new run; or the folder of a run or of one checkpoint."""
+    max_bad_steps: int = flag(20, "max-bad-steps")
+    """Stop after this many steps in a row whose loss or gradient is not finite (each is skipped and counted)."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = flag(1e-4, "lr")
+    """Learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's moments."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = flag(0.0, "weight-decay")
+    """Decoupled weight decay."""
+    clip_norm: float = flag(0.0, "clip-norm")
+    """Clip the gradient of each network to this total norm; 0: no clipping (the norm is still logged)."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up."""
+    warmup_steps: int = flag(0, "warmup-steps")
+    """Steps of linear warm-up from 0."""
+    final_lr_ratio: float = 0.0
+    """Where the cosine ends, as a share of lr."""
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    decay: float = flag(0.9999, "ema-decay")
+    """Decay of the exponential moving average of the weights; 0: no average."""
+    warmup: bool = flag(False, "ema-warmup")
+    """Use min(decay, (1 + step) / (10 + step)), so that short runs average too."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    mode: Literal["ddp", "fsdp", "hsdp"] = flag("fsdp", "parallel")
+    """ddp: every rank holds all; fsdp: weights, gradients, optimiser and EMA sharded over all ranks; hsdp: sharded inside groups, replicated between them."""
+    shard_size: int = 0
+    """hsdp: ranks per shard group; 0: the ranks of one node."""
+    precision: Literal["bf16", "fp32"] = flag("bf16", "precision")
+    """Precision of the arithmetic; weights, gradients' reduction, optimiser and EMA stay fp32."""
+    activation_checkpointing: Literal["none", "block", "selective"] = flag("none", "activation-checkpointing")
+    """Recompute activations in the backward: block: all of each block; selective: all but the outputs of matrix products and attention."""
+    compile: Literal["auto", "on", "off"] = flag("auto", "compile")
+    """torch.compile of each block; auto: on with a GPU."""
+    timeout: float = 600.0
+    """Seconds after which a collective that a rank does not join is an error."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = flag(5000, "ckpt-every")
+    """Steps between checkpoints; one is always written at the end and on a stop signal."""
+    keep_last: int = flag(3, "keep-last")
+    """Checkpoints kept; older ones are deleted after a newer one is committed. 0: all."""
+    background: bool = flag(True, "ckpt-background")
+    """Write in a background thread from a copy of the state, while training goes on."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = flag(100, "log-every")
+    """Steps between log lines."""
+    preview_every: int = flag(1000, "preview-every", "sample-every")
+    """Steps between previews (reconstructions or samples under EMA weights); 0: only at the end."""
+    eval_every: int = flag(1000, "eval-every")
+    """Steps between evaluations on the validation set, where one is given; 0: only at the end."""
+    eval_batches: int = 16
+    """Global batches per evaluation, at most."""
+    tensorboard: bool = flag(True, "tensorboard")
+    """Write TensorBoard files beside metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What `engine.loop.fit` reads. Stages subclass it."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
