@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# From videos to generated clips on a CPU: shards -> autoencoder -> content model -> motion model -> clips -> report.html.
+#   launch/quickstart.sh                 moving digits, made on the spot
+#   DATA=folder launch/quickstart.sh     your own videos
+#   OUT=folder ...                       where everything goes (default: quickstart)
+# Stop it at any time (Ctrl-C); the same command goes on where it was.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-.venv/bin/python}
+OUT=${OUT:-quickstart}
+DATA=${DATA:-}
+PROCESSES=${PROCESSES:-2}
+CONFIG=configs/cmd/tiny.yaml
+SIZE="32 32"
+LENGTH=8
+RUNS=$OUT/runs
+
+# One thread per process: two training processes share two cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+started=$SECONDS
+say() { printf '\n\033[1m[%d:%02d] %s\033[0m\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$*"; }
+stopped() { echo; echo "Stopped. The same command goes on from here."; exit 130; }
+trap stopped INT
+
+torchrun() { "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$PROCESSES" "$@"; }
+
+mkdir -p "$OUT"
+if [ -n "$DATA" ]; then
+  say "Videos of $DATA -> shards"
+  SHARDS=$OUT/shards-$(basename "$DATA")
+  "$PYTHON" preprocess.py shards "$DATA" --out "$SHARDS" --image-size $SIZE --clip-length $LENGTH
+  HELD_OUT=$SHARDS
+else
+  say "Moving digits -> video files -> shards"
+  SHARDS=$OUT/shards/train
+  HELD_OUT=$OUT/shards/held-out
+  "$PYTHON" preprocess.py shards --dataset-name synthetic-digits --num-videos 1000 --seed 0 --out "$SHARDS" --image-size $SIZE --clip-length $LENGTH
+  "$PYTHON" preprocess.py shards --dataset-name synthetic-digits --num-videos 64 --seed 1 --out "$HELD_OUT" --image-size $SIZE --clip-length $LENGTH
+fi
+
+train() { # script, further flags
+  local script=$1
+  shift
+  torchrun "$script" --config $CONFIG --data-path "$SHARDS" --val-path "$HELD_OUT" --results-dir "$RUNS" "$@"
+}
+run_of() { # newest run folder of a stage
+  ls -d "$RUNS"/[0-9]*-"$1" | tail -n 1
+}
+
+say "Autoencoder"
+train train_ae.py
+AE=$(run_of cmd-autoencoder)/export
+say "Content model: the content frame of a clip"
+train train_content_diffusion.py --ae "$AE"
+say "Motion model: the motion of a content frame"
+train train_motion_diffusion.py --ae "$AE"
+
+say "Reconstruction of held-out clips"
+torchrun evaluate.py reconstruct --ae "$AE" --data-path "$HELD_OUT" --out "$OUT/reconstruction.json"
+say "Generated clips"
+torchrun sample.py --run "$RUNS" --num-samples 20 --gif --out "$OUT/samples"
+"$PYTHON" -m launch.report "$RUNS" --samples "$OUT/samples" --figures "$OUT/reconstruction.json" --out "$OUT/report.html"
+say "Done: open $OUT/report.html"

@@ -1,0 +1,146 @@
+"""One HTML page of a CMD results folder: loss curves, reconstructions, generated clips and the figures.
+
+`python -m launch.report RESULTS --samples FOLDER --out report.html`. Everything is inside the file: it needs no server and can be mailed.
+"""
+
+import argparse
+import base64
+import html
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import yaml
+
+from utils.errors import UserError
+from utils.files import write_atomic
+
+STAGES = (("autoencoder", "Autoencoder"), ("content", "Content model"), ("motion", "Motion model"))
+MEDIA_TYPES = {".gif": "image/gif", ".png": "image/png"}
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c1e21; }
+h2 { border-bottom: 1px solid #d8dadd; padding-bottom: .2rem; margin-top: 2.2rem; }
+table { border-collapse: collapse; } td, th { padding: .25rem .9rem .25rem 0; text-align: left; } td { font-variant-numeric: tabular-nums; }
+figure { display: inline-block; margin: .4rem 1rem .4rem 0; vertical-align: top; } figcaption { color: #5f6368; font-size: 13px; }
+img { image-rendering: pixelated; border: 1px solid #d8dadd; } svg text { font: 11px system-ui, sans-serif; fill: #5f6368; }
+"""
+
+
+def newest_run(results: Path, stage: str) -> Path | None:
+    """Newest run folder of a stage that holds metrics, or None."""
+    runs = [path.parent for path in sorted(results.glob("*/metrics.jsonl")) if _stage_of(path.parent) == stage]
+    return runs[-1] if runs else None
+
+
+def _stage_of(run: Path) -> str:
+    config = run / "config.yaml"
+    return str((yaml.safe_load(config.read_text()) or {}).get("stage", "")) if config.is_file() else ""
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl, oldest first."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.strip()]
+
+
+def curve(points: Sequence[tuple[float, float]], label: str, width: int = 300, height: int = 150) -> str:
+    """An SVG line chart on a logarithmic value axis (linear where a value is not positive)."""
+    points = [(x, y) for x, y in points if math.isfinite(y)]
+    if len(points) < 2:
+        return ""
+    logarithmic = all(y > 0 for _, y in points)
+    values = [math.log10(y) if logarithmic else y for _, y in points]
+    low, high = min(values), max(values)
+    span, last, left, top = (high - low) or 1.0, points[-1][0], 46, 8
+    plot_width, plot_height = width - left - 8, height - top - 24
+    path = " ".join(
+        f"{left + plot_width * x / last:.1f},{top + plot_height * (high - value) / span:.1f}"
+        for (x, _), value in zip(points, values, strict=True)
+    )
+    ends = [(high, top + 8), (low, top + plot_height)]
+    ticks = "".join(f'<text x="2" y="{y}">{(10**value if logarithmic else value):.3g}</text>' for value, y in ends)
+    return (
+        f'<figure><svg width="{width}" height="{height}"><rect x="{left}" y="{top}" width="{plot_width}" height="{plot_height}" '
+        f'fill="none" stroke="#d8dadd"/>{ticks}<text x="{left}" y="{height - 8}">0</text>'
+        f'<text x="{width - 8}" y="{height - 8}" text-anchor="end">step {last:.0f}</text>'
+        f'<polyline points="{path}" fill="none" stroke="#1a73e8" stroke-width="1.5"/></svg><figcaption>{html.escape(label)}</figcaption></figure>'
+    )
+
+
+def picture(path: Path, caption: str, height: int) -> str:
+    """An image or GIF of the disk, embedded."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    source = f"data:{MEDIA_TYPES[path.suffix]};base64,{data}"
+    return f'<figure><img src="{source}" height="{height}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+
+
+def table(rows: Iterable[tuple[str, object]]) -> str:
+    """Two columns: name and value."""
+    cells = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(_number(value))}</td></tr>" for name, value in rows)
+    return f"<table>{cells}</table>"
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def stage_section(title: str, run: Path) -> str:
+    """Curves, last figures and newest previews of one run."""
+    lines = read_metrics(run)
+    train = [line for line in lines if "loss" in line]
+    if not train:
+        return f"<h2>{title}</h2><p>No step was logged yet in {html.escape(str(run))}.</p>"
+    losses = [name for name in train[-1] if name.split("/")[0] in ("loss", "train")]
+    curves = "".join(curve([(line["step"], line[name]) for line in train if name in line], name) for name in losses)
+    last: dict[str, object] = {}
+    for line in lines:
+        last.update(line)
+    samples = run / "samples"
+    newest: dict[str, Path] = {}
+    for path in sorted(path for suffix in MEDIA_TYPES for path in samples.glob(f"*{suffix}")):
+        newest[path.stem.split("_", 2)[-1]] = path
+    shown = "".join(picture(path, name, 160) for name, path in newest.items())
+    return f"<h2>{title}</h2>{shown}<div>{curves}</div><details><summary>Last figures</summary>{table(last.items())}</details>"
+
+
+def samples_section(folder: Path) -> str:
+    """The generated clips as they play, with the settings that made them."""
+    clips = sorted(folder.glob("*.gif"))
+    if not clips:
+        raise UserError(f"{folder} holds no GIF: run sample.py with --gif into this folder first")
+    settings = json.loads((folder / "settings.json").read_text()) if (folder / "settings.json").is_file() else {}
+    plain = [(name, value) for name, value in settings.items() if isinstance(value, str | int | float)]
+    shown = "".join(picture(path, path.stem, 128) for path in clips)
+    return f"<h2>Generated clips</h2>{shown}<details><summary>Settings</summary>{table(plain)}</details>"
+
+
+def build(results: Path, samples: Path, figures: Path | None) -> str:
+    """The page as text."""
+    parts = []
+    if figures is not None:
+        values = json.loads(figures.read_text())
+        parts.append("<h2>Reconstruction of held-out clips</h2>" + table((k, v) for k, v in values.items() if not isinstance(v, dict | list)))
+    parts.append(samples_section(samples))
+    for stage, title in STAGES:
+        run = newest_run(results, stage)
+        if run is None:
+            raise UserError(f"{results} holds no run of the {stage} stage: train it first")
+        parts.append(stage_section(title, run))
+    return f'<!doctype html><meta charset="utf-8"><title>Kinoform</title><style>{STYLE}</style><h1>Kinoform</h1>' + "".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m launch.report", description=__doc__.split("\n")[0])
+    parser.add_argument("results", type=Path, help="results folder that holds the runs of the three stages")
+    parser.add_argument("--samples", type=Path, required=True, help="folder that sample.py wrote, with GIFs")
+    parser.add_argument("--figures", type=Path, help="JSON that evaluate.py reconstruct wrote")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
+    args = parser.parse_args()
+    write_atomic(args.out, build(args.results, args.samples, args.figures).encode())
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    from launch.run import run_main
+
+    run_main(main)
