@@ -1,0 +1,43 @@
+"""Scaled dot-product attention without layout copies.
+
+Letters: B batch, N tokens, D width, H heads, E = D / H head width, T frames, S positions of a frame.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers.rotary import Tables, rotate
+
+_MAX_BATCH = 65535
+"""Attention kernels put the batch on a CUDA grid axis of this size; attention over time has a "batch" of clips x positions."""
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v for (B, H, N, E) of any strides with a dense last axis."""
+    if q.shape[0] <= _MAX_BATCH:
+        return F.scaled_dot_product_attention(q, k, v)
+    parts = zip(q.split(_MAX_BATCH), k.split(_MAX_BATCH), v.split(_MAX_BATCH), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over axis 1 or axis 0 of a (N, M, D) or (M, N, D) tensor; fused qkv and output linear, both with bias."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, rope: Tables | None = None, over_first: bool = False) -> Tensor:
+        """(B, N, D) -> (B, N, D), or (N, B, D) -> (N, B, D) when `over_first`; `rope` turns queries and keys by position.
+
+        Queries, keys and values are views of the fused linear in either layout, and the kernel writes (B, N, H, E), so nothing is copied.
+        """
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, E), or N first
+        q, k, v = (qkv.permute(2, 1, 3, 0, 4) if over_first else qkv.permute(2, 0, 3, 1, 4)).unbind(0)  # (B, H, N, E)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        out = self.proj(sdpa(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
+        return out.transpose(0, 1) if over_first else out

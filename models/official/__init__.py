@@ -1,0 +1,1 @@
+"""Official checkpoints <-> our state dicts, one file a system, both ways."""
