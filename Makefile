@@ -1,0 +1,47 @@
+# make quickstart | test | lint | bench | venv | clean. Needs Python 3.11 or newer and make; everything else goes into .venv.
+#   PYTHON=python3.12   which Python makes the environment
+#   PIP_ARGS=...        further arguments of pip, for example the index of CPU-only or CUDA builds of torch and torchvision
+#   DATA=folder         make quickstart on your own videos
+#   TESTS=path, PYTEST_ARGS=...   a part of the tests
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt
+TESTS ?= tests
+PYTEST_ARGS ?= -n 2
+
+.PHONY: venv quickstart test lint bench clean help
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '1,/^SHELL/s/^# \{0,1\}//p' Makefile
+
+venv: $(STAMP)
+
+$(STAMP): $(REQUIREMENTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "'$(PYTHON)' comes without venv; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(foreach file,$(filter requirements%,$(REQUIREMENTS)),-r $(file)) -c constraints.txt $(PIP_ARGS)
+	@touch $@
+
+quickstart: $(STAMP)
+	PYTHON=$(BIN)/python launch/quickstart.sh
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
