@@ -1,0 +1,185 @@
+"""The processes of a run: ranks, device, process group, signals. Nothing else in the project initialises `torch.distributed`."""
+
+import importlib.util
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from utils.errors import UserError
+
+EXIT_STOPPED = 75
+"""Exit status of a run that a signal stopped after it saved: start the same command again (EX_TEMPFAIL)."""
+
+_ROOT = Path(__file__).resolve().parent.parent
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved. The engine raises it on every rank, once the ranks agree."""
+
+
+class StopFlag:
+    """Set by the first SIGTERM, SIGUSR1 or SIGINT that this process receives. Ranks must agree on it before they act on it."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def set(self, number: int = signal.SIGTERM) -> None:
+        """Ask for a stop; later calls change nothing."""
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+
+    def is_set(self) -> bool:
+        return self.signal is not None
+
+    def __bool__(self) -> bool:
+        return self.is_set()
+
+
+@dataclass(frozen=True)
+class Env:
+    """This process among the processes of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    backend: str
+    """Of the default group: "gloo", or "cpu:gloo,cuda:nccl" with GPUs."""
+    stop: StopFlag = field(default_factory=StopFlag)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes and prints for all."""
+        return self.rank == 0
+
+    @classmethod
+    def single(cls, device: str = "cpu") -> "Env":
+        """One process without a process group, for tools and tests."""
+        return cls(0, 1, 0, 1, torch.device(device), "gloo")
+
+
+@contextmanager
+def distributed(timeout: float) -> Iterator[Env]:
+    """The process group of the run, for the time of the block; one process without torchrun gets a group of one.
+
+    `timeout`: seconds after which a collective that a rank does not join is an error. On a clean end (also `Stopped`) the
+    ranks meet in a barrier first: a group torn down while a peer still uses it aborts the peer. After an error there is no
+    meeting: the process should end at once, which frees the peers (see `launch.run.run_main`).
+    Raises UserError for a master address that cannot be resolved or reached and for a missing GPU.
+    """
+    check_packages()
+    env = _read_environment()
+    _initialise(env, timeout)
+    restore = _install_handlers(env.stop)
+    try:
+        yield env
+    except Stopped:
+        _leave()
+        raise
+    except SystemExit as end:
+        if end.code in (None, 0, EXIT_STOPPED):
+            _leave()
+        raise
+    except BaseException:
+        if env.world_size == 1:
+            dist.destroy_process_group()
+        raise
+    else:
+        _leave()
+    finally:
+        for number, handler in restore.items():
+            signal.signal(number, handler)
+
+
+def check_packages() -> None:
+    """Raise UserError when `datasets`, `models` or `utils` is another project's package, imported before ours."""
+    for name in ("datasets", "models", "utils"):
+        spec = importlib.util.find_spec(name)
+        places = [] if spec is None else [Path(place).resolve() for place in spec.submodule_search_locations or [spec.origin or ""]]
+        if _ROOT / name not in places:
+            found = ", ".join(map(str, places)) or "nothing"
+            raise UserError(f"the package `{name}` is not Kinoform's ({found} was found first): put {_ROOT} first on PYTHONPATH, in a fresh process")
+
+
+def check_master(address: str, port: int) -> None:
+    """Raise UserError when the name of the master node has no address on this node."""
+    try:
+        socket.getaddrinfo(address, port)
+    except OSError as error:
+        raise UserError(
+            f"{socket.gethostname()} cannot resolve the master address {address!r} ({error.strerror or error}): "
+            "give --master_addr a host name or IP address that every node knows"
+        ) from None
+
+
+def _read_environment() -> Env:
+    if "RANK" not in os.environ:
+        rank, world_size, local_rank, local_world_size = 0, 1, 0, 1
+    else:
+        try:
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            local_rank = int(os.environ.get("LOCAL_RANK", rank))
+            local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        except (KeyError, ValueError) as error:
+            raise UserError(f"RANK is set but the launcher's variables are not complete ({error}): start with torchrun, or unset RANK") from None
+    if not torch.cuda.is_available():
+        return Env(rank, world_size, local_rank, local_world_size, torch.device("cpu"), "gloo")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"{socket.gethostname()} has {torch.cuda.device_count()} GPU(s) but {local_world_size} processes were started on it: "
+            "lower --nproc_per_node, or set CUDA_VISIBLE_DEVICES"
+        )
+    return Env(rank, world_size, local_rank, local_world_size, torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl")
+
+
+def _initialise(env: Env, timeout: float) -> None:
+    if env.device.type == "cuda":
+        torch.cuda.set_device(env.device)
+    limit = timedelta(seconds=timeout)
+    if env.world_size == 1:
+        dist.init_process_group(env.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+        return
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "0")
+    if env.world_size > env.local_world_size:
+        check_master(address, int(port))
+    try:
+        dist.init_process_group(env.backend, timeout=limit)
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"rank {env.rank} on {socket.gethostname()} could not meet the other {env.world_size - 1} process(es) at {address}:{port} ({reason}): "
+            "check that all nodes run the command, that the port is open, and GLOO_SOCKET_IFNAME / NCCL_SOCKET_IFNAME"
+        ) from None
+
+
+def _leave() -> None:
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _install_handlers(stop: StopFlag) -> dict[signal.Signals, signal.Handlers]:
+    """Handlers that set the flag; returns the ones they replace. A second SIGINT interrupts at once."""
+    owner = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:
+            # A forked loader process inherits the handler. Ctrl-C and USR1 reach it too, but it must serve until its parent is done.
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
+        if number == signal.SIGINT and stop.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set(number)
+
+    return {number: signal.signal(number, handle) for number in _SIGNALS}

@@ -1,0 +1,182 @@
+"""From a command line to processes and back to an exit status: the launcher's flags, the start through torchrun, errors in one line.
+
+Exit status: 0 done; 1 error; 2 wrong configuration; 75 stopped by a signal and saved; 130 interrupted.
+"""
+
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from launch.env import EXIT_STOPPED, Stopped, check_master
+from utils.errors import ConfigError, UserError
+
+LAUNCH_HELP = """launcher options (given to the script itself; under torchrun they are ignored):
+  --nnodes N             nodes of the run; with --nproc_per_node this starts the script through torchrun (default 1)
+  --nproc_per_node G     processes per node: a number, or `gpu` for one per GPU (default 1)
+  --node_rank R          which of several nodes this is, from 0
+  --master_addr HOST     name or address of node 0, known to every node
+  --master_port PORT     free port on node 0 (default 29500)
+  --dry-run              print the configuration, sizes and memory per GPU, and stop
+  --print-config         print the resolved configuration as YAML, and stop
+"""
+
+_VALUE_FLAGS = ("nnodes", "nproc_per_node", "node_rank", "local_rank", "master_addr", "master_port")
+_SWITCHES = ("dry_run", "print_config")
+_PEER_LOST = re.compile(r"connection (was )?(closed|reset|refused|aborted)|closed by peer|broken pipe|remote process (exited|has)|NCCL.*abort", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command line without its launcher flags."""
+
+    argv: list[str]
+    """What is left for `utils.config.load_config`."""
+    world_size: int
+    """Processes of the run that was asked for (of this run, under torchrun)."""
+    local_world_size: int
+    dry_run: bool
+    print_config: bool
+
+
+def parse_launch(prog: str, description: str, argv: list[str] | None = None) -> Launch:
+    """Take the launcher flags off the command line (`sys.argv[1:]`); start again through torchrun when they ask for it.
+
+    Does not return in that case. Under torchrun (RANK is set), and for --help, --dry-run and --print-config, nothing is started.
+    Raises ConfigError for a value that cannot be.
+    """
+    given, rest = _split(sys.argv[1:] if argv is None else argv)
+    dry_run, print_config = "dry_run" in given, "print_config" in given
+    wants_help = "-h" in rest or "--help" in rest
+    if "RANK" in os.environ:
+        if wants_help and os.environ["RANK"] != "0":
+            raise SystemExit(0)
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    else:
+        local = _processes(given.get("nproc_per_node", "1"))
+        world_size = local * _number(given, "nnodes", 1)
+    if wants_help:
+        print(f"usage: {prog} [launcher options] [options]\n\n{description}\n\n{LAUNCH_HELP}", flush=True)
+    elif "RANK" not in os.environ and not (dry_run or print_config) and ("nnodes" in given or "nproc_per_node" in given):
+        _start_torchrun(given, local, rest)
+    return Launch(rest, world_size, local, dry_run, print_config)
+
+
+def run_main(main: Callable[[], None]) -> NoReturn:
+    """Run a script's `main` and end the process with the documented status; a user's mistake is one line on stderr, from one rank.
+
+    The line is `error: ...`, with `[rank N]` from other ranks than 0. Of the processes of one torchrun agent the first to fail
+    prints; a rank that only lost its peer, or fails the same way, is silent. Other exceptions are ours and keep their traceback.
+    """
+    try:
+        main()
+    except Stopped as stop:
+        sys.exit(130 if stop.args[:1] == (signal.SIGINT,) else EXIT_STOPPED)
+    except SystemExit as end:
+        if end.code not in (None, 0, EXIT_STOPPED):
+            _end(end.code if isinstance(end.code, int) else _report(UserError(str(end.code))))
+        raise
+    except KeyboardInterrupt:
+        _end(130)
+    except BaseException as error:  # also torch's CheckpointException, which is no Exception
+        _end(_report(error))
+    sys.exit(0)
+
+
+def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Launcher flags (either spelling, `--flag value` or `--flag=value`) and the other arguments, in order."""
+    given: dict[str, str] = {}
+    rest: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
+        if name in _SWITCHES and not equals:
+            given[name] = ""
+        elif name in _VALUE_FLAGS:
+            given[name] = value if equals else next(arguments, "")
+            if not given[name]:
+                raise ConfigError(f"{flag} needs a value")
+        else:
+            rest.append(argument)
+    return given, rest
+
+
+def _number(given: dict[str, str], name: str, default: int, lowest: int = 1) -> int:
+    text = given.get(name, str(default))
+    if not text.isdecimal() or int(text) < lowest:
+        raise ConfigError(f"--{name} {text}: must be a whole number, {lowest} or more")
+    return int(text)
+
+
+def _processes(text: str) -> int:
+    if text in ("gpu", "auto"):
+        return max(torch.cuda.device_count(), 1)
+    return _number({"nproc_per_node": text}, "nproc_per_node", 1)
+
+
+def _start_torchrun(given: dict[str, str], local: int, rest: list[str]) -> NoReturn:
+    nodes = _number(given, "nnodes", 1)
+    where = ["--standalone"]
+    if nodes > 1:
+        if "master_addr" not in given or "node_rank" not in given:
+            raise ConfigError(f"--nnodes {nodes} needs --node_rank and --master_addr on every node (or start with torchrun, or with slurm/)")
+        node_rank = _number(given, "node_rank", 0, lowest=0)
+        if node_rank >= nodes:
+            raise ConfigError(f"--node_rank {node_rank}: must be below --nnodes {nodes}")
+        port = _number(given, "master_port", 29500)
+        check_master(given["master_addr"], port)
+        where = [f"--node-rank={node_rank}", f"--master-addr={given['master_addr']}", f"--master-port={port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={local}", *where, "--max-restarts=0"]
+    # A restart inside torchrun can meet the addresses of dead peers in the agents' shared store.
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **os.environ}
+    os.execve(sys.executable, [*command, sys.argv[0], *rest], environment)
+
+
+def _report(error: BaseException) -> int:
+    """Print what this process has to say of an error; returns the exit status."""
+    status = 2 if isinstance(error, ConfigError) else 1
+    ours = not isinstance(error, UserError)
+    peer_lost = ours and isinstance(error, RuntimeError) and dist.is_initialized() and _PEER_LOST.search(str(error)) is not None
+    first = _first_to_fail()
+    rank = os.environ.get("RANK", "0")
+    if ours and not peer_lost:
+        traceback.print_exception(error)
+    elif first:
+        text = "lost the connection to another process, which failed or was killed; its own log says why" if peer_lost else " ".join(str(error).split())
+        prefix = "" if rank == "0" else f"[rank {rank}] "
+        print(f"error: {prefix}{text}", file=sys.stderr, flush=True)
+    return status
+
+
+def _first_to_fail() -> bool:
+    """Whether no other process of this torchrun agent has reported an error before. Without an agent: always."""
+    place = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    if not place:
+        return True
+    try:
+        # <folder of the agent's attempt>/<local rank>/error.json
+        (Path(place).parent.parent / "kinoform_reported").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _end(status: int) -> NoReturn:
+    """End now. With peers alive there is no orderly teardown: a collective of theirs may be waiting for this process."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_initialized():
+        os._exit(status)
+    sys.exit(status)
