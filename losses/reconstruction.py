@@ -1,0 +1,26 @@
+"""Reconstruction losses of CMD's autoencoder (spec, cmd.md section 4). All give one value per sample, (B,)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def l1(target: Tensor, recon: Tensor) -> Tensor:
+    """Mean absolute error of clips (B, ...)."""
+    return (target - recon).abs().flatten(1).mean(1)
+
+
+def mse(target: Tensor, recon: Tensor) -> Tensor:
+    """Mean squared error of clips (B, ...): the whole loss in latent mode."""
+    return (target - recon).square().flatten(1).mean(1)
+
+
+def pick_frame(video: Tensor, index: Tensor) -> Tensor:
+    """Frame index[b] of each clip: (B, C, T, h, w), (B,) -> (B, C, h, w)."""
+    return video[torch.arange(len(video), device=video.device), :, index]
+
+
+def perceptual(distance: Callable[[Tensor, Tensor], Tensor], target: Tensor, recon: Tensor, index: Tensor) -> Tensor:
+    """Perceptual distance of frame index[b] of each clip (B, C, T, h, w), the same in both."""
+    return distance(pick_frame(target, index), pick_frame(recon, index)).flatten(1).mean(1)

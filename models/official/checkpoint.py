@@ -1,0 +1,46 @@
+"""What all official checkpoints have in common: a state dict inside a training checkpoint, prefixes, and names that must all be known."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+def unwrap(checkpoint: Mapping[str, Any], *entries: str) -> State:
+    """The tensors of a state dict, taken from the first of `entries` that a training checkpoint has; DDP's "module." prefix is cut off.
+
+    Raises ValueError when it holds no state dict at all.
+    """
+    state = next((checkpoint[entry] for entry in entries if isinstance(checkpoint.get(entry), Mapping)), checkpoint)
+    tensors = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(
+            f"no state dict in the checkpoint: it has {_some(checkpoint)}, expected one of {', '.join(entries)} or bare tensors"
+        )
+    return tensors
+
+
+def check_names(found: Iterable[str], required: Iterable[str], optional: Iterable[str] = ()) -> None:
+    """Raises ValueError naming missing and unknown names."""
+    found, required = set(found), set(required)
+    missing, unknown = required - found, found - required - set(optional)
+    problems = [f"missing {_some(missing)}"] * bool(missing) + [f"unknown {_some(unknown)}"] * bool(unknown)
+    if problems:
+        raise ValueError(f"the state dict does not fit: {'; '.join(problems)}")
+
+
+def depth_of(names: Iterable[str], prefix: str) -> int:
+    """Number of layers: one more than the largest number that follows `prefix`. Raises ValueError when there is none."""
+    numbers = [int(name.removeprefix(prefix).partition(".")[0]) for name in names if name.startswith(prefix)]
+    if not numbers:
+        raise ValueError(f"the state dict does not fit: nothing is called {prefix}0.*")
+    return max(numbers) + 1
+
+
+def _some(names: Iterable[str], limit: int = 8) -> str:
+    """The first names of a list, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
