@@ -1,0 +1,1 @@
+"""How the trained networks of a system encode, decode and generate: one file a system."""

@@ -1,0 +1,192 @@
+"""CMD end to end: clips to content frames and motion latents and back, and new clips from noise (CMD sections 3.2 and 3.3)."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pipelines.image_vae import ImageVae, vae_of
+from pipelines.loading import Loaded, diffusion_of, load_autoencoder, load_content, load_motion
+from pipelines.sampling import Sampling, sample
+from utils.errors import UserError
+from utils.rng import SampleRng
+
+CONTENT_SAMPLING = Sampling(steps=50, guidance=4.0, clip=True)
+"""The paper's, for class-conditional UCF-101; x_0 is clipped as in the release's validation."""
+MOTION_SAMPLING = Sampling(steps=100, guidance=4.0)
+
+
+class CMDPipeline:
+    """The trained networks of CMD. `content` and `motion` may be missing when only the autoencoder is used."""
+
+    def __init__(
+        self,
+        ae: Loaded,
+        content: Loaded | None = None,
+        motion: Loaded | None = None,
+        vae: ImageVae | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        precision: Literal["fp32", "bf16"] = "fp32",
+    ) -> None:
+        _check_family(ae, content, motion)
+        self.ae, self.content, self.motion, self.vae = ae, content, motion, vae
+        self.device = torch.device(device)
+        self.precision = precision
+        for module in (part.module if isinstance(part, Loaded) else part for part in (ae, content, motion, vae)):
+            if module is not None:
+                module.to(self.device)
+
+    @classmethod
+    def from_exports(
+        cls,
+        ae: str | Path,
+        content: str | Path = "",
+        motion: str | Path = "",
+        *,
+        vae: str = "",
+        scale_factor: float = 0.18215,
+        weights: str = "ema",
+        ae_weights: str = "ema",
+        n_frames: int = 16,
+        image_size: tuple[int, int] = (64, 64),
+        device: torch.device | str = "cpu",
+        precision: Literal["fp32", "bf16"] = "fp32",
+    ) -> "CMDPipeline":
+        """From exports, run folders or official checkpoints (.pt; `n_frames` and `image_size` are read for those only).
+
+        `weights` (ema or model) counts for the content and the motion model; the autoencoder is the one that they were trained on,
+        or `ae_weights` when it stands alone. Raises UserError when something is missing or does not belong together.
+        """
+        second = load_content(content, weights) if content else None
+        third = load_motion(motion, weights, n_frames=n_frames) if motion else None
+        trained_on = next((part.card["ae"]["weights"] for part in (second, third) if part is not None and "ae" in part.card), ae_weights)
+        first = load_autoencoder(ae, trained_on, n_frames=n_frames, image_size=image_size)
+        return cls(first, second, third, vae_of(first.card, vae, scale_factor), device=device, precision=precision)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that can be asked for; 0: the models are not conditioned on a class."""
+        return max((part.module.config.num_classes for part in (self.content, self.motion) if part is not None), default=0)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, where the training data had any."""
+        return next((list(part.card["data"]["classes"]) for part in (self.content, self.motion, self.ae) if part and "data" in part.card), [])
+
+    @property
+    def fps(self) -> float:
+        """Frame rate of the training clips."""
+        return float(self.ae.card.get("data", {}).get("fps", 8.0))
+
+    @torch.no_grad()
+    def encode(self, video: Tensor, rng: SampleRng | None = None) -> tuple[Tensor, Tensor]:
+        """b 3 t h w in [-1, 1] -> content frames b C h w, motion latents b D t W'+H'.
+
+        In latent mode `rng` draws from the image VAE's posterior as in training; without it the posterior's mean is taken.
+        """
+        if self.vae is not None:
+            shape = self.vae.latent_shape(video.shape)
+            video = self.vae.encode(video, torch.zeros(shape, device=video.device) if rng is None else rng.normal("vae", shape[1:]))
+        with self._autocast():
+            content, motion = self.ae.module.encode(video)
+        return content.float(), motion.float()
+
+    @torch.no_grad()
+    def decode(self, content: Tensor, motion: Tensor) -> Tensor:
+        """Content frames b C h w and motion latents b D t W'+H' -> clips b 3 t h w in [-1, 1]."""
+        with self._autocast():
+            clips = self.ae.module.decode(content, motion).float()
+        return (clips if self.vae is None else self.vae.decode(clips)).clamp(-1, 1)
+
+    def reconstruct(self, video: Tensor, rng: SampleRng | None = None) -> Tensor:
+        """b 3 t h w in [-1, 1] -> the same clips through the autoencoder."""
+        return self.decode(*self.encode(video, rng))
+
+    def generate(
+        self,
+        indices: Sequence[int],
+        labels: Sequence[int] | None = None,
+        *,
+        seed: int = 0,
+        content: Sampling = CONTENT_SAMPLING,
+        motion: Sampling = MOTION_SAMPLING,
+        cond: Tensor | None = None,
+        exact: bool = True,
+    ) -> Tensor:
+        """Clips b 3 t h w in [-1, 1]: sample number `indices[i]` of class `labels[i]`, or of the condition vector `cond[i]`.
+
+        A sample is a function of (seed, its number, its condition). With `exact` to the last bit: each one goes through the networks
+        alone, because a matrix product may round differently in a larger batch. Without, all go together: faster on a GPU, equal
+        to rounding. Raises UserError for a class that the models do not know.
+        """
+        if self.content is None or self.motion is None:
+            raise UserError("generation needs a content and a motion model, not the autoencoder alone")
+        wrong = [label for label in labels or () if not 0 <= label < self.num_classes]
+        if wrong and self.num_classes:
+            raise UserError(f"there is no class {wrong[0]}: the models know {self.num_classes} classes, 0 to {self.num_classes - 1}")
+        groups = [[i] for i in range(len(indices))] if exact else [list(range(len(indices)))]
+        clips = []
+        for group in groups:
+            rng = SampleRng(seed, torch.tensor([indices[i] for i in group]), self.device)
+            given: dict[str, Tensor] = {}
+            if labels is not None:
+                given["y"] = torch.tensor([labels[i] for i in group], device=self.device)
+            if cond is not None:
+                given["cond"] = cond[group].to(self.device)
+            clips.append(self._generate(rng, given, content, motion))
+        return torch.cat(clips)
+
+    def _generate(self, rng: SampleRng, given: Mapping[str, Tensor], content: Sampling, motion: Sampling) -> Tensor:
+        assert self.content is not None and self.motion is not None
+        ae = self.ae.module.config
+        content = dataclasses.replace(content, clip=content.clip and self.vae is None)
+        with self._autocast():
+            frame = sample(
+                self.content.module,
+                diffusion_of(self.content),
+                (ae.channels, *ae.image_size),
+                rng,
+                "content",
+                content,
+                condition=_understood(self.content, given),
+            )
+            latent = sample(
+                self.motion.module,
+                diffusion_of(self.motion),
+                (ae.embed_dim, *ae.latent_size),
+                rng,
+                "motion",
+                motion,
+                condition=_understood(self.motion, given),
+                always={"keyframe": frame},
+            )
+        return self.decode(frame, latent)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def _understood(model: Loaded, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of the condition that a model has an input for."""
+    known = {"y": model.module.config.num_classes, "cond": model.module.config.cond_dim}
+    return {name: value for name, value in given.items() if known[name]}
+
+
+def _check_family(ae: Loaded, content: Loaded | None, motion: Loaded | None) -> None:
+    """Raises UserError when a model was trained on the latents of another autoencoder, or has not their size."""
+    config = ae.module.config
+    for stage, part in (("content", content), ("motion", motion)):
+        if part is None:
+            continue
+        trained = part.card.get("ae", {}).get("sha256", ae.sha256)
+        if trained != ae.sha256:
+            raise UserError(f"the {stage} model {part.path} was trained on another autoencoder (sha256 {trained[:12]}...) than {ae.path} ({ae.sha256[:12]}...)")
+        model = part.module.config
+        takes = (model.in_channels, *model.input_size)
+        wanted = (config.channels, *config.image_size) if stage == "content" else (config.embed_dim, *config.latent_size)
+        if takes != wanted:
+            raise UserError(f"the {stage} model {part.path} makes {takes} (channels, height, width), the autoencoder {ae.path} takes {wanted}")

@@ -1,0 +1,1 @@
+"""What a stage trains: one class a stage, each an `engine.task.Task`."""

@@ -1,0 +1,105 @@
+"""Settings of the autoencoder stage of CMD."""
+
+import dataclasses
+from typing import Literal
+
+from datasets.config import DataConfig
+from engine.config import OptimConfig, RunConfig
+from tasks.clips import VaeConfig
+from utils.config import flag
+from utils.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderModelConfig:
+    mode: Literal["pixel", "latent"] = flag("pixel", "mode")
+    """pixel: clips as they are; latent: frame by frame through an image VAE first."""
+    dim: int = 384
+    """Width of the transformer."""
+    depth: int = 8
+    """Layers of the encoder, and of the decoder."""
+    heads: int = 8
+    """Attention heads."""
+    patch_size: int = 2
+    """Side of a square patch."""
+    embed_dim: int = flag(8, "embed-dim")
+    """Channels D of the motion latent."""
+    rotary: Literal["axial", "none"] = "axial"
+    """Positions in the attention: axial, or none as in the official release (whose weights know no position at all)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PerceptualConfig:
+    kind: Literal["lpips-vgg", "lpips-alex", "lpips-squeeze", "effl0", "none"] = flag("lpips-vgg", "perceptual")
+    """Network of the perceptual loss; none trains without."""
+    weights: str = flag("", "perceptual-weights")
+    """File with the network's weights; empty: the torch hub cache."""
+    on_missing: Literal["error", "warn-and-disable"] = "error"
+    """What to do when the weights are not there."""
+    weight: float = 4.0
+    """Its factor in the loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdversarialConfig:
+    enabled: bool = flag(False, "adversarial")
+    """Train with a 2-D discriminator on one frame and a 3-D one on the clip. (The release builds them and never uses them.)"""
+    start_step: int = 0
+    """Optimiser step at which the discriminators and their loss set in."""
+    loss: Literal["hinge", "vanilla"] = "hinge"
+    """Loss of the discriminators."""
+    weight: float = 1.0
+    """Factor of the generator's adversarial loss."""
+    feature_matching: float = 4.0
+    """Factor of the feature matching loss, relative to the adversarial one."""
+    ndf: int = 64
+    """Width of the discriminators' first layer."""
+    n_layers: int = 3
+    """Layers of stride 2."""
+    disc_lr: float = 1e-5
+    """Learning rate of the discriminators' own AdamW."""
+    disc_betas: tuple[float, float] = (0.5, 0.9)
+    """Its decay rates."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructionLossConfig:
+    l1: float = 4.0
+    """pixel mode: factor of the mean absolute error."""
+    l2: float = 0.0
+    """pixel mode: factor of the mean squared error."""
+    latent_l2: float = 1.0
+    """latent mode: factor of the mean squared error, the only term there."""
+    perceptual: PerceptualConfig = dataclasses.field(default_factory=PerceptualConfig)
+    adversarial: AdversarialConfig = dataclasses.field(default_factory=AdversarialConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class CMDAutoencoderConfig(RunConfig):
+    """Trains CMD's autoencoder."""
+
+    system: str = "cmd"
+    """Which of the toolkit's systems."""
+    stage: str = "autoencoder"
+    """Which of its stages."""
+    optim: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(lr=1e-5, betas=(0.5, 0.9)))
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: AutoencoderModelConfig = dataclasses.field(default_factory=AutoencoderModelConfig)
+    vae: VaeConfig = dataclasses.field(default_factory=VaeConfig)
+    loss: ReconstructionLossConfig = dataclasses.field(default_factory=ReconstructionLossConfig)
+
+    def validate(self) -> None:
+        """Raises ConfigError on a combination that cannot work."""
+        model, loss = self.model, self.loss
+        if min(model.dim, model.depth, model.heads, model.patch_size, model.embed_dim) < 1:
+            raise ConfigError("model: dim, depth, heads, patch_size and embed_dim must be at least 1")
+        if model.dim % model.heads:
+            raise ConfigError(f"model.dim {model.dim} is not a multiple of model.heads {model.heads}")
+        if model.mode == "latent" and not self.vae.path:
+            raise ConfigError("--mode latent needs an image VAE: --vae FOLDER with a diffusers AutoencoderKL")
+        if model.mode == "latent" and loss.adversarial.enabled:
+            raise ConfigError("the adversarial loss is for --mode pixel; latent mode trains with the squared error alone")
+        if model.mode == "latent" and loss.latent_l2 <= 0:
+            raise ConfigError(f"loss.latent_l2 is {loss.latent_l2}: in latent mode it is the only loss and must be positive")
+        if model.mode == "pixel" and not (loss.l1 or loss.l2 or (loss.perceptual.kind != "none" and loss.perceptual.weight)):
+            raise ConfigError("loss: l1, l2 and the perceptual loss are all off, nothing is left to train on")

@@ -1,0 +1,148 @@
+"""CMD's content stage: a DiT that generates content frames (CMD section 3.2; spec systems/cmd.md section 6)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from datasets.config import DataConfig
+from datasets.loader import ClipSource
+from diffusion import DiffusionConfig
+from diffusion import build as build_process
+from engine.config import OptimConfig, RunConfig
+from engine.task import Batch, LossOutput, Network
+from launch.env import Env
+from models.transformers.dit import ContentDiT
+from pipelines.sampling import Sampling, sample
+from tasks.clips import ClipInfo, VaeConfig, empty_batch, open_clips
+from tasks.diffusion_task import (
+    AutoencoderSourceConfig,
+    Condition,
+    ConditionConfig,
+    FirstStage,
+    PreviewConfig,
+    check_diffusion,
+    denoising_loss,
+    named_size,
+    open_first_stage,
+    say_unused,
+)
+from utils.config import flag, to_dict
+from utils.rng import SampleRng
+
+
+@dataclasses.dataclass(frozen=True)
+class ContentModelConfig:
+    name: str = flag("ContentDiT-L/2", "motion-model-config", "model-name")
+    """Size: ContentDiT-{S,B,L,XL}/{2,4,8}."""
+    patch_size: int = 0
+    """0: of the named size. So for the next three."""
+    hidden_size: int = 0
+    depth: int = 0
+    num_heads: int = 0
+    pos_grid: Literal["true", "release"] = "true"
+    """Position table: of the true grid, or the release's (which scrambles grids that are not square)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CMDContentConfig(RunConfig):
+    """Trains CMD's content model."""
+
+    system: str = "cmd"
+    """Which of the toolkit's systems."""
+    stage: str = "content"
+    """Which of its stages."""
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    ae: AutoencoderSourceConfig = dataclasses.field(default_factory=AutoencoderSourceConfig)
+    vae: VaeConfig = dataclasses.field(default_factory=VaeConfig)
+    model: ContentModelConfig = dataclasses.field(default_factory=ContentModelConfig)
+    condition: ConditionConfig = dataclasses.field(default_factory=ConditionConfig)
+    diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
+    preview: PreviewConfig = dataclasses.field(default_factory=PreviewConfig)
+    final: bool = flag(False, "final")
+    """Accepted as on the release's command line, where it does nothing."""
+
+    def validate(self) -> None:
+        """Raises ConfigError on a combination that cannot work."""
+        check_diffusion(self.condition, self.preview, self.diffusion)
+        named_size("ContentDiT", self.model)
+
+
+class CMDContentTask:
+    """Trains `content` on the content frames of a frozen `ae`."""
+
+    name = "cmd-content"
+
+    def __init__(self, config: CMDContentConfig, clips: ClipInfo, first: FirstStage) -> None:
+        self.config = config
+        self.clips = clips
+        self.first = first
+        self.condition = Condition.of(config.condition, clips)
+        self.process = build_process(config.diffusion)
+        self.model_config = named_size(
+            "ContentDiT", config.model, input_size=first.size, in_channels=first.channels, learn_sigma=config.diffusion.variance == "learned_range", **self.condition.overrides()
+        )
+
+    def networks(self) -> dict[str, Network]:
+        """`content`, then the frozen networks before it."""
+        ema = self.config.ema if self.config.ema.decay > 0 else None
+        content = Network(ContentDiT(self.model_config), optim=self.config.optim, ema=ema, units=ContentDiT.units)
+        return {"content": content} | self.first.networks()
+
+    def phases(self, step: int) -> tuple[str, ...]:
+        """Always the content model."""
+        return ("content",)
+
+    def loss(self, phase: str, networks: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> LossOutput:
+        """Diffusion loss of the content frames."""
+        _, content, _ = self.first.latents(networks, batch, rng)
+        return denoising_loss(self.process, networks["content"], content, rng, self.condition.training(batch, rng))
+
+    def batch_spec(self, batch_size: int) -> Batch:
+        """An empty micro-batch on the meta device."""
+        return empty_batch(self.clips, batch_size)
+
+    def evaluate(self, networks: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> dict[str, tuple[Tensor, int]]:
+        """The loss with every condition kept, at the timesteps and with the noise that belong to the samples."""
+        _, content, _ = self.first.latents(networks, batch, rng)
+        return denoising_loss(self.process, networks["content"], content, rng, self.condition.given(batch)).metrics
+
+    def preview(self, networks: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
+        """Content frames of a few classes, always from the same noise."""
+        setting, device = self.config.preview, batch["video"].device
+        own = SampleRng(self.config.train.seed, torch.arange(setting.samples), device)
+        sampling = Sampling(steps=setting.steps, guidance=setting.guidance, clip=self.first.vae is None)
+        shape = (self.first.channels, *self.first.size)
+        given = self.condition.grid(setting.samples, batch)
+        frames = sample(networks["content"], self.config.diffusion, shape, own, "preview", sampling, condition=given)
+        if self.first.vae is not None:
+            frames = networks["vae"].decode(frames[:, :, None])[:, :, 0]
+        return {"content_samples": frames.clamp(-1, 1)}
+
+    def state(self) -> dict[str, int | float]:
+        """Nothing of its own."""
+        return {}
+
+    def load_state(self, state: dict[str, int | float]) -> None:
+        """Nothing of its own."""
+
+    def card(self) -> dict[str, Any]:
+        """What sampling needs to rebuild and use the content model."""
+        return {
+            "system": "cmd",
+            "stage": "content",
+            "model": to_dict(self.model_config),
+            "diffusion": to_dict(self.config.diffusion),
+            "ae": self.first.card(),
+            "data": self.clips.card(),
+        }
+
+
+def build(config: CMDContentConfig, env: Env) -> tuple[CMDContentTask, ClipSource, ClipSource | None]:
+    """Task, training clips and (with `data.val_path`) validation clips."""
+    say_unused(config.final, env.is_main)
+    clips, source, valid = open_clips(config, config.data, env)
+    return CMDContentTask(config, clips, open_first_stage(config.ae, config.vae, clips)), source, valid

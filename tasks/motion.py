@@ -1,0 +1,170 @@
+"""CMD's motion stage: a DiT that generates motion latents given the content frame (CMD section 3.3; spec systems/cmd.md section 5)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from datasets.config import DataConfig
+from datasets.loader import ClipSource
+from diffusion import DiffusionConfig
+from diffusion import build as build_process
+from engine.config import OptimConfig, RunConfig
+from engine.task import Batch, LossOutput, Network
+from launch.env import Env
+from models.transformers.motion_dit import MotionDiT
+from pipelines.sampling import Sampling, sample
+from tasks.clips import ClipInfo, VaeConfig, empty_batch, open_clips
+from tasks.diffusion_task import (
+    AutoencoderSourceConfig,
+    Condition,
+    ConditionConfig,
+    FirstStage,
+    PreviewConfig,
+    check_diffusion,
+    denoising_loss,
+    named_size,
+    open_first_stage,
+    say_unused,
+)
+from utils.config import flag, to_dict
+from utils.rng import SampleRng
+
+
+@dataclasses.dataclass(frozen=True)
+class MotionModelConfig:
+    name: str = flag("MotionDiT-L/2", "motion-model-config", "model-name")
+    """Size: MotionDiT-{S,B,L,XL}/{2,4,8}."""
+    patch_size: int = 0
+    """0: of the named size. So for the next three."""
+    hidden_size: int = 0
+    depth: int = 0
+    num_heads: int = 0
+    keyframe_patch_size: int = flag(4, "keyframe-patch-size")
+    """Side of the patches in which the content frame is read; smaller is better and slower."""
+    pos_grid: Literal["true", "release"] = "true"
+    """Position tables: of the true grid, or the release's (which scrambles grids that are not square)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CMDMotionConfig(RunConfig):
+    """Trains CMD's motion model."""
+
+    system: str = "cmd"
+    """Which of the toolkit's systems."""
+    stage: str = "motion"
+    """Which of its stages."""
+    optim: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(clip_norm=1.0))
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    ae: AutoencoderSourceConfig = dataclasses.field(default_factory=AutoencoderSourceConfig)
+    vae: VaeConfig = dataclasses.field(default_factory=VaeConfig)
+    model: MotionModelConfig = dataclasses.field(default_factory=MotionModelConfig)
+    condition: ConditionConfig = dataclasses.field(default_factory=ConditionConfig)
+    diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
+    preview: PreviewConfig = dataclasses.field(default_factory=PreviewConfig)
+    final: bool = flag(False, "final")
+    """Accepted as on the release's command line, where it does nothing."""
+
+    def validate(self) -> None:
+        """Raises ConfigError on a combination that cannot work."""
+        check_diffusion(self.condition, self.preview, self.diffusion)
+        named_size("MotionDiT", self.model)
+
+
+class CMDMotionTask:
+    """Trains `motion` on the motion latents of a frozen `ae`, with the content frame as its keyframe."""
+
+    name = "cmd-motion"
+
+    def __init__(self, config: CMDMotionConfig, clips: ClipInfo, first: FirstStage) -> None:
+        self.config = config
+        self.clips = clips
+        self.first = first
+        self.condition = Condition.of(config.condition, clips)
+        self.process = build_process(config.diffusion)
+        ae = first.ae.module.config
+        self.model_config = named_size(
+            "MotionDiT",
+            config.model,
+            input_size=ae.latent_size,
+            in_channels=ae.embed_dim,
+            keyframe_size=first.size,
+            keyframe_channels=first.channels,
+            keyframe_patch_size=config.model.keyframe_patch_size,
+            learn_sigma=config.diffusion.variance == "learned_range", **self.condition.overrides(),
+        )
+
+    def networks(self) -> dict[str, Network]:
+        """`motion`, then the frozen networks before it."""
+        ema = self.config.ema if self.config.ema.decay > 0 else None
+        motion = Network(MotionDiT(self.model_config), optim=self.config.optim, ema=ema, units=MotionDiT.units)
+        return {"motion": motion} | self.first.networks()
+
+    def phases(self, step: int) -> tuple[str, ...]:
+        """Always the motion model."""
+        return ("motion",)
+
+    def loss(self, phase: str, networks: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> LossOutput:
+        """Diffusion loss of the motion latents, given the true content frames."""
+        _, content, motion = self.first.latents(networks, batch, rng)
+        given = {"keyframe": content} | self.condition.training(batch, rng)
+        return denoising_loss(self.process, networks["motion"], motion, rng, given)
+
+    def batch_spec(self, batch_size: int) -> Batch:
+        """An empty micro-batch on the meta device."""
+        return empty_batch(self.clips, batch_size)
+
+    def evaluate(self, networks: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> dict[str, tuple[Tensor, int]]:
+        """The loss with every condition kept, at the timesteps and with the noise that belong to the samples."""
+        _, content, motion = self.first.latents(networks, batch, rng)
+        given = {"keyframe": content} | self.condition.given(batch)
+        return denoising_loss(self.process, networks["motion"], motion, rng, given).metrics
+
+    def preview(self, networks: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
+        """Each clip above one with the same content frame and a generated motion."""
+        setting = self.config.preview
+        batch = {name: value[: setting.samples] for name, value in batch.items()}
+        few = SampleRng(rng.seed, rng.index[: setting.samples], rng.device)
+        clips, content, motion = self.first.latents(networks, batch, few)
+        sampling = Sampling(steps=setting.steps, guidance=setting.guidance)
+        latents = sample(
+            networks["motion"],
+            self.config.diffusion,
+            tuple(motion.shape[1:]),
+            SampleRng(self.config.train.seed, torch.arange(len(content)), content.device),
+            "preview",
+            sampling,
+            condition=self.condition.given(batch),
+            always={"keyframe": content},
+        )
+        videos = [clips, networks["ae"].decode(content, latents).float()]
+        if self.first.vae is not None:
+            videos = [networks["vae"].decode(v) for v in videos]
+        return {"motion_samples": torch.cat(videos, dim=3).clamp(-1, 1)}
+
+    def state(self) -> dict[str, int | float]:
+        """Nothing of its own."""
+        return {}
+
+    def load_state(self, state: dict[str, int | float]) -> None:
+        """Nothing of its own."""
+
+    def card(self) -> dict[str, Any]:
+        """What sampling needs to rebuild and use the motion model."""
+        return {
+            "system": "cmd",
+            "stage": "motion",
+            "model": to_dict(self.model_config),
+            "diffusion": to_dict(self.config.diffusion),
+            "ae": self.first.card(),
+            "data": self.clips.card(),
+        }
+
+
+def build(config: CMDMotionConfig, env: Env) -> tuple[CMDMotionTask, ClipSource, ClipSource | None]:
+    """Task, training clips and (with `data.val_path`) validation clips."""
+    say_unused(config.final, env.is_main)
+    clips, source, valid = open_clips(config, config.data, env)
+    return CMDMotionTask(config, clips, open_first_stage(config.ae, config.vae, clips)), source, valid
