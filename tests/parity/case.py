@@ -161,7 +161,8 @@ class Case:
         excess = difference - (rel * scale + abs)
         if not bool((excess <= 0).all()):
             worst = float(difference.max())
-            self.errors.append(f"{name}: off by {worst:.3e} absolute, {self.agreement[name]:.3e} relative; allowed {rel:g} relative, {abs:g} absolute")
+            relative = self.agreement[name]
+            self.errors.append(f"{name}: off by {worst:.3e} absolute, {relative:.3e} relative; allowed {rel:g} relative, {abs:g} absolute")
 
     def finish(self) -> None:
         """Fails on any difference, any tensor that was not looked at and any config field that was not read."""

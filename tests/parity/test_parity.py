@@ -1,4 +1,4 @@
-"""The parity runner: our code against recorded numbers, one test a safetensors file of the folder PARITY_DIR (default: data/ beside this file).
+"""The parity runner: our code against recorded numbers, one test a safetensors file of PARITY_DIR (default: data/ beside this file).
 
 A file says in its metadata which (system, module) it records and with which config; adapters_<system>.py knows how to check it.
 An unknown (system, module), a tensor nobody looked at and a config field nobody read are failures.
