@@ -26,6 +26,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class Stopped(Exception):
     """The run was asked to stop and has saved. The engine raises it on every rank, once the ranks agree."""
 
+    signal: signal.Signals | None = None
+    """The signal that this rank received; None on ranks that only followed the others."""
+
 
 class StopFlag:
     """Set by the first SIGTERM, SIGUSR1 or SIGINT that this process receives. Ranks must agree on it before they act on it."""
@@ -84,7 +87,8 @@ def distributed(timeout: float) -> Iterator[Env]:
     restore = _install_handlers(env.stop)
     try:
         yield env
-    except Stopped:
+    except Stopped as stopped:
+        stopped.signal = env.stop.signal
         _leave()
         raise
     except SystemExit as end:
@@ -109,7 +113,10 @@ def check_packages() -> None:
         places = [] if spec is None else [Path(place).resolve() for place in spec.submodule_search_locations or [spec.origin or ""]]
         if _ROOT / name not in places:
             found = ", ".join(map(str, places)) or "nothing"
-            raise UserError(f"the package `{name}` is not Kinoform's ({found} was found first): put {_ROOT} first on PYTHONPATH, in a fresh process")
+            raise UserError(
+                f"the package `{name}` is not Kinoform's ({found} was found first): "
+                f"start a fresh process with {_ROOT} first on PYTHONPATH"
+            )
 
 
 def check_master(address: str, port: int) -> None:
@@ -132,7 +139,7 @@ def _read_environment() -> Env:
             local_rank = int(os.environ.get("LOCAL_RANK", rank))
             local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         except (KeyError, ValueError) as error:
-            raise UserError(f"RANK is set but the launcher's variables are not complete ({error}): start with torchrun, or unset RANK") from None
+            raise UserError(f"RANK is set but not all of the launcher's variables ({error}): start with torchrun, or unset RANK") from None
     if not torch.cuda.is_available():
         return Env(rank, world_size, local_rank, local_world_size, torch.device("cpu"), "gloo")
     if local_rank >= torch.cuda.device_count():
@@ -158,8 +165,8 @@ def _initialise(env: Env, timeout: float) -> None:
     except dist.DistError as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"rank {env.rank} on {socket.gethostname()} could not meet the other {env.world_size - 1} process(es) at {address}:{port} ({reason}): "
-            "check that all nodes run the command, that the port is open, and GLOO_SOCKET_IFNAME / NCCL_SOCKET_IFNAME"
+            f"rank {env.rank} on {socket.gethostname()} could not meet the {env.world_size - 1} other process(es) "
+            f"at {address}:{port} ({reason}): check that all nodes run the command, that the port is open, and GLOO_SOCKET_IFNAME / NCCL_SOCKET_IFNAME"
         ) from None
 
 

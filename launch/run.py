@@ -31,7 +31,8 @@ LAUNCH_HELP = """launcher options (given to the script itself; under torchrun th
 
 _VALUE_FLAGS = ("nnodes", "nproc_per_node", "node_rank", "local_rank", "master_addr", "master_port")
 _SWITCHES = ("dry_run", "print_config")
-_PEER_LOST = re.compile(r"connection (was )?(closed|reset|refused|aborted)|closed by peer|broken pipe|remote process (exited|has)|NCCL.*abort", re.IGNORECASE)
+_PEER_LOST = re.compile(r"connection (was )?(closed|reset|refused|aborted)|broken pipe|remote process (exited|has)|nccl.*abort", re.IGNORECASE)
+_PEER_LOST_LINE = "lost the connection to another process, which failed or was killed; its own log says why"
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except Stopped as stop:
-        sys.exit(130 if stop.args[:1] == (signal.SIGINT,) else EXIT_STOPPED)
+        sys.exit(130 if stop.signal == signal.SIGINT else EXIT_STOPPED)
     except SystemExit as end:
         if end.code not in (None, 0, EXIT_STOPPED):
             _end(end.code if isinstance(end.code, int) else _report(UserError(str(end.code))))
@@ -129,7 +130,7 @@ def _start_torchrun(given: dict[str, str], local: int, rest: list[str]) -> NoRet
     where = ["--standalone"]
     if nodes > 1:
         if "master_addr" not in given or "node_rank" not in given:
-            raise ConfigError(f"--nnodes {nodes} needs --node_rank and --master_addr on every node (or start with torchrun, or with slurm/)")
+            raise ConfigError(f"--nnodes {nodes} needs --node_rank and --master_addr on every node (or use torchrun, or slurm/)")
         node_rank = _number(given, "node_rank", 0, lowest=0)
         if node_rank >= nodes:
             raise ConfigError(f"--node_rank {node_rank}: must be below --nnodes {nodes}")
@@ -152,7 +153,7 @@ def _report(error: BaseException) -> int:
     if ours and not peer_lost:
         traceback.print_exception(error)
     elif first:
-        text = "lost the connection to another process, which failed or was killed; its own log says why" if peer_lost else " ".join(str(error).split())
+        text = _PEER_LOST_LINE if peer_lost else " ".join(str(error).split())
         prefix = "" if rank == "0" else f"[rank {rank}] "
         print(f"error: {prefix}{text}", file=sys.stderr, flush=True)
     return status

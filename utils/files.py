@@ -48,5 +48,5 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 def sha256_file(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

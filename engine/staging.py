@@ -1,0 +1,81 @@
+"""The copy of the state that a background save writes: one buffer in host memory, made once.
+
+Memory that was never touched costs a page fault per 4 KiB, several times the copy itself; so the buffer is kept.
+"""
+
+import weakref
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.tensor import DTensor
+
+_ALIGNMENT = 64
+
+
+class Arena(AsyncStager):
+    """Copies a flat dictionary of tensors into its buffer, one after the other. A copy is valid until the next one is made."""
+
+    _synchronize_after_execute = False
+
+    def __init__(self, pinned: bool) -> None:
+        self._pinned = pinned
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make the buffer large enough for such tensors, its pages touched (and pinned)."""
+        needed = sum(_room(_local(tensor)) for tensor in tensors.values())
+        if needed <= len(self._buffer):
+            return
+        self._buffer = torch.zeros(0, dtype=torch.uint8)  # the old one goes first
+        buffer = torch.empty(needed, dtype=torch.uint8).fill_(0)
+        if self._pinned:
+            _pin(buffer)
+        self._buffer = buffer
+
+    def stage(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A copy of the tensors in host memory; sharded ones stay DTensors."""
+        self.reserve(state_dict)
+        staged: dict[str, Tensor] = {}
+        offset = 0
+        for name, tensor in state_dict.items():
+            local = _local(tensor)
+            room = self._buffer[offset : offset + local.nbytes].view(local.dtype).view(local.shape)
+            room.copy_(local, non_blocking=self._pinned)
+            staged[name] = _like(tensor, room)
+            offset += _room(local)
+        if self._pinned:
+            torch.cuda.synchronize()
+        return staged
+
+    def synchronize_staging(self) -> None:
+        """Nothing to wait for: `stage` returns when the copy is complete."""
+
+    def close(self) -> None:
+        """The buffer goes with the object."""
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part, detached."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _room(local: Tensor) -> int:
+    """Bytes of a tensor, rounded up so that the next one is aligned."""
+    return -(-local.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _like(tensor: Tensor, local: Tensor) -> Tensor:
+    """`local` with the mesh and placements of `tensor`. (`DTensor.from_local` would move it to the mesh's device.)"""
+    if not isinstance(tensor, DTensor):
+        return local
+    names, context = tensor.detach().__tensor_flatten__()
+    return DTensor.__tensor_unflatten__({names[0]: local}, context, tensor.shape, tensor.stride())
+
+
+def _pin(buffer: Tensor) -> None:
+    """Page-lock a buffer in place: torch's own pinned allocator rounds up to a power of two."""
+    runtime = torch.cuda.cudart()
+    runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
+    weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False

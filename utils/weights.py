@@ -1,0 +1,94 @@
+"""Weights that leave a run and enter another: exports (safetensors and a card), and files from elsewhere, never unpickled into code."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from utils.config import dump_yaml, load_yaml
+from utils.errors import UserError
+from utils.files import atomic_path, atomic_write_text, sha256_file
+
+CARD = "config.yaml"
+
+
+def write_export(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], card: Mapping[str, Any]) -> None:
+    """Write an export: <name>.safetensors for each of `tensors` ("model", and "ema" where there is one), then config.yaml.
+
+    Each file is replaced whole; the card comes last and names the digests, so a mixture of two exports is noticed. The bytes
+    are a function of the arguments. Call it on one rank, with full tensors.
+    """
+    folder = Path(folder)
+    digests: dict[str, str] = {}
+    for name, values in tensors.items():
+        own = {key: value.detach().cpu().contiguous().clone() for key, value in sorted(values.items())}
+        with atomic_path(folder / f"{name}.safetensors") as temporary:
+            save_file(own, temporary, metadata={"format": "pt"})
+        digests[f"{name}.safetensors"] = sha256_file(folder / f"{name}.safetensors")
+    atomic_write_text(folder / CARD, dump_yaml({**card, "files": digests}))
+
+
+def read_export(path: str | Path, which: Literal["ema", "model"] = "ema") -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """Weights, card and SHA-256 of the weights file of an export.
+
+    `path`: an export folder, the run folder that holds it, or one of its .safetensors files (then `which` does not matter).
+    `which`: "ema": the averaged weights, or the plain ones where there is no average. Raises UserError.
+    """
+    folder, file = _locate(Path(path), which)
+    card = load_yaml(folder / CARD)
+    digests = card.pop("files", {})
+    digest = sha256_file(file)
+    if digests.get(file.name, digest) != digest:
+        raise UserError(f"{file} is not the file that {folder / CARD} names (its sha256 differs): damaged or replaced; export again")
+    return load_tensors(file), card, digest
+
+
+def load_tensors(path: str | Path) -> dict[str, Any]:
+    """Content of a .safetensors file, or of a torch file (tensors, numbers and texts in dicts and lists only), on the CPU.
+
+    Raises UserError for a missing or damaged file and for one that would run code when loaded.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} {'is a folder, not a weights file' if path.is_dir() else 'does not exist'}")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} is damaged or holds more than tensors; it is refused because loading it could run code: convert it to safetensors"
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read as weights: {reason}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} holds a {type(loaded).__name__}, not a state dict")
+    return loaded
+
+
+def _locate(path: Path, which: str) -> tuple[Path, Path]:
+    """Export folder and weights file."""
+    if path.suffix == ".safetensors" and not path.is_dir():
+        if not path.is_file():
+            raise UserError(f"{path} does not exist")
+        if not (path.parent / CARD).is_file():
+            raise UserError(f"{path} has no {CARD} beside it: it is not part of an export of Kinoform")
+        return path.parent, path
+    if not path.is_dir():
+        raise UserError(f"{path} {'is not an export folder' if path.exists() else 'does not exist'}: give a run folder, or its export/")
+    folder = path / "export" if (path / "export").is_dir() or (path / "checkpoints").is_dir() or (path / "identity").is_file() else path
+    if not (folder / CARD).is_file():
+        if folder != path:
+            raise UserError(f"{path} is a run that has no export yet: training writes it when it ends; start its command again to finish it")
+        raise UserError(f"{path} is not an export: it has no {CARD}; give a run folder, or its export/")
+    names = ["ema", "model"] if which == "ema" else ["model"]
+    for name in names:
+        if (folder / f"{name}.safetensors").is_file():
+            return folder, folder / f"{name}.safetensors"
+    raise UserError(f"{folder} has no {names[-1]}.safetensors: the export is not complete; export again")
