@@ -11,21 +11,25 @@ A recipe may serve the stages of one system: what stands under `stages: {<stage>
 
 import copy
 import dataclasses
+import functools
 import os
-import re
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
-
-import yaml
 
 from utils.errors import ConfigError
 from utils.schema import BOOLEAN_WORDS, Leaf, build, fields_of, flatten, leaves, names, plain, suggest
+from utils.yamlfile import dump_yaml, load_yaml, save_yaml
+
+__all__ = ["dump_yaml", "flag", "from_dict", "load_config", "load_yaml", "save_yaml", "to_dict"]
 
 T = TypeVar("T")
 Values = dict[str, tuple[Any, str]]
 """Dotted path -> (value, where it was written)."""
+
+_HOW_TO_SET = """Settings come from the dataclasses' defaults, then from each --config FILE (YAML) in order, then from the flags below.
+Dashes and underscores are the same; --group.name=value and group.name=value work too."""
 
 STAGE_SCRIPTS = {"autoencoder": "train_ae.py", "content": "train_content_diffusion.py", "motion": "train_motion_diffusion.py"}
 
@@ -61,7 +65,7 @@ def load_config(schemas: Mapping[str, type[T]], argv: Sequence[str] | None = Non
         _print_help(schema, build(schema, values), prog, description)
     flags = _parse_flags(tokens, known)
     if "stage" in flags:
-        _check_stage(flags["stage"][0], getattr(build(schema, {}), "stage"), "--stage: ", prog)
+        _check_stage(flags["stage"][0], _stage_of(schema), "--stage: ", prog)
     return build(schema, values | flags)
 
 
@@ -74,37 +78,6 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     """Dataclass from plain nested values, cast by field type; `where` names their origin in errors."""
     flat = flatten(mapping, leaves(cls), where)
     return build(cls, {key: (value, f"{where}: {key}") for key, value in flat.items()})
-
-
-def dump_yaml(mapping: Mapping[str, Any]) -> str:
-    """YAML text of plain values, in their order; floats keep every bit."""
-    return yaml.dump(plain(mapping), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-def save_yaml(path: str | Path, mapping: Mapping[str, Any]) -> None:
-    """Write a YAML file whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(dump_yaml(mapping), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file's mapping ({} when empty). Scalars follow YAML 1.2: `1e-5` is a number, `on`, `no` and dates are texts."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        loaded = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error.__class__.__name__})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or 'cannot be parsed'})") from None
-    if not isinstance(loaded, dict | None):
-        raise ConfigError(f"{path}: a mapping of settings is wanted at the top")
-    return loaded or {}
 
 
 def _split_argv(argv: Sequence[str]) -> tuple[list[str], list[str], bool]:
@@ -136,13 +109,13 @@ def _choose_system(schemas: Mapping[str, type], recipes: list[tuple[dict[str, An
             chosen, where = value or following, "--system: "
     if chosen not in schemas:
         known = ", ".join(schemas)
-        raise ConfigError(f"{where}this is a config of the system '{chosen}'; {prog} trains: {known}{suggest(str(chosen), schemas)}")
+        raise ConfigError(f"{where}this is a config of the system '{chosen}'; {prog} trains: {known}{suggest(str(chosen), list(schemas))}")
     return chosen
 
 
 def _parts(recipe: dict[str, Any], schema: type, path: str, prog: str) -> list[dict[str, Any]]:
     """The parts of a recipe that count for this schema's stage, weakest first."""
-    stage = next((f.default for f in dataclasses.fields(schema) if f.name == "stage"), None)
+    stage = _stage_of(schema)
     common = {key: value for key, value in recipe.items() if key != "stages"}
     if "stage" in common:
         _check_stage(common["stage"], stage, f"{path}: ", prog)
@@ -153,15 +126,19 @@ def _parts(recipe: dict[str, Any], schema: type, path: str, prog: str) -> list[d
         raise ConfigError(f"{path}: 'stages' maps the name of a stage to its settings")
     for name in stages:
         if name not in STAGE_SCRIPTS:
-            raise ConfigError(f"{path}: unknown stage '{name}'{suggest(str(name), STAGE_SCRIPTS)}")
+            raise ConfigError(f"{path}: unknown stage '{name}'{suggest(str(name), list(STAGE_SCRIPTS))}")
     if stage is not None and stage not in stages:
         raise ConfigError(f"{path}: has no stage '{stage}', which {prog} trains (its stages: {', '.join(map(str, stages))})")
     return [common, stages[stage]] if stage is not None else [common]
 
 
+def _stage_of(schema: type) -> str | None:
+    return next((str(f.default) for f in dataclasses.fields(schema) if f.name == "stage"), None)
+
+
 def _check_stage(given: Any, stage: Any, where: str, prog: str) -> None:
     if given != stage:
-        remedy = f": use {STAGE_SCRIPTS[given]}" if given in STAGE_SCRIPTS else suggest(str(given), STAGE_SCRIPTS)
+        remedy = f": use {STAGE_SCRIPTS[given]}" if given in STAGE_SCRIPTS else suggest(str(given), list(STAGE_SCRIPTS))
         raise ConfigError(f"{where}this is a config of the stage '{given}'; {prog} trains the stage '{stage}'{remedy}")
 
 
@@ -211,7 +188,7 @@ def _find(name: str, table: Mapping[str, Leaf]) -> tuple[Leaf | None, bool]:
 
 def _takes(leaf: Leaf, given: list[str], token: str, table: Mapping[str, Leaf]) -> bool:
     """Whether the flag that is being read takes `token` as its next value."""
-    if token.startswith("--") or _find(token.partition("=")[0], table)[0] and "=" in token:
+    if token.startswith("--") or ("=" in token and _find(token.partition("=")[0], table)[0] is not None):
         return False
     if leaf.is_flag:
         return not given and token.lower() in BOOLEAN_WORDS
@@ -232,55 +209,27 @@ def _print_help(schema: type[T], defaults: T, prog: str, description: str) -> No
         raise SystemExit(0)
     import tyro  # needed for help only
 
-    about = f"{description}\n\nSettings are read from --config FILE (YAML; may be repeated, later ones win), then from the flags below. "
-    about += "Dashes and underscores are the same; --group.name=value and group.name=value work too."
+    lines = [*description.splitlines(), "", *_HOW_TO_SET.splitlines()]
+    # tyro keeps the line breaks before lines that do not begin with a letter.
+    about = "\n".join(textwrap.fill(line, 98, initial_indent="  ", subsequent_indent="  ") for line in lines)
     shown = _with_aliases(schema, defaults, tyro.conf.arg)
-    tyro.cli(shown, prog=prog, description=about, args=["--help"])
+    try:
+        tyro.cli(shown, prog=prog, description=about, args=["--help"])
+    except BrokenPipeError:  # `... --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
 
 
-def _with_aliases(cls: type, defaults: Any, arg: Callable[..., Any]) -> type:
+def _with_aliases(cls: type, defaults: Any, arg: Callable[..., Any], prefix: str = "") -> type:
     """Subclass of a config dataclass whose fields carry their aliases and the given defaults, as tyro reads them."""
     fields: list[tuple[str, Any, Any]] = []
     for item, kind in fields_of(cls):
         value = getattr(defaults, item.name)
         if dataclasses.is_dataclass(kind):
-            group = _with_aliases(kind, value, arg)  # type: ignore[arg-type]
+            group = _with_aliases(kind, value, arg, f"{prefix}{item.name}.")  # type: ignore[arg-type]
             fields.append((item.name, group, dataclasses.field(default_factory=group)))
         else:
-            marked = Annotated[kind, arg(aliases=[f"--{alias}" for alias in item.metadata.get("aliases", ())])]
-            fields.append((item.name, marked, dataclasses.field(default_factory=lambda value=value: value)))
+            name = f"{prefix}{item.name}".replace("_", "-")
+            marked: Any = Annotated[kind, arg(aliases=[f"--{alias}" for alias in item.metadata.get("aliases", ()) if alias != name])]
+            fields.append((item.name, marked, dataclasses.field(default_factory=functools.partial(copy.copy, value))))
     return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), frozen=True)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars instead of PyYAML's: `1e-5` is a float, `on` and `yes` stay texts, and a key stands once."""
-
-    yaml_implicit_resolvers: dict[str, list[Any]] = {}
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(problem=f"the key '{key_node.value}' stands twice", problem_mark=key_node.start_mark)
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what both `_Loader` and plain PyYAML read back alike."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-_NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-for _tag, _pattern, _first in (
-    ("null", re.compile(r"~|null|Null|NULL|"), ["~", "n", "N", ""]),
-    ("bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF")),
-    ("int", re.compile(r"0|-?[1-9][0-9]*"), list("-0123456789")),
-    ("float", re.compile(rf"(?!(0|-?[1-9][0-9]*|[-+]?0[0-9]+)$)({_NUMBER.pattern})"), list("-+.0123456789")),
-    ("merge", re.compile(r"<<"), ["<"]),
-):
-    _anchored = re.compile(rf"^(?:{_pattern.pattern})$")
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _anchored, _first)
-    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _anchored, _first)

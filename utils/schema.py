@@ -132,15 +132,15 @@ def plain(value: Any) -> Any:
 
 def names(known: Mapping[str, Leaf]) -> dict[str, str]:
     """Every way to write a setting (dotted path, alias, last part of the path), with underscores -> the name to suggest."""
-    table = {path.rsplit(".", 1)[-1]: path for path in reversed(known)}
+    table: dict[str, str] = {path.rsplit(".", 1)[-1]: path for path in reversed(list(known))}
     table |= {alias.replace("-", "_"): leaf.path for leaf in known.values() for alias in leaf.aliases}
     return table | {path: path for path in known}
 
 
 def suggest(name: str, candidates: Mapping[str, str] | Iterable[str]) -> str:
-    """"; did you mean 'x'?", or nothing when no candidate is near."""
+    """ "; did you mean 'x'?", or nothing when no candidate is near."""
     table = dict(candidates) if isinstance(candidates, Mapping) else {c: c for c in candidates}
-    near = difflib.get_close_matches(name, table, n=1, cutoff=0.6) or difflib.get_close_matches(name.rsplit(".", 1)[-1], table, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, table, n=1) or difflib.get_close_matches(name.rsplit(".", 1)[-1], table, n=1)
     return f"; did you mean '{table[near[0]]}'?" if near else ""
 
 
