@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class Stopped(Exception):
     """The run was asked to stop and has saved. The engine raises it on every rank, once the ranks agree."""
 
-    signal: signal.Signals | None = None
+    received: signal.Signals | None = None
     """The signal that this rank received; None on ranks that only followed the others."""
 
 
@@ -34,15 +35,15 @@ class StopFlag:
     """Set by the first SIGTERM, SIGUSR1 or SIGINT that this process receives. Ranks must agree on it before they act on it."""
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+        self.received: signal.Signals | None = None
 
     def set(self, number: int = signal.SIGTERM) -> None:
         """Ask for a stop; later calls change nothing."""
-        if self.signal is None:
-            self.signal = signal.Signals(number)
+        if self.received is None:
+            self.received = signal.Signals(number)
 
     def is_set(self) -> bool:
-        return self.signal is not None
+        return self.received is not None
 
     def __bool__(self) -> bool:
         return self.is_set()
@@ -88,7 +89,7 @@ def distributed(timeout: float) -> Iterator[Env]:
     try:
         yield env
     except Stopped as stopped:
-        stopped.signal = env.stop.signal
+        stopped.received = env.stop.received
         _leave()
         raise
     except SystemExit as end:
@@ -166,7 +167,8 @@ def _initialise(env: Env, timeout: float) -> None:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"rank {env.rank} on {socket.gethostname()} could not meet the {env.world_size - 1} other process(es) "
-            f"at {address}:{port} ({reason}): check that all nodes run the command, that the port is open, and GLOO_SOCKET_IFNAME / NCCL_SOCKET_IFNAME"
+            f"at {address}:{port} ({reason}): check that all nodes run the command, "
+            "that the port is open, and GLOO_SOCKET_IFNAME / NCCL_SOCKET_IFNAME"
         ) from None
 
 
@@ -175,7 +177,7 @@ def _leave() -> None:
     dist.destroy_process_group()
 
 
-def _install_handlers(stop: StopFlag) -> dict[signal.Signals, signal.Handlers]:
+def _install_handlers(stop: StopFlag) -> dict[signal.Signals, Any]:
     """Handlers that set the flag; returns the ones they replace. A second SIGINT interrupts at once."""
     owner = os.getpid()
 
@@ -185,7 +187,7 @@ def _install_handlers(stop: StopFlag) -> dict[signal.Signals, signal.Handlers]:
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
-        if number == signal.SIGINT and stop.signal == signal.SIGINT:
+        if number == signal.SIGINT and stop.received == signal.SIGINT:
             raise KeyboardInterrupt
         stop.set(number)
 

@@ -31,7 +31,7 @@ LAUNCH_HELP = """launcher options (given to the script itself; under torchrun th
 
 _VALUE_FLAGS = ("nnodes", "nproc_per_node", "node_rank", "local_rank", "master_addr", "master_port")
 _SWITCHES = ("dry_run", "print_config")
-_PEER_LOST = re.compile(r"connection (was )?(closed|reset|refused|aborted)|broken pipe|remote process (exited|has)|nccl.*abort", re.IGNORECASE)
+_PEER_LOST = re.compile(r"connection (was )?(closed|reset|refused)|broken pipe|remote process (exited|has)|nccl.*abort", re.IGNORECASE)
 _PEER_LOST_LINE = "lost the connection to another process, which failed or was killed; its own log says why"
 
 
@@ -81,7 +81,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except Stopped as stop:
-        sys.exit(130 if stop.signal == signal.SIGINT else EXIT_STOPPED)
+        sys.exit(130 if stop.received == signal.SIGINT else EXIT_STOPPED)
     except SystemExit as end:
         if end.code not in (None, 0, EXIT_STOPPED):
             _end(end.code if isinstance(end.code, int) else _report(UserError(str(end.code))))
