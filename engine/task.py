@@ -48,7 +48,7 @@ class LossOutput:
 
 class Task(Protocol):
     name: str
-    """Short name of the stage, used for the run folder ("cmd-autoencoder")."""
+    """Short name of the stage, used for the run folder: <system>-<stage>."""
 
     def networks(self) -> dict[str, Network]:
         """Name -> network, the exported one first. Weights come from the global torch RNG, which the engine has seeded."""

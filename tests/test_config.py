@@ -213,7 +213,7 @@ def test_help_shows_every_flag_with_meaning_default_and_aliases(
     assert caught.value.code == 0
     text = re.sub("\x1b.*?m", "", capsys.readouterr().out)
     assert max(map(len, text.splitlines())) <= 100
-    words = " ".join(re.sub("[│|]", " ", text).split())
+    words = " ".join(re.sub(r"[\u2502|]", " ", text).split())
     assert "--lr FLOAT, --optim.lr FLOAT Learning rate. (default: 1e-05)" in words
     assert "--flip, --no-flip, --data.flip, --data.no-flip Mirror. (default: False)" in words
     assert "--image-size INT INT, --data.image-size INT INT Height and width. (default: 0 0)" in words
