@@ -105,7 +105,7 @@ def stage_section(title: str, run: Path) -> str:
 
 def samples_section(folder: Path) -> str:
     """The generated clips as they play, with the settings that made them."""
-    clips = sorted(folder.glob("*.gif"))
+    clips = sorted(folder.glob("[0-9]*.gif"))
     if not clips:
         raise UserError(f"{folder} holds no GIF: run sample.py with --gif into this folder first")
     settings = json.loads((folder / "settings.json").read_text()) if (folder / "settings.json").is_file() else {}

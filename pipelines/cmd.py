@@ -61,10 +61,12 @@ class CMDPipeline:
         `weights` (ema or model) counts for the content and the motion model; the autoencoder is the one that they were trained on,
         or `ae_weights` when it stands alone. Raises UserError when something is missing or does not belong together.
         """
-        second = load_content(content, weights) if content else None
-        third = load_motion(motion, weights, n_frames=n_frames) if motion else None
+        first = load_autoencoder(ae, ae_weights, n_frames=n_frames, image_size=image_size)
+        second = load_content(content, first.module.config, weights) if content else None
+        third = load_motion(motion, first.module.config, weights) if motion else None
         trained_on = next((part.card["ae"]["weights"] for part in (second, third) if part is not None and "ae" in part.card), ae_weights)
-        first = load_autoencoder(ae, trained_on, n_frames=n_frames, image_size=image_size)
+        if trained_on != ae_weights:
+            first = load_autoencoder(ae, trained_on)
         return cls(first, second, third, vae_of(first.card, vae, scale_factor), device=device, precision=precision)
 
     @property

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.weights import sha256_file
+from utils.files import sha256_file
 
 
 class ImageVae(nn.Module):

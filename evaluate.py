@@ -1,0 +1,204 @@
+"""Figures of a trained system, each printed with the protocol that it was measured by.
+
+evaluate.py reconstruct --ae EXPORT --data-path SHARDS    PSNR, SSIM and LPIPS of an autoencoder
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from datasets.config import DataConfig, resolve
+from datasets.loader import ClipReader
+from datasets.shards import ShardSet
+from launch.env import Env, Stopped, distributed
+from launch.run import Launch, parse_launch, run_main
+from losses import perceptual
+from metrics.frames import SSIM_WINDOW, lpips, psnr, quantise, ssim
+from pipelines.cmd import CMDPipeline
+from utils.config import dump_yaml, flag, load_config, to_dict
+from utils.errors import ConfigError
+from utils.files import atomic_write_text
+from utils.media import to_float
+from utils.rng import SampleRng
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructConfig:
+    """Measures how well an autoencoder gives clips back."""
+
+    system: str = "cmd"
+    """Which of the toolkit's systems."""
+    ae: str = ""
+    """The autoencoder: an export or run folder, or an official checkpoint (.pt)."""
+    data_path: str = ""
+    """Shard set to measure on, every clip once: its first frames, as many as the autoencoder takes."""
+    vae: str = ""
+    """Latent mode: folder of the image VAE."""
+    scale_factor: float = 0.18215
+    """Latent mode: factor of the image VAE's latents."""
+    weights: Literal["ema", "model"] = "ema"
+    """Averaged weights (where there are any), or the last ones."""
+    perceptual: Literal["lpips-alex", "lpips-vgg", "lpips-squeeze", "effl0", "none"] = "lpips-alex"
+    """Network of the perceptual distance; it is left out, and said so, when its weights are not there."""
+    perceptual_weights: str = ""
+    """File with the network's weights; empty: the torch hub cache."""
+    psnr_per_clip: bool = False
+    """PSNR of the squared error of whole clips (as PVDM reports it) in place of single frames."""
+    max_clips: int = 0
+    """Measure on the first clips only; 0: all."""
+    batch_size: int = 8
+    """Clips at a time, per process."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the autoencoder."""
+    n_frames: int = 16
+    """An official checkpoint does not say its clip length."""
+    out: str = ""
+    """JSON file to write the figures to."""
+    timeout: float = 1800.0
+    """Seconds that a process waits for the others."""
+
+    def validate(self) -> None:
+        """Raises ConfigError on settings that cannot work."""
+        if not self.ae:
+            raise ConfigError("which autoencoder? give --ae FOLDER, the run or export folder of train_ae.py")
+        if not self.data_path:
+            raise ConfigError("measured on what? give --data-path FOLDER, a shard set made by preprocess.py")
+        if self.batch_size < 1:
+            raise ConfigError(f"--batch-size {self.batch_size}: at least 1")
+
+
+def reconstruct(launch: Launch) -> None:
+    """The subcommand of that name."""
+    config = load_config({"cmd": ReconstructConfig}, launch.argv, prog="evaluate.py reconstruct", description=__doc__ or "")
+    config.validate()
+    if launch.print_config or launch.dry_run:
+        print(dump_yaml(to_dict(config)), end="")
+        return
+    with distributed(config.timeout) as env:
+        figures = measure_reconstruction(config, env)
+        if not env.is_main:
+            return
+        print(table(figures), flush=True)
+        if config.out:
+            atomic_write_text(Path(config.out), json.dumps(figures, indent=2) + "\n")
+
+
+def measure_reconstruction(config: ReconstructConfig, env: Env) -> dict[str, Any]:
+    """Figures and protocol; the processes share the clips, each clip is counted once."""
+    shards = ShardSet.open(config.data_path)
+    pipeline = CMDPipeline.from_exports(
+        config.ae,
+        vae=config.vae,
+        scale_factor=config.scale_factor,
+        ae_weights=config.weights,
+        n_frames=config.n_frames,
+        image_size=shards.size,
+        device=env.device,
+        precision=config.precision,
+    )
+    model = pipeline.ae.module.config
+    size = model.image_size if pipeline.vae is None else tuple(pipeline.vae.factor * side for side in model.image_size)
+    resolve(DataConfig(path=config.data_path, n_frames=model.n_frames, image_size=size), shards)
+    total = min(config.max_clips, shards.num_samples) if config.max_clips else shards.num_samples
+    distance = perceptual.build(config.perceptual, config.perceptual_weights, "warn-and-disable")
+    if distance is not None:
+        distance.to(env.device)
+    mine = np.arange(total)[env.rank :: env.world_size]
+    sums: dict[str, float] = {}
+    with tqdm(total=len(mine), desc="clips of rank 0", unit="clip", disable=None if env.is_main else True) as bar:
+        for samples, clips in _clips(shards, mine, model.n_frames, config.batch_size, env.device):
+            recon = pipeline.reconstruct(clips, SampleRng(0, torch.from_numpy(samples), env.device))
+            for name, values in _measures(clips, recon, distance, config).items():
+                sums[name] = sums.get(name, 0.0) + values.double().sum().item()
+            bar.update(len(samples))
+            if env.stop:
+                raise Stopped
+    return _summary(config, shards, pipeline, distance, total, _reduced(sums, len(mine), total, size))
+
+
+def _clips(shards: ShardSet, samples: np.ndarray, n_frames: int, batch: int, device: torch.device) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """(numbers, clips b 3 t h w in [-1, 1]): the first frames of each sample."""
+    reader = ClipReader(shards, n_frames)
+    for start in range(0, len(samples), batch):
+        chosen = samples[start : start + batch]
+        frames = torch.from_numpy(reader.read(chosen, np.zeros(len(chosen), dtype=np.int64)))
+        yield chosen, to_float(frames.to(device).permute(0, 4, 1, 2, 3))
+
+
+def _measures(clips: Tensor, recon: Tensor, distance: nn.Module | None, config: ReconstructConfig) -> dict[str, Tensor]:
+    """Name -> one value per clip."""
+    values = {"psnr": psnr(clips, recon, per_clip=config.psnr_per_clip), "l1": (quantise(clips) - quantise(recon)).abs().flatten(1).mean(1)}
+    if min(clips.shape[-2:]) >= SSIM_WINDOW:
+        values["ssim"] = ssim(clips, recon)
+    if distance is not None:
+        with torch.no_grad():
+            values[config.perceptual.replace("-", "_")] = lpips(distance, clips, recon)
+    return values
+
+
+def _reduced(sums: dict[str, float], count: int, total: int, size: tuple[int, int]) -> dict[str, float]:
+    """Means over the clips of all processes."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (sums, count))
+    counted = sum(number for _, number in gathered)
+    assert counted == total, f"{counted} clips were measured, {total} are there (size {size})"
+    names = dict.fromkeys(name for part, _ in gathered for name in part)
+    return {name: sum(part.get(name, 0.0) for part, _ in gathered) / total for name in names}
+
+
+def _summary(config: ReconstructConfig, shards: ShardSet, pipeline: CMDPipeline, distance: nn.Module | None, total: int, means: dict[str, float]) -> dict[str, Any]:
+    model = pipeline.ae.module.config
+    missing = config.perceptual != "none" and distance is None
+    return means | {
+        "clips": total,
+        "protocol": {
+            "psnr": f"8 bit, mean squared error per {'clip' if config.psnr_per_clip else 'frame'}, mean over clips, dB",
+            "ssim": "8 bit, Gaussian 11x11 sigma 1.5, per frame, mean over clips",
+            "l1": "8 bit, mean absolute difference on [0, 1]",
+            "perceptual": "none: weights missing" if missing else config.perceptual,
+            "clips": total,
+            "frames": model.n_frames,
+            "size": list(shards.size),
+            "window": "first frames of each stored clip",
+            "dataset": shards.name,
+            "dataset_digest": shards.digest,
+            "autoencoder_sha256": pipeline.ae.sha256,
+            "precision": config.precision,
+        },
+    }
+
+
+def table(figures: dict[str, Any]) -> str:
+    """Figures and protocol as two columns of text."""
+    rows = [(name, f"{value:.4f}" if isinstance(value, float) else str(value)) for name, value in figures.items() if name != "protocol"]
+    rows += [("", ""), *((name, str(value)) for name, value in figures["protocol"].items())]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+
+
+COMMANDS: dict[str, Callable[[Launch], None]] = {"reconstruct": reconstruct}
+
+
+def main() -> None:
+    """Choose the subcommand."""
+    logging.basicConfig(format="%(message)s")
+    launch = parse_launch("evaluate.py", __doc__ or "")
+    name = launch.argv[0] if launch.argv else ""
+    if name in ("-h", "--help"):
+        return
+    if name not in COMMANDS:
+        raise ConfigError(f"evaluate.py {name or '(nothing)'}: a command is wanted first: {', '.join(COMMANDS)}")
+    COMMANDS[name](dataclasses.replace(launch, argv=launch.argv[1:]))
+
+
+if __name__ == "__main__":
+    run_main(main)

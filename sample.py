@@ -1,0 +1,115 @@
+"""Generates clips with a trained system, on any number of processes: one mp4 a sample, a grid, and all settings as JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+
+from datasets.video import decode_window
+from launch.env import Env, Stopped, distributed
+from launch.run import parse_launch, run_main
+from pipelines.cmd_sample import CMDSampleConfig, CMDSampleJob
+from utils.config import dump_yaml, load_config, to_dict
+from utils.errors import UserError
+from utils.files import atomic_write_text
+from utils.media import grid, to_uint8, write_gif, write_mp4, write_png
+
+GRID_LIMIT = 64
+"""Samples shown in the grid, at most."""
+
+
+def main() -> None:
+    """Parse, and generate what is not there yet."""
+    launch = parse_launch("sample.py", __doc__ or "")
+    config = load_config({"cmd": CMDSampleConfig}, launch.argv, prog="sample.py", description=__doc__ or "")
+    config.validate()
+    if launch.print_config or launch.dry_run:
+        print(dump_yaml(to_dict(config)), end="")
+        return
+    with distributed(config.timeout) as env:
+        generate(config, env)
+
+
+def generate(config: CMDSampleConfig, env: Env) -> None:
+    """Write the missing samples of this configuration; the processes share them."""
+    state = PartialState(cpu=env.device.type == "cpu")
+    job = CMDSampleJob(config, env.device)
+    folder = config.out
+    _check_settings(job, folder)
+    names = [job.name(i) for i in range(config.num_samples)]
+    todo = [i for i, name in enumerate(names) if not _written(folder, name, config.gif)]
+    # One process's view of the folder, agreed on before anything is written. Padded: accelerate would give an idle process a sample twice.
+    todo = broadcast_object_list([todo])[0]
+    if env.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_settings(job, folder, names)
+    state.wait_for_everyone()
+    with state.split_between_processes(todo + [None] * (-len(todo) % env.world_size)) as mine:
+        _generate_share(job, config, [i for i in mine if i is not None], env)
+    state.wait_for_everyone()
+    if env.is_main:
+        _write_grid(job, folder, names[:GRID_LIMIT], config.gif)
+        kept = config.num_samples - len(todo)
+        print(f"{config.num_samples} samples in {folder}" + (f" ({kept} were there already)" if kept else ""), flush=True)
+
+
+def _generate_share(job: CMDSampleJob, config: CMDSampleConfig, mine: list[int], env: Env) -> None:
+    """This process's samples, each written as soon as it is there."""
+    with tqdm(total=len(mine), desc="samples of rank 0", unit="clip", disable=None if env.is_main else True) as bar:
+        for start in range(0, len(mine), config.batch_size):
+            indices = mine[start : start + config.batch_size]
+            for index, clip in zip(indices, to_uint8(job.generate(indices)).cpu(), strict=True):
+                if config.gif:
+                    write_gif(config.out / f"{job.name(index)}.gif", clip, job.fps)
+                write_mp4(config.out / f"{job.name(index)}.mp4", clip, job.fps)
+            bar.update(len(indices))
+            if env.stop:
+                raise Stopped
+
+
+def _written(folder: Path, name: str, gif: bool) -> bool:
+    endings = ("mp4", "gif") if gif else ("mp4",)
+    return all((folder / f"{name}.{ending}").is_file() for ending in endings)
+
+
+def _check_settings(job: CMDSampleJob, folder: Path) -> None:
+    """Raises UserError when the folder holds samples of other settings."""
+    path = folder / "settings.json"
+    if not path.exists():
+        return
+    try:
+        found: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is damaged: delete {folder}, or choose another --out") from None
+    wanted = json.loads(json.dumps(job.settings()))
+    differ = [key for key, value in wanted.items() if found.get(key) != value]
+    if differ:
+        raise UserError(f"{folder} holds samples of other settings ({', '.join(differ)} differ): choose another --out, or delete it")
+
+
+def _write_settings(job: CMDSampleJob, folder: Path, names: list[str]) -> None:
+    samples = [
+        {"file": f"{name}.mp4", "index": i, "class": job.label(i), "class_name": job.class_name(job.label(i))} for i, name in enumerate(names)
+    ]
+    record = job.settings() | {"sources": job.sources(), "torch": torch.__version__, "samples": samples}
+    atomic_write_text(folder / "settings.json", json.dumps(record, indent=2) + "\n")
+
+
+def _write_grid(job: CMDSampleJob, folder: Path, names: list[str], gif: bool) -> None:
+    """The first samples side by side, one column a class where that fits."""
+    frames = job.pipeline.ae.module.config.n_frames
+    clips = [torch.from_numpy(decode_window((folder / f"{name}.mp4").read_bytes(), 0, frames)) for name in names]
+    columns = len(job.labels) if 1 < len(job.labels) <= 10 else 0
+    shown = grid(torch.stack(clips).permute(0, 4, 1, 2, 3), columns)
+    write_mp4(folder / "grid.mp4", shown, job.fps)
+    if gif:
+        write_gif(folder / "grid.gif", shown, job.fps)
+    write_png(folder / "grid.png", shown[:, 0])
+
+
+if __name__ == "__main__":
+    run_main(main)
