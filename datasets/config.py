@@ -1,8 +1,10 @@
 """Settings of the training stream."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from datasets.shards import ShardSet
 from utils.config import flag
+from utils.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -23,3 +25,20 @@ class DataConfig:
     """Batches each worker keeps ready."""
     flip: bool = flag(False, "flip")
     """Mirror half of the clips left to right."""
+
+
+def resolve(data: DataConfig, shards: ShardSet) -> DataConfig:
+    """Fills `n_frames`, `image_size` and `dataset_name` from the shard set. ConfigError where they ask for what it does not hold."""
+    if data.n_frames > shards.clip_length:
+        stored = f"its clips have {shards.clip_length} frames" if shards.meta["clip_length"] else f"its shortest video has {shards.clip_length} frames"
+        raise ConfigError(f"--n-frames {data.n_frames}: {shards.folder} cannot give that, {stored}; use fewer, or preprocess with --clip-length")
+    if data.n_frames < 0:
+        raise ConfigError(f"--n-frames {data.n_frames} is negative: use 0 for the whole stored clip")
+    if data.n_frames == 0 and not shards.meta["clip_length"]:
+        raise ConfigError(f"{shards.folder} holds whole videos of various lengths: say --n-frames (at most {shards.clip_length})")
+    if tuple(data.image_size) not in ((0, 0), shards.size):
+        wanted, stored = (" ".join(map(str, size)) for size in (data.image_size, shards.size))
+        raise ConfigError(f"--image-size {wanted}: {shards.folder} holds {stored}; drop the flag or preprocess with --image-size {wanted}")
+    return replace(
+        data, n_frames=data.n_frames or shards.clip_length, image_size=shards.size, dataset_name=data.dataset_name or shards.name
+    )

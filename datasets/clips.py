@@ -1,0 +1,151 @@
+"""One source video -> encoded clips: decode in order, choose frames, crop and resize, cut, encode. Runs inside a worker process."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from datasets.shards import IMAGE_SUFFIXES
+from datasets.sources import Video, natural_key
+from datasets.video import VideoError, centre_crop, decode, probe, resize
+from datasets.writer import Sample, dump_json, npy_bytes, sums_text
+from utils.media import encode_mp4
+
+CHUNK = 16
+MP4_GOP = 16
+MP4_CRF = 18
+
+
+@dataclass(frozen=True)
+class ClipRules:
+    """How clips are made of a video."""
+
+    size: tuple[int, int] = (64, 64)
+    clip_length: int = 16
+    """Frames of a clip; 0: the whole video is one sample."""
+    clip_stride: int = 16
+    """Frames between the beginnings of two clips, counted after `frame_stride`."""
+    frame_stride: int = 1
+    """Every how many frames of the source one is taken."""
+    codec: Literal["npy", "mp4"] = "npy"
+    decoder: Literal["ffmpeg", "pyav"] = "ffmpeg"
+    resize: Literal["crop", "stretch"] = "crop"
+    """crop: the largest centred part with the aspect of `size`; stretch: centre square, then `size` (CMD's release)."""
+    antialias: bool = True
+    on_short: Literal["skip", "pad"] = "skip"
+    """A video shorter than one clip: leave it out, or repeat its last frame."""
+    max_clips: int = 0
+    """Clips taken from one video, from its beginning; 0: all."""
+    frames_fps: float = 25.0
+    """Frame rate of frame folders."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames uint8 (t, h, w, 3) from source frame `start` on."""
+
+    start: int
+    frames: np.ndarray
+    padded: int = 0
+
+
+def transform(frames: np.ndarray, rules: ClipRules) -> np.ndarray:
+    """Crop and resize uint8 (t, h, w, 3) as the rules say."""
+    aspect = rules.size if rules.resize == "crop" else (1, 1)
+    return resize(centre_crop(frames, aspect), rules.size, antialias=rules.antialias)
+
+
+def cut_clips(frames: Iterator[np.ndarray], rules: ClipRules) -> Iterator[Clip]:
+    """Clips of a stream of native frames (h, w, 3). All frames are drawn, also after the last clip: only the end shows that a file is whole."""
+    taken: list[np.ndarray] = []  # transformed frames base, base + 1, ...
+    base = start = made = 0
+    for chunk in _chunks(frames, rules.frame_stride):
+        if rules.max_clips and made == rules.max_clips:
+            continue
+        taken.extend(transform(chunk, rules))
+        while rules.clip_length and base + len(taken) >= start + rules.clip_length and made != (rules.max_clips or -1):
+            first = start - base
+            yield Clip(start * rules.frame_stride, np.stack(taken[first : first + rules.clip_length]))
+            made, start = made + 1, start + rules.clip_stride
+            drop = min(start - base, len(taken))
+            del taken[:drop]
+            base += drop
+    if taken and not rules.clip_length:
+        yield Clip(0, np.stack(taken))
+    elif taken and not made and rules.on_short == "pad":
+        padded = rules.clip_length - len(taken)
+        yield Clip(0, np.stack(taken + taken[-1:] * padded), padded)
+
+
+def _chunks(frames: Iterator[np.ndarray], stride: int) -> Iterator[np.ndarray]:
+    """Every stride-th frame, CHUNK of them at a time."""
+    kept: list[np.ndarray] = []
+    for number, frame in enumerate(frames):
+        if number % stride == 0:
+            kept.append(frame)
+        if len(kept) == CHUNK:
+            yield np.stack(kept)
+            kept = []
+    if kept:
+        yield np.stack(kept)
+
+
+def read_frames(folder: Path) -> Iterator[np.ndarray]:
+    """Pictures of a folder in natural order, uint8 (h, w, 3). VideoError for one that is damaged or of another size than the first."""
+    paths = sorted((path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES), key=lambda path: natural_key(path.name))
+    shape = None
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                frame = np.asarray(image.convert("RGB"))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise VideoError("damaged", f"{path.name}: {str(error).splitlines()[0][:200]}") from None
+        if frame.shape != (shape or frame.shape):
+            raise VideoError("frames differ in size", f"{path.name} is {frame.shape[1]}x{frame.shape[0]}, the first {shape[1]}x{shape[0]}")
+        shape = frame.shape
+        yield frame
+
+
+def samples(video: Video, rules: ClipRules, class_name: str | None) -> Iterator[tuple[Sample, float]]:
+    """(sample, its frame rate) for each clip of a video. VideoError when the video cannot be used; what came before is then void."""
+    if video.is_frames:
+        frames, source_fps = read_frames(video.path), rules.frames_fps
+    else:
+        info = probe(video.path)
+        frames, source_fps = decode(video.path, info, rules.decoder), info.fps
+    fps = round(source_fps / rules.frame_stride, 3)
+    made = 0
+    with closing(frames):
+        for made, clip in enumerate(cut_clips(frames, rules), 1):
+            yield _sample(video, clip, rules, class_name, fps), fps
+    if not made:
+        wanted = rules.clip_length * rules.frame_stride if rules.clip_length else 1
+        raise VideoError("too short", f"fewer than the {wanted} frames of a clip; --on-short pad repeats the last one")
+
+
+def _sample(video: Video, clip: Clip, rules: ClipRules, class_name: str | None, fps: float) -> Sample:
+    if rules.codec == "npy":
+        members, sums = {"npy": npy_bytes(clip.frames)}, sums_text(clip.frames)
+    else:
+        gop = min(len(clip.frames), MP4_GOP) if not rules.clip_length else len(clip.frames)
+        members, sums = {"mp4": encode_mp4(clip.frames, fps, crf=MP4_CRF, gop=gop)}, ""
+    length = (len(clip.frames) - clip.padded) * rules.frame_stride
+    card = {
+        "source": video.name,
+        "span": [clip.start, clip.start + length],
+        "frame_stride": rules.frame_stride,
+        "padded_frames": clip.padded,
+        "fps": fps,
+        "class": class_name,
+        "caption": video.caption or None,
+    }
+    members["json"] = dump_json(card)
+    if class_name is not None:
+        members["cls"] = str(video.label).encode()
+    if video.caption:
+        members["txt"] = video.caption.encode()
+    return Sample(f"{video.key}_{clip.start:06d}", members, len(clip.frames), video.label, sums)

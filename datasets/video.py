@@ -1,0 +1,265 @@
+"""Decoding, and transforms on uint8 frames.
+
+Source files are decoded from frame 0 on and frames are numbered as they come: seeking, time stamps and header counts are wrong in
+too many real files. Two decoders give the same frames: the ffmpeg program (built with ffmpeg-python, run by us) and PyAV.
+"""
+
+import io
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+
+import av
+import ffmpeg
+import numpy as np
+import torch
+import torch.nn.functional as F
+from av.error import FFmpegError
+from av.video.reformatter import VideoReformatter
+from torch import Tensor
+
+TIMEOUT = 3600.0
+"""Seconds after which the decoding of one file by ffmpeg is given up."""
+
+
+class VideoError(ValueError):
+    """A file that cannot be used. `reason` is a short class of trouble, the message its detail."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What probing found about the video stream that is used."""
+
+    stream: int
+    height: int
+    width: int
+    """Size of the coded frames, before rotation."""
+    turns: int
+    """Quarter turns, counter-clockwise, that set the picture upright."""
+    fps: float
+    frames: int
+    """Frames that a whole file must decode to: the larger of the header's count and the packets found."""
+
+
+def probe(path: Path) -> VideoInfo:
+    """Picks the best video stream (no cover art), reads all its packets without decoding them, and decodes the first frame.
+
+    Raises VideoError for a file that is empty, not a video, without pictures, or cut short.
+    """
+    if path.stat().st_size == 0:
+        raise VideoError("empty file", "0 bytes")
+    try:
+        with av.open(str(path), metadata_errors="ignore") as container:
+            stream = _best_stream(container)
+            first, packets, end = None, 0, 0.0
+            for packet in container.demux(stream):
+                if packet.size == 0 or packet.is_discard:
+                    continue
+                packets += 1
+                if packet.pts is not None:
+                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+                if first is None:
+                    first = next(iter(packet.decode()), None)
+            if first is None:
+                first = next(iter(stream.codec_context.decode(None)), None)
+            if first is None:
+                raise VideoError("no frames", "no picture could be decoded")
+            _check_whole(container, stream, packets, end)
+            rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+            frames = packets if stream.frames > packets else max(stream.frames, packets)
+            return VideoInfo(stream.index, first.height, first.width, round(first.rotation / 90) % 4, float(rate), frames)
+    except (FFmpegError, OSError, UnicodeError) as error:
+        raise VideoError("not a readable video", _one_line(str(error), path)) from None
+
+
+def _best_stream(container: av.container.InputContainer) -> av.VideoStream:
+    pictures = av.stream.Disposition.attached_pic
+    best = container.streams.best("video")
+    if best is not None and not best.disposition & pictures:
+        return best
+    streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
+    if not streams:
+        raise VideoError("no video stream", "audio or cover art only")
+    return max(streams, key=lambda stream: stream.codec_context.width * stream.codec_context.height)
+
+
+def _check_whole(container: av.container.InputContainer, stream: av.VideoStream, packets: int, end: float) -> None:
+    """A file that was cut keeps its header: compare what it promises with the packets that are there."""
+    edited = stream.duration and stream.average_rate and float(stream.duration * stream.time_base * stream.average_rate)
+    promised = min(stream.frames, round(edited)) if edited else stream.frames
+    if _short(packets, promised):
+        raise VideoError("truncated", f"{packets} of {promised} frames are there")
+    if not stream.frames and len(container.streams) == 1 and container.duration and end:
+        start = (container.start_time or 0) / av.time_base
+        if end - start < 0.98 * container.duration / av.time_base - 0.1:
+            raise VideoError("truncated", f"ends after {end - start:.2f} of {container.duration / av.time_base:.2f} s")
+
+
+def _short(found: int, promised: int) -> bool:
+    return found < 0.98 * promised and promised - found > 1
+
+
+def _one_line(text: str, path: Path) -> str:
+    lines = [line.strip() for line in text.replace(str(path), path.name).splitlines() if line.strip()]
+    return lines[0][:200] if lines else "unknown error"
+
+
+def decode(path: Path, info: VideoInfo, decoder: str) -> Iterator[np.ndarray]:
+    """All frames in decode order, upright, uint8 (h, w, 3) RGB at the native size. decoder: "ffmpeg" or "pyav".
+
+    Raises VideoError after the last good frame when the file is damaged: an error of the decoder, or frames missing at the end.
+    """
+    count = 0
+    with closing(_decode_ffmpeg(path, info) if decoder == "ffmpeg" else _decode_pyav(path, info)) as frames:
+        for count, frame in enumerate(frames, 1):
+            yield np.rot90(frame, info.turns) if info.turns else frame
+    if _short(count, info.frames):
+        raise VideoError("damaged", f"only {count} of {info.frames} frames decode")
+
+
+def _decode_pyav(path: Path, info: VideoInfo) -> Iterator[np.ndarray]:
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        with av.logging.Capture() as messages, av.open(str(path), metadata_errors="ignore") as container:
+            stream = container.streams[info.stream]
+            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+            stream.codec_context.options = {"err_detect": "explode"}
+            reformatter = VideoReformatter()
+            for frame in container.decode(stream):
+                yield reformatter.reformat(frame, info.width, info.height, "rgb24").to_ndarray()
+                if messages:
+                    raise VideoError("damaged", _one_line(messages[0][2], path))
+            if messages:
+                raise VideoError("damaged", _one_line(messages[0][2], path))
+    except (FFmpegError, OSError) as error:
+        raise VideoError("damaged", _one_line(str(error), path)) from None
+    finally:
+        av.logging.set_level(None)
+
+
+@cache
+def ffmpeg_program() -> str | None:
+    """The ffmpeg binary: of the PATH, else the one that the package imageio-ffmpeg brings; None without either."""
+    found = shutil.which("ffmpeg")
+    if found:
+        return found
+    try:
+        import imageio_ffmpeg
+
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError):
+        return None
+
+
+@cache
+def _passthrough(program: str) -> tuple[str, str]:
+    """The option that keeps ffmpeg from repeating or dropping frames: -vsync is gone from new versions, -fps_mode missing in old ones."""
+    text = subprocess.run([program, "-hide_banner", "-h", "long"], capture_output=True, text=True, timeout=60, check=False).stdout
+    return ("fps_mode", "passthrough") if "fps_mode" in text else ("vsync", "0")
+
+
+def ffmpeg_command(program: str, path: Path, info: VideoInfo) -> list[str]:
+    """The argument list that decodes one stream of a file to raw RGB on stdout."""
+    # "file:" keeps names such as "a:b.mp4" and "-x.mp4" from being read as protocols and options.
+    source = ffmpeg.input(f"file:{path.absolute()}", threads=1, noautorotate=None, err_detect="explode")
+    name, value = _passthrough(program)
+    options = {name: value, "f": "rawvideo", "pix_fmt": "rgb24", "threads": 1}
+    graph = source[str(info.stream)].output("pipe:", **options)
+    return [*graph.global_args("-nostdin", "-v", "error", "-xerror").compile(cmd=program)]
+
+
+def _decode_ffmpeg(path: Path, info: VideoInfo) -> Iterator[np.ndarray]:
+    program = ffmpeg_program()
+    assert program is not None, "the caller chose ffmpeg without one"
+    try:
+        command = ffmpeg_command(program, path, info)
+    except UnicodeError:
+        raise VideoError("unusable file name", "the name is not valid text: rename the file") from None
+    size = info.height * info.width * 3
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, bufsize=max(size, 1 << 16))
+        timer = threading.Timer(TIMEOUT, process.kill)
+        timer.start()
+        try:
+            assert process.stdout is not None
+            while len(data := process.stdout.read(size)) == size:
+                yield np.frombuffer(data, dtype=np.uint8).reshape(info.height, info.width, 3)
+            process.wait()
+            message = os.pread(errors.fileno(), 4096, 0).decode(errors="replace")
+            if process.returncode or message.strip() or data:
+                raise VideoError("damaged", _one_line(message, path) if message.strip() else f"ffmpeg ended with {process.returncode}")
+        finally:
+            timer.cancel()
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def decode_window(payload: bytes, start: int, n_frames: int) -> np.ndarray:
+    """Frames [start, start + n_frames), uint8 (t, h, w, 3), of an mp4 that `utils.media.encode_mp4` wrote. ValueError when they are not there.
+
+    Seeking is safe here: constant frame rate, no B-frames, frame k at k / rate.
+    """
+    frames: list[np.ndarray] = []
+    try:
+        with av.open(io.BytesIO(payload), format="mp4") as container:
+            stream = container.streams.video[0]
+            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+            ticks = 1 / (stream.average_rate * stream.time_base)
+            if start:
+                container.seek(round(start * ticks), stream=stream, backward=True)
+            for frame in container.decode(stream):
+                if round(frame.pts / ticks) >= start:
+                    frames.append(frame.to_ndarray(format="rgb24"))
+                if len(frames) == n_frames:
+                    return np.stack(frames)
+    except (FFmpegError, ArithmeticError, IndexError, TypeError) as error:
+        raise ValueError(str(error)) from None
+    raise ValueError(f"{len(frames)} of {n_frames} frames from frame {start} on")
+
+
+def centre_crop(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The largest centred part of (..., h, w, c) with the aspect of `size` = (height, width); offsets rounded down."""
+    h, w = frames.shape[-3:-1]
+    # The side that fits stays whole; integer arithmetic keeps the other exact.
+    if h * size[1] <= w * size[0]:
+        height, width = h, max(1, h * size[1] // size[0])
+    else:
+        height, width = max(1, w * size[0] // size[1]), w
+    top, left = (h - height) // 2, (w - width) // 2
+    return frames[..., top : top + height, left : left + width, :]
+
+
+def resize(frames: np.ndarray, size: tuple[int, int], *, antialias: bool = True) -> np.ndarray:
+    """Bilinear resize of uint8 (t, h, w, c) to (t, *size, c), pixel centres aligned at half pixels (align_corners off)."""
+    if frames.shape[1:3] == tuple(size):
+        return np.ascontiguousarray(frames)
+    x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+    x = F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False, antialias=antialias)
+    return x.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def square_crop(frames: np.ndarray) -> np.ndarray:
+    """Centre square of the shorter side of (..., h, w, c), offset floor((long - short) / 2)."""
+    return centre_crop(frames, (1, 1))
+
+
+def release_cmd_transform(frames: np.ndarray, resolution: tuple[int, int]) -> Tensor:
+    """uint8 (f, h, w, c) -> float (c, f, *resolution) in [-1, 1] exactly as CMD's released training data (spec: cmd, preproc).
+
+    Scaled first, then the centre square, then bilinear without antialiasing; a target that is not square stretches the square.
+    """
+    x = torch.from_numpy(np.ascontiguousarray(square_crop(frames))).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    return F.interpolate(x, size=tuple(resolution), mode="bilinear", align_corners=False).transpose(0, 1).contiguous()

@@ -1,0 +1,112 @@
+"""Worker processes that turn source videos into encoded clips, a little ahead of the one writer that asks for them in order."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import torch
+
+from datasets.clips import ClipRules, samples
+from datasets.sources import Video
+from datasets.video import VideoError
+from datasets.writer import Sample
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Clips of one video, waiting in a spool file: for each its sample without payloads and (extension, size) of its members."""
+
+    rows: list[tuple[Sample, list[tuple[str, int]], float]]
+    skipped: tuple[str, str, str] | None = None
+
+
+def prepare(video: Video, rules: ClipRules, class_name: str | None, spool: Path) -> Prepared:
+    """Decodes a video and writes the members of its clips to `spool`. A video that cannot be used gives the reason instead."""
+    rows = []
+    try:
+        with open(spool, "wb") as file:
+            for sample, fps in samples(video, rules, class_name):
+                sizes = [(extension, file.write(payload)) for extension, payload in sample.members.items()]
+                rows.append((replace(sample, members={}), sizes, fps))
+    except VideoError as error:
+        return Prepared([], (video.name, error.reason, str(error)))
+    return Prepared(rows)
+
+
+def read_spool(prepared: Prepared, spool: Path) -> Iterator[tuple[Sample, float]]:
+    """(sample, its frame rate) for each clip of a video, read back from its spool file."""
+    with open(spool, "rb") as file:
+        for sample, sizes, fps in prepared.rows:
+            yield replace(sample, members={extension: file.read(size) for extension, size in sizes}), fps
+
+
+def _start_worker(stop: Connection) -> None:
+    """Workers leave Ctrl-C to the parent, use one core each, and end when the parent is killed or closes its end of `stop`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel, stop])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Spawned workers that are gone at once when the block is left, whatever they were doing."""
+    context = multiprocessing.get_context("spawn")
+    stop_reader, stop_writer = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(stop_reader,))
+    try:
+        yield pool
+    finally:
+        stop_writer.close()
+        pool.shutdown(cancel_futures=True)
+        stop_reader.close()
+
+
+def prepare_all(
+    videos: list[Video], first: int, rules: ClipRules, classes: list[str], folder: Path, workers: int
+) -> Iterator[tuple[int, Prepared, Path]]:
+    """(number, clips, spool file) of the videos from number `first` on, in order, prepared by `workers` processes a little ahead."""
+
+    def job(number: int) -> tuple[Video, ClipRules, str | None, Path]:
+        video = videos[number]
+        return video, rules, classes[video.label] if classes else None, _spool(folder, number)
+
+    if workers <= 1:
+        yield from ((number, prepare(*job(number)), _spool(folder, number)) for number in range(first, len(videos)))
+        return
+    ahead: deque[tuple[int, Future[Prepared]]] = deque()
+    with _worker_pool(workers) as pool:
+        try:
+            for number in range(first, len(videos)):
+                ahead.append((number, pool.submit(prepare, *job(number))))
+                if len(ahead) > 2 * workers:
+                    yield ahead[0][0], ahead[0][1].result(), _spool(folder, ahead[0][0])
+                    ahead.popleft()
+            for number, future in ahead:
+                yield number, future.result(), _spool(folder, number)
+        except BrokenProcessPool:
+            names = ", ".join(videos[number].name for number, _ in list(ahead)[: workers + 1])
+            raise UserError(
+                f"a worker process died (out of memory, or a decoder crashed), probably on one of: {names}; "
+                "run the same command again, with fewer --workers or without the file"
+            ) from None
+
+
+def _spool(folder: Path, number: int) -> Path:
+    return folder / f"{number}.spool"

@@ -1,0 +1,146 @@
+"""Writes shards: each tar and its offset index appear whole, with the same bytes for the same samples."""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from datasets.shards import SCHEMA, frame_sums, sidecar_name
+from utils.errors import UserError
+from utils.files import atomic_write_bytes, fsync_path, sha256_file
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A clip ready to be stored. `members`: extension -> bytes, the clip itself first (npy or mp4)."""
+
+    key: str
+    members: dict[str, bytes]
+    frames: int
+    label: int
+    sums: str
+    """Hexadecimal checksums of the frames, 16 digits each; empty for compressed clips."""
+
+
+def dump_json(value: object) -> bytes:
+    """Compact JSON with sorted keys: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def npy_bytes(frames: np.ndarray) -> bytes:
+    """uint8 (t, h, w, c) as a npy file."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(frames), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def sums_text(frames: np.ndarray) -> str:
+    """Checksums of uint8 frames (t, h, w, c) as they stand in the offset index."""
+    return frame_sums(np.ascontiguousarray(frames).reshape(len(frames), -1)).astype(">u8").tobytes().hex()
+
+
+class _Hashing:
+    """A file that hashes and counts what is written through it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256, self.count = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.count += len(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.count
+
+
+def _table() -> dict[str, list[Any]]:
+    return {name: [] for name in ("key", "offset", "nbytes", "crc32", "frames", "label", "sums")}
+
+
+@dataclass
+class ShardWriter:
+    """One shard being written. `close` commits it: first the tar, then its offset index; a tar without index is not finished."""
+
+    folder: Path
+    number: int
+    table: dict[str, list[Any]] = field(default_factory=_table)
+
+    def __post_init__(self) -> None:
+        self.path = self.folder / f"shard-{self.number:05d}.tar"
+        self.temporary = self.path.with_name(self.path.name + ".tmp")
+        self.file = _Hashing(open(self.temporary, "wb"))  # noqa: SIM115
+        # pax headers would hold times; plain ustar with fixed fields gives the same bytes each time.
+        self.tar = tarfile.open(fileobj=self.file, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[arg-type]
+
+    @property
+    def samples(self) -> int:
+        return len(self.table["key"])
+
+    @property
+    def nbytes(self) -> int:
+        return self.file.count
+
+    def add(self, sample: Sample) -> None:
+        """Appends the members of a sample one after the other."""
+        first = True
+        for extension, payload in sample.members.items():
+            info = tarfile.TarInfo(f"{sample.key}.{extension}")
+            info.size, info.mode = len(payload), 0o644
+            offset = self.file.count + tarfile.BLOCKSIZE
+            self.tar.addfile(info, io.BytesIO(payload))
+            if first:
+                values = (sample.key, offset, len(payload), zlib.crc32(payload), sample.frames, sample.label, sample.sums)
+                for name, value in zip(self.table, values, strict=True):
+                    self.table[name].append(value)
+            first = False
+
+    def close(self, progress: dict[str, Any]) -> dict[str, Any]:
+        """Commits the shard. Returns its offset index, which keeps `progress` (where the next shard begins, what was skipped)."""
+        self.tar.close()
+        self.file.file.flush()
+        os.fsync(self.file.file.fileno())
+        self.file.file.close()
+        os.replace(self.temporary, self.path)
+        fsync_path(self.folder)
+        tar = {"bytes": self.file.count, "sha256": self.file.sha256.hexdigest()}
+        table = {"schema": SCHEMA, "tar": tar, "progress": progress} | self.table
+        atomic_write_bytes(self.folder / sidecar_name(self.path.name), dump_json(table))
+        return table
+
+
+def finished_shard(folder: Path, number: int) -> dict[str, Any] | None:
+    """The offset index of shard `number`, when both files are there and the tar's hash is right; else None."""
+    path = folder / f"shard-{number:05d}.tar"
+    try:
+        table = json.loads((folder / sidecar_name(path.name)).read_bytes())
+        whole = sha256_file(path) == table["tar"]["sha256"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    return table if whole else None
+
+
+def shard_entry(folder: Path, number: int, table: dict[str, Any]) -> dict[str, Any]:
+    """The row of index.json about a finished shard."""
+    name = f"shard-{number:05d}.tar"
+    raw = (folder / sidecar_name(name)).read_bytes()
+    return {"name": name, "samples": len(table["key"]), "index_sha256": hashlib.sha256(raw).hexdigest()} | table["tar"]
+
+
+def remove_set(folder: Path, keep: int = 0) -> None:
+    """Deletes what the toolkit wrote into a shard folder, except the first `keep` shards."""
+    kept = {f"shard-{number:05d}{suffix}" for number in range(keep) for suffix in (".tar", ".index.json")}
+    for pattern in ("shard-*.tar", "shard-*.index.json", "*.tmp", "index.json", "report.json"):
+        for path in folder.glob(pattern):
+            if path.name not in kept:
+                try:
+                    path.unlink()
+                except OSError as error:
+                    raise UserError(f"cannot delete {path}: {error.strerror}") from None

@@ -1,0 +1,96 @@
+"""Videos and pictures on the way in and out: ranges, grids, mp4, GIF and PNG. Files appear whole or not at all."""
+
+import io
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from utils.files import atomic_write_bytes
+
+
+def to_float(video: Tensor) -> Tensor:
+    """uint8 [0, 255] -> float32 [-1, 1], contiguous, same shape and device."""
+    return video.float().div_(127.5).sub_(1.0).contiguous()
+
+
+def to_uint8(video: Tensor) -> Tensor:
+    """float [-1, 1] -> uint8 [0, 255], same shape; clamped, then rounded to the nearest level."""
+    return video.float().clamp(-1.0, 1.0).add(1.0).mul(127.5).round().to(torch.uint8)
+
+
+def grid(videos: Tensor, columns: int = 0, gap: int = 2) -> Tensor:
+    """Videos b c t h w (or images b c h w) side by side with `gap` pixels between -> c t H W (or c H W). columns 0: nearly square.
+
+    Gaps are white: 255 for uint8, 1 for floats.
+    """
+    columns = min(columns, len(videos)) or math.ceil(math.sqrt(len(videos)))
+    rows = math.ceil(len(videos) / columns)
+    *lead, h, w = videos.shape[1:]
+    white = 255 if videos.dtype == torch.uint8 else 1.0
+    out = videos.new_full((*lead, rows * (h + gap) - gap, columns * (w + gap) - gap), white)
+    for i, video in enumerate(videos):
+        top, left = i // columns * (h + gap), i % columns * (w + gap)
+        out[..., top : top + h, left : left + w] = video
+    return out
+
+
+def _frames(video: Tensor) -> np.ndarray:
+    """c t h w uint8 (1 or 3 channels) -> t h w 3."""
+    if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[0] not in (1, 3):
+        raise ValueError(f"expected a uint8 video (c t h w, 1 or 3 channels), got {video.dtype} {tuple(video.shape)}: see to_uint8")
+    return video.expand(3, -1, -1, -1).permute(1, 2, 3, 0).cpu().contiguous().numpy()
+
+
+def encode_mp4(frames: np.ndarray, fps: float, *, crf: int = 18, gop: int = 0) -> bytes:
+    """RGB frames t h w 3 uint8 -> H.264 4:2:0 in mp4, without B-frames, the same bytes each time. gop 0: one key frame in all.
+
+    H.264 4:2:0 needs even sizes: an odd last row or column is repeated.
+    """
+    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    options = {"crf": str(crf), "tune": "fastdecode", "bf": "0", "g": str(gop or len(frames)), "keyint_min": "1", "threads": "1"}
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options | {"sc_threshold": "0"})
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        stream.codec_context.flags |= av.codec.context.Flags.bitexact
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def write_mp4(path: Path | str, video: Tensor, fps: float = 25.0) -> None:
+    """Writes a uint8 video c t h w (1 or 3 channels) as H.264."""
+    atomic_write_bytes(Path(path), encode_mp4(_frames(video), fps))
+
+
+def gif_bytes(video: Tensor, fps: float = 25.0) -> bytes:
+    """An endless GIF of a uint8 video c t h w (1 or 3 channels). GIF counts time in 1/100 s; players are slow below 2 of them."""
+    images = [Image.fromarray(frame) for frame in _frames(video)]
+    buffer = io.BytesIO()
+    duration = max(20, round(100 / fps) * 10)
+    images[0].save(buffer, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0, optimize=False)
+    return buffer.getvalue()
+
+
+def write_gif(path: Path | str, video: Tensor, fps: float = 25.0) -> None:
+    """Writes a uint8 video c t h w (1 or 3 channels) as an endless GIF."""
+    atomic_write_bytes(Path(path), gif_bytes(video, fps))
+
+
+def png_bytes(image: Tensor) -> bytes:
+    """PNG of a uint8 image c h w (1 or 3 channels)."""
+    buffer = io.BytesIO()
+    Image.fromarray(_frames(image[:, None])[0]).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_png(path: Path | str, image: Tensor) -> None:
+    """Writes a uint8 image c h w (1 or 3 channels)."""
+    atomic_write_bytes(Path(path), png_bytes(image))
