@@ -58,7 +58,7 @@ class Arena(AsyncStager):
 
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part, detached."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _room(local: Tensor) -> int:
@@ -70,8 +70,9 @@ def _like(tensor: Tensor, local: Tensor) -> Tensor:
     """`local` with the mesh and placements of `tensor`. (`DTensor.from_local` would move it to the mesh's device.)"""
     if not isinstance(tensor, DTensor):
         return local
-    names, context = tensor.detach().__tensor_flatten__()
-    return DTensor.__tensor_unflatten__({names[0]: local}, context, tensor.shape, tensor.stride())
+    names, context = tensor.__tensor_flatten__()
+    inner = {name: local if name == "_local_tensor" else getattr(tensor, name) for name in names}
+    return DTensor.__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
 
 
 def _pin(buffer: Tensor) -> None:
