@@ -23,7 +23,7 @@ say() { printf '\n\033[1m[%d:%02d] %s\033[0m\n' $(((SECONDS - started) / 60)) $(
 stopped() { echo; echo "Stopped. The same command goes on from here."; exit 130; }
 trap stopped INT
 
-torchrun() { "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$PROCESSES" "$@"; }
+torchrun() { "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$PROCESSES" -- "$@"; }
 
 mkdir -p "$OUT"
 if [ -n "$DATA" ]; then

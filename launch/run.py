@@ -140,7 +140,8 @@ def _start_torchrun(given: dict[str, str], local: int, rest: list[str]) -> NoRet
     command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={local}", *where, "--max-restarts=0"]
     # A restart inside torchrun can meet the addresses of dead peers in the agents' shared store.
     environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **os.environ}
-    os.execve(sys.executable, [*command, sys.argv[0], *rest], environment)
+    # The lone -- keeps torchrun from reading flags of the script as abbreviations of its own (--run).
+    os.execve(sys.executable, [*command, "--", sys.argv[0], *rest], environment)
 
 
 def _report(error: BaseException) -> int:

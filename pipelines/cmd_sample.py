@@ -22,8 +22,9 @@ class CMDSampleConfig:
 
     system: str = "cmd"
     """Which of the toolkit's systems."""
-    run: str = ""
-    """Results folder of the training runs: the newest finished content model, its autoencoder and its motion model are taken."""
+    run: str = flag("", "results-dir")
+    """Results folder of the training runs: the newest finished content model, its autoencoder and its motion model are taken.
+    (Under torchrun on Python 3.11 write --results-dir, or a lone -- before sample.py: torchrun takes --run for one of its own.)"""
     ae: str = ""
     """Autoencoder in place of that in --run: an export or run folder, or an official checkpoint (.pt)."""
     content: str = ""
