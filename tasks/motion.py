@@ -38,10 +38,13 @@ class MotionModelConfig:
     name: str = flag("MotionDiT-L/2", "motion-model-config", "model-name")
     """Size: MotionDiT-{S,B,L,XL}/{2,4,8}."""
     patch_size: int = 0
-    """0: of the named size. So for the next three."""
+    """Side of the patches; 0: of the named size."""
     hidden_size: int = 0
+    """Width of the transformer; 0: of the named size."""
     depth: int = 0
+    """Its blocks; 0: of the named size."""
     num_heads: int = 0
+    """Its attention heads; 0: of the named size."""
     keyframe_patch_size: int = flag(4, "keyframe-patch-size")
     """Side of the patches in which the content frame is read; smaller is better and slower."""
     pos_grid: Literal["true", "release"] = "true"
