@@ -60,7 +60,8 @@ class EmaConfig:
 @dataclass(frozen=True)
 class ParallelConfig:
     mode: Literal["ddp", "fsdp", "hsdp"] = flag("fsdp", "parallel")
-    """ddp: every rank holds all; fsdp: weights, gradients, optimiser and EMA sharded over all ranks; hsdp: sharded inside groups, replicated between them."""
+    """ddp: every rank holds all; fsdp: weights, gradients, optimiser and EMA sharded over all ranks;
+    hsdp: sharded inside groups, replicated between them."""
     shard_size: int = 0
     """hsdp: ranks per shard group; 0: the ranks of one node."""
     precision: Literal["bf16", "fp32"] = flag("bf16", "precision")

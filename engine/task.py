@@ -23,7 +23,8 @@ class Network:
 
     module: nn.Module
     strategy: Literal["fsdp", "ddp", "frozen"] = "fsdp"
-    """fsdp: as `parallel.mode` says; ddp: never sharded (discriminators with R1 or batch norm); frozen: no gradient, a copy on each rank."""
+    """fsdp: as `parallel.mode` says; ddp: never sharded (discriminators with R1 or batch norm);
+    frozen: no gradient, a copy on each rank."""
     optim: OptimConfig | None = None
     """None exactly when frozen."""
     ema: EmaConfig | None = None

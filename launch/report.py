@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from utils.errors import UserError
-from utils.files import write_atomic
+from utils.files import atomic_write_bytes
 
 STAGES = (("autoencoder", "Autoencoder"), ("content", "Content model"), ("motion", "Motion model"))
 MEDIA_TYPES = {".gif": "image/gif", ".png": "image/png"}
@@ -63,7 +63,8 @@ def curve(points: Sequence[tuple[float, float]], label: str, width: int = 300, h
         f'<figure><svg width="{width}" height="{height}"><rect x="{left}" y="{top}" width="{plot_width}" height="{plot_height}" '
         f'fill="none" stroke="#d8dadd"/>{ticks}<text x="{left}" y="{height - 8}">0</text>'
         f'<text x="{width - 8}" y="{height - 8}" text-anchor="end">step {last:.0f}</text>'
-        f'<polyline points="{path}" fill="none" stroke="#1a73e8" stroke-width="1.5"/></svg><figcaption>{html.escape(label)}</figcaption></figure>'
+        f'<polyline points="{path}" fill="none" stroke="#1a73e8" stroke-width="1.5"/></svg>'
+        f"<figcaption>{html.escape(label)}</figcaption></figure>"
     )
 
 
@@ -71,7 +72,8 @@ def picture(path: Path, caption: str, height: int) -> str:
     """An image or GIF of the disk, embedded."""
     data = base64.b64encode(path.read_bytes()).decode()
     source = f"data:{MEDIA_TYPES[path.suffix]};base64,{data}"
-    return f'<figure><img src="{source}" height="{height}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+    text = html.escape(caption)
+    return f'<figure><img src="{source}" height="{height}" alt="{text}"><figcaption>{text}</figcaption></figure>'
 
 
 def table(rows: Iterable[tuple[str, object]]) -> str:
@@ -119,7 +121,9 @@ def build(results: Path, samples: Path, figures: Path | None) -> str:
     parts = []
     if figures is not None:
         values = json.loads(figures.read_text())
-        parts.append("<h2>Reconstruction of held-out clips</h2>" + table((k, v) for k, v in values.items() if not isinstance(v, dict | list)))
+        parts.append(
+            "<h2>Reconstruction of held-out clips</h2>" + table((k, v) for k, v in values.items() if not isinstance(v, dict | list))
+        )
     parts.append(samples_section(samples))
     for stage, title in STAGES:
         run = newest_run(results, stage)
@@ -136,7 +140,7 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, help="JSON that evaluate.py reconstruct wrote")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
     args = parser.parse_args()
-    write_atomic(args.out, build(args.results, args.samples, args.figures).encode())
+    atomic_write_bytes(args.out, build(args.results, args.samples, args.figures).encode())
     print(f"wrote {args.out}")
 
 

@@ -51,7 +51,8 @@ def test_a_missing_package_and_a_failing_check_are_findings(monkeypatch: pytest.
 
 
 def test_names_of_perceptual_weights_are_those_that_training_asks_for() -> None:
-    assert doctor.TRUNKS == {kind: file.name for kind, file in perceptual.FILES.items() if not file.package}
+    asked_for = {kind: file.name for kind, file in perceptual.FILES.items() if not file.package}
+    assert asked_for == doctor.TRUNKS
 
 
 def test_perceptual_weights_are_found_in_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,168 @@
+"""The entry scripts as a user meets them: help, recipes, the release's flags, and mistakes that end in one clear line on every rank."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tasks.autoencoder_config import CMDAutoencoderConfig
+from tasks.content import CMDContentConfig
+from tasks.motion import CMDMotionConfig
+from utils.config import load_config, load_yaml, to_dict
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = str(ROOT / "configs" / "cmd" / "tiny.yaml")
+STAGES = {"train_ae.py": CMDAutoencoderConfig, "train_content_diffusion.py": CMDContentConfig, "train_motion_diffusion.py": CMDMotionConfig}
+SMALL = ["--config", TINY, "--model.dim", "16", "--model.depth", "1", "--global-batch-size", "4", "--num-workers", "0", "--log-every", "1"]
+SMALL += ["--preview-every", "0", "--eval-every", "0", "--ckpt-every", "1", "--no-tensorboard"]
+
+
+def command(script: str, *argv: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """A script in processes of its own: under torchrun when there are several ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    return subprocess.run(
+        [sys.executable, *launcher, str(ROOT / script), *argv], capture_output=True, text=True, timeout=180, env=environment, cwd=ROOT
+    )
+
+
+def complaint(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line that a failed command has to say. torchrun's own report may stand around it, a traceback of ours may not."""
+    assert done.returncode != 0
+    ours = re.findall(rf'File "{re.escape(str(ROOT))}/(?!\.venv).*', done.stderr)
+    assert not ours, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0].removeprefix("error: ")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Eight clips of moving digits, 16 x 16."""
+    folder = tmp_path_factory.mktemp("shards")
+    flags = ["--num-videos", "8", "--out", str(folder), "--image-size", "16", "16", "--clip-length", "4", "--workers", "1"]
+    done = command("preprocess.py", "shards", "--dataset-name", "synthetic-digits", *flags)
+    assert done.returncode == 0, done.stderr
+    return str(folder)
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_help_documents_every_flag(script: str) -> None:
+    done = command(script, "--help")
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 140
+    words = " ".join(re.sub("[\u2502|]", " ", done.stdout).split())
+    launcher = "--nnodes --nproc_per_node --node_rank --master_addr --master_port --dry-run --print-config --config"
+    assert [flag for flag in launcher.split() if flag not in words] == []
+    undocumented = re.findall(r"(--[\w.-]*\w)(?: (?:[A-Z]+|\{[^ ]*))* \(default:", words)
+    assert not undocumented, f"no help text: {undocumented}"
+    aliases = "--data-path --results-dir --global-batch-size --lr --epochs --ckpt-every --log-every --max-steps --parallel"
+    assert [alias for alias in aliases.split() if f"{alias} " not in words] == []
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("script", STAGES)
+def test_every_recipe_serves_every_stage(script: str, recipe: Path) -> None:
+    load_config({"cmd": STAGES[script]}, ["--config", str(recipe)], prog=script).validate()
+
+
+def test_flags_of_the_release_mean_what_they_did() -> None:
+    flags = "--data-path D --dataset-name UCF101 --mode pixel --image-size 64 64 --n-frames 16 --embed-dim 8 --lr 1e-5 --epochs 2000"
+    flags += " --global-batch-size 256 --global-seed 0 --num-workers 4 --log-every 100 --ckpt-every 50000"
+    flags += " --scale-factor 0.18215 --results-dir R --resume"
+    config = load_config({"cmd": CMDAutoencoderConfig}, flags.split(), prog="train_ae.py")
+    assert (config.data.image_size, config.model.embed_dim, config.checkpoint.every, config.train.resume) == ((64, 64), 8, 50000, "auto")
+    config.validate()
+    extra = " --motion-model-config MotionDiT-S/2 --keyframe-patch-size 8 --num-classes 101 --use-text-embed"
+    motion = load_config({"cmd": CMDMotionConfig}, (flags + extra).replace("-size", "_size").split(), prog="train_motion_diffusion.py")
+    assert (motion.model.name, motion.model.keyframe_patch_size, motion.condition.num_classes) == ("MotionDiT-S/2", 8, 101)
+    motion.validate()
+    content = load_config({"cmd": CMDContentConfig}, [*flags.split(), "--num-classes", "101", "--final"], prog="train_content_diffusion.py")
+    assert (content.condition.num_classes, content.final) == (101, True)
+    content.validate()
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_print_config_goes_back_in(script: str, tmp_path: Path) -> None:
+    first = command(script, "--config", TINY, "--lr", "3e-7", "--data-path", "some where", "--print-config")
+    assert first.returncode == 0, first.stderr
+    path = tmp_path / "again.yaml"
+    path.write_text(first.stdout)
+    config = load_config({"cmd": STAGES[script]}, ["--config", str(path)], prog=script)
+    assert to_dict(config) == load_yaml(path)
+    assert (config.optim.lr, config.data.path) == (3e-7, "some where")
+
+
+def test_dry_run_reports_and_starts_nothing(shards: str, tmp_path: Path) -> None:
+    done = command(
+        "train_ae.py", *SMALL, "--data-path", shards, "--results-dir", str(tmp_path / "runs"), "--nproc_per_node", "2", "--dry-run"
+    )
+    assert done.returncode == 0, done.stderr
+    for word in ("parameters", "optimiser", "steps per epoch"):
+        assert word in done.stdout.lower(), done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lrr", "1"], r"unknown flag '--lrr'; did you mean '--lr'\?"),
+        (["--data-path", "{tmp}/nowhere"], r"no shard set at \S*/nowhere: the folder does not exist"),
+        (["--data-path", "{tmp}/empty"], r"/empty .*preprocess.py shards"),
+        (["--data-path", "{tmp}/ucf"], r"/ucf .*preprocess.py shards"),
+        (["--data-path", "{shards}", "--global-batch-size", "5"], r"5.*(4|6)"),
+        (["--data-path", "{shards}", "--config", "{tmp}/hvdm.yaml"], r"hvdm.yaml: this is a config of the system 'hvdm'; \S+ trains: cmd"),
+        (
+            ["--data-path", "{shards}", "--config", "{tmp}/motion.yaml"],
+            r"motion.yaml: .* the stage 'motion'.*: use train_motion_diffusion.py",
+        ),
+        ([], r"--data-path"),
+    ],
+    ids=["flag", "missing", "empty", "raw-ucf101", "batch", "system", "stage", "no-data"],
+)
+def test_a_mistake_is_one_line_on_two_ranks(shards: str, tmp_path: Path, argv: list[str], message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "ucf" / "ApplyEyeMakeup").mkdir(parents=True)
+    (tmp_path / "ucf" / "ApplyEyeMakeup" / "v_ApplyEyeMakeup_g01_c01.avi").write_bytes(b"RIFF")
+    (tmp_path / "hvdm.yaml").write_text("system: hvdm\n")
+    (tmp_path / "motion.yaml").write_text("system: cmd\nstage: motion\n")
+    filled = [word.format(tmp=tmp_path, shards=shards) for word in argv]
+    started = time.monotonic()
+    done = command("train_ae.py", *SMALL, "--results-dir", str(tmp_path / "runs"), *filled, ranks=2)
+    assert re.search(message, complaint(done))
+    assert time.monotonic() - started < 60
+    ended = {line.split(":")[-1].split("(")[0].strip() for line in done.stderr.splitlines() if line.strip().startswith("exitcode")}
+    assert "0" not in ended, "no rank may end as if all were well"
+    assert not list((tmp_path / "runs").glob("*/checkpoints/*"))
+
+
+def test_a_corrupt_checkpoint_is_refused_by_name(shards: str, tmp_path: Path) -> None:
+    base = [*SMALL, "--data-path", shards, "--results-dir", str(tmp_path)]
+    first = command("train_ae.py", *base, "--max-steps", "1")
+    assert first.returncode == 0, first.stderr
+    (checkpoint,) = tmp_path.glob("*/checkpoints/step_0000001")
+    payload = max(checkpoint.iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(payload.read_bytes())
+    data[len(data) // 2] ^= 1
+    payload.write_bytes(bytes(data))
+    done = command("train_ae.py", *base, "--max-steps", "2", "--resume", str(checkpoint), ranks=2)
+    text = complaint(done)
+    assert payload.name in text and str(checkpoint) in text
+
+
+def test_both_ways_to_start_train_two_ranks(shards: str, tmp_path: Path) -> None:
+    """`python script --nproc_per_node 2` starts itself through torchrun; its run is then found finished by the torchrun form."""
+    base = [*SMALL, "--data-path", shards, "--results-dir", str(tmp_path), "--max-steps", "1"]
+    first = command("train_ae.py", "--nnodes", "1", "--nproc_per_node", "2", *base)
+    assert first.returncode == 0, first.stderr
+    (export,) = tmp_path.glob("*/export/model.safetensors")
+    written = export.stat().st_mtime_ns
+    again = command("train_ae.py", *base, ranks=2)
+    assert again.returncode == 0, again.stderr
+    assert export.stat().st_mtime_ns == written
+    assert len(list(tmp_path.glob("*/export/model.safetensors"))) == 1
