@@ -24,7 +24,7 @@ from launch.run import Launch, parse_launch, run_main
 from losses import perceptual
 from metrics.frames import SSIM_WINDOW, lpips, psnr, quantise, ssim
 from pipelines.cmd import CMDPipeline
-from utils.config import dump_yaml, flag, load_config, to_dict
+from utils.config import dump_yaml, load_config, to_dict
 from utils.errors import ConfigError
 from utils.files import atomic_write_text
 from utils.media import to_float
@@ -105,8 +105,9 @@ def measure_reconstruction(config: ReconstructConfig, env: Env) -> dict[str, Any
         device=env.device,
         precision=config.precision,
     )
-    model = pipeline.ae.module.config
-    size = model.image_size if pipeline.vae is None else tuple(pipeline.vae.factor * side for side in model.image_size)
+    model = pipeline.ae.config
+    factor = 1 if pipeline.vae is None else pipeline.vae.factor
+    size = (factor * model.image_size[0], factor * model.image_size[1])
     resolve(DataConfig(path=config.data_path, n_frames=model.n_frames, image_size=size), shards)
     total = min(config.max_clips, shards.num_samples) if config.max_clips else shards.num_samples
     distance = perceptual.build(config.perceptual, config.perceptual_weights, "warn-and-disable")
@@ -122,7 +123,8 @@ def measure_reconstruction(config: ReconstructConfig, env: Env) -> dict[str, Any
             bar.update(len(samples))
             if env.stop:
                 raise Stopped
-    return _summary(config, shards, pipeline, distance, total, _reduced(sums, len(mine), total, size))
+    missing = config.perceptual != "none" and distance is None
+    return _summary(config, shards, pipeline, missing, total, _reduced(sums, len(mine), total))
 
 
 def _clips(shards: ShardSet, samples: np.ndarray, n_frames: int, batch: int, device: torch.device) -> Iterator[tuple[np.ndarray, Tensor]]:
@@ -145,19 +147,20 @@ def _measures(clips: Tensor, recon: Tensor, distance: nn.Module | None, config: 
     return values
 
 
-def _reduced(sums: dict[str, float], count: int, total: int, size: tuple[int, int]) -> dict[str, float]:
+def _reduced(sums: dict[str, float], count: int, total: int) -> dict[str, float]:
     """Means over the clips of all processes."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (sums, count))
     counted = sum(number for _, number in gathered)
-    assert counted == total, f"{counted} clips were measured, {total} are there (size {size})"
+    assert counted == total, f"{counted} clips were measured, {total} are there"
     names = dict.fromkeys(name for part, _ in gathered for name in part)
     return {name: sum(part.get(name, 0.0) for part, _ in gathered) / total for name in names}
 
 
-def _summary(config: ReconstructConfig, shards: ShardSet, pipeline: CMDPipeline, distance: nn.Module | None, total: int, means: dict[str, float]) -> dict[str, Any]:
-    model = pipeline.ae.module.config
-    missing = config.perceptual != "none" and distance is None
+def _summary(
+    config: ReconstructConfig, shards: ShardSet, pipeline: CMDPipeline, missing: bool, total: int, means: dict[str, float]
+) -> dict[str, Any]:
+    """Figures first, then how they were measured."""
     return means | {
         "clips": total,
         "protocol": {
@@ -166,7 +169,7 @@ def _summary(config: ReconstructConfig, shards: ShardSet, pipeline: CMDPipeline,
             "l1": "8 bit, mean absolute difference on [0, 1]",
             "perceptual": "none: weights missing" if missing else config.perceptual,
             "clips": total,
-            "frames": model.n_frames,
+            "frames": pipeline.ae.config.n_frames,
             "size": list(shards.size),
             "window": "first frames of each stored clip",
             "dataset": shards.name,

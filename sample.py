@@ -93,7 +93,8 @@ def _check_settings(job: CMDSampleJob, folder: Path) -> None:
 
 def _write_settings(job: CMDSampleJob, folder: Path, names: list[str]) -> None:
     samples = [
-        {"file": f"{name}.mp4", "index": i, "class": job.label(i), "class_name": job.class_name(job.label(i))} for i, name in enumerate(names)
+        {"file": f"{name}.mp4", "index": i, "class": job.label(i), "class_name": job.class_name(job.label(i))}
+        for i, name in enumerate(names)
     ]
     record = job.settings() | {"sources": job.sources(), "torch": torch.__version__, "samples": samples}
     atomic_write_text(folder / "settings.json", json.dumps(record, indent=2) + "\n")
@@ -101,7 +102,7 @@ def _write_settings(job: CMDSampleJob, folder: Path, names: list[str]) -> None:
 
 def _write_grid(job: CMDSampleJob, folder: Path, names: list[str], gif: bool) -> None:
     """The first samples side by side, one column a class where that fits."""
-    frames = job.pipeline.ae.module.config.n_frames
+    frames = job.pipeline.ae.config.n_frames
     clips = [torch.from_numpy(decode_window((folder / f"{name}.mp4").read_bytes(), 0, frames)) for name in names]
     columns = len(job.labels) if 1 < len(job.labels) <= 10 else 0
     shown = grid(torch.stack(clips).permute(0, 4, 1, 2, 3), columns)

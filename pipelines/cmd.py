@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
+from models.autoencoders.cmd import CMDAutoencoder
 from pipelines.image_vae import ImageVae, vae_of
-from pipelines.loading import Loaded, diffusion_of, load_autoencoder, load_content, load_motion
+from pipelines.loading import Loaded, Weights, diffusion_of, load_autoencoder, load_content, load_motion
 from pipelines.sampling import Sampling, sample
 from utils.errors import UserError
 from utils.rng import SampleRng
@@ -49,8 +50,8 @@ class CMDPipeline:
         *,
         vae: str = "",
         scale_factor: float = 0.18215,
-        weights: str = "ema",
-        ae_weights: str = "ema",
+        weights: Weights = "ema",
+        ae_weights: Weights = "ema",
         n_frames: int = 16,
         image_size: tuple[int, int] = (64, 64),
         device: torch.device | str = "cpu",
@@ -62,8 +63,8 @@ class CMDPipeline:
         or `ae_weights` when it stands alone. Raises UserError when something is missing or does not belong together.
         """
         first = load_autoencoder(ae, ae_weights, n_frames=n_frames, image_size=image_size)
-        second = load_content(content, first.module.config, weights) if content else None
-        third = load_motion(motion, first.module.config, weights) if motion else None
+        second = load_content(content, first.config, weights) if content else None
+        third = load_motion(motion, first.config, weights) if motion else None
         trained_on = next((part.card["ae"]["weights"] for part in (second, third) if part is not None and "ae" in part.card), ae_weights)
         if trained_on != ae_weights:
             first = load_autoencoder(ae, trained_on)
@@ -72,12 +73,13 @@ class CMDPipeline:
     @property
     def num_classes(self) -> int:
         """Classes that can be asked for; 0: the models are not conditioned on a class."""
-        return max((part.module.config.num_classes for part in (self.content, self.motion) if part is not None), default=0)
+        return max((part.config.num_classes for part in (self.content, self.motion) if part is not None), default=0)
 
     @property
     def classes(self) -> list[str]:
         """Names of the classes, where the training data had any."""
-        return next((list(part.card["data"]["classes"]) for part in (self.content, self.motion, self.ae) if part and "data" in part.card), [])
+        cards = [part.card for part in (self.content, self.motion, self.ae) if part is not None]
+        return next((list(card["data"]["classes"]) for card in cards if "data" in card), [])
 
     @property
     def fps(self) -> float:
@@ -94,14 +96,14 @@ class CMDPipeline:
             shape = self.vae.latent_shape(video.shape)
             video = self.vae.encode(video, torch.zeros(shape, device=video.device) if rng is None else rng.normal("vae", shape[1:]))
         with self._autocast():
-            content, motion = self.ae.module.encode(video)
+            content, motion = cast(CMDAutoencoder, self.ae.module).encode(video)
         return content.float(), motion.float()
 
     @torch.no_grad()
     def decode(self, content: Tensor, motion: Tensor) -> Tensor:
         """Content frames b C h w and motion latents b D t W'+H' -> clips b 3 t h w in [-1, 1]."""
         with self._autocast():
-            clips = self.ae.module.decode(content, motion).float()
+            clips = cast(CMDAutoencoder, self.ae.module).decode(content, motion).float()
         return (clips if self.vae is None else self.vae.decode(clips)).clamp(-1, 1)
 
     def reconstruct(self, video: Tensor, rng: SampleRng | None = None) -> Tensor:
@@ -144,7 +146,7 @@ class CMDPipeline:
 
     def _generate(self, rng: SampleRng, given: Mapping[str, Tensor], content: Sampling, motion: Sampling) -> Tensor:
         assert self.content is not None and self.motion is not None
-        ae = self.ae.module.config
+        ae = self.ae.config
         content = dataclasses.replace(content, clip=content.clip and self.vae is None)
         with self._autocast():
             frame = sample(
@@ -174,21 +176,25 @@ class CMDPipeline:
 
 def _understood(model: Loaded, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The part of the condition that a model has an input for."""
-    known = {"y": model.module.config.num_classes, "cond": model.module.config.cond_dim}
+    known = {"y": model.config.num_classes, "cond": model.config.cond_dim}
     return {name: value for name, value in given.items() if known[name]}
 
 
 def _check_family(ae: Loaded, content: Loaded | None, motion: Loaded | None) -> None:
     """Raises UserError when a model was trained on the latents of another autoencoder, or has not their size."""
-    config = ae.module.config
+    config = ae.config
     for stage, part in (("content", content), ("motion", motion)):
         if part is None:
             continue
         trained = part.card.get("ae", {}).get("sha256", ae.sha256)
         if trained != ae.sha256:
-            raise UserError(f"the {stage} model {part.path} was trained on another autoencoder (sha256 {trained[:12]}...) than {ae.path} ({ae.sha256[:12]}...)")
-        model = part.module.config
+            raise UserError(
+                f"the {stage} model {part.path} was trained on the autoencoder {trained[:12]}... (sha256), not on {ae.path} ({ae.sha256[:12]}...)"
+            )
+        model = part.config
         takes = (model.in_channels, *model.input_size)
         wanted = (config.channels, *config.image_size) if stage == "content" else (config.embed_dim, *config.latent_size)
         if takes != wanted:
-            raise UserError(f"the {stage} model {part.path} makes {takes} (channels, height, width), the autoencoder {ae.path} takes {wanted}")
+            raise UserError(
+                f"the {stage} model {part.path} makes {takes} (channels, height, width), the autoencoder {ae.path} takes {wanted}"
+            )

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pipelines.cmd import CMDPipeline
+from pipelines.loading import diffusion_of
 from pipelines.runs import find_family
 from pipelines.sampling import Sampling, respaced
-from pipelines.loading import diffusion_of
 from utils.config import flag, to_dict
 from utils.errors import ConfigError, UserError
 
@@ -111,13 +111,13 @@ class CMDSampleJob:
             device=device,
             precision=config.precision,
         )
-        common = {"sampler": config.sampler, "eta": config.eta, "cfg_channels": config.cfg_channels}
+        common = Sampling(sampler=config.sampler, eta=config.eta, cfg_channels=config.cfg_channels)
         motion_scale = config.guidance_scale if config.motion_guidance_scale is None else config.motion_guidance_scale
-        self.content = Sampling(steps=config.steps or config.content_steps, guidance=config.guidance_scale, clip=True, **common)
-        self.motion = Sampling(steps=config.steps or config.motion_steps, guidance=motion_scale, **common)
+        self.content = dataclasses.replace(common, steps=config.steps or config.content_steps, guidance=config.guidance_scale, clip=True)
+        self.motion = dataclasses.replace(common, steps=config.steps or config.motion_steps, guidance=motion_scale)
         for model, sampling in ((self.pipeline.content, self.content), (self.pipeline.motion, self.motion)):
             assert model is not None
-            if model.module.config.cond_dim:
+            if model.config.cond_dim:
                 raise UserError(f"{model.path} is conditioned on vectors: generate with pipelines.cmd.CMDPipeline.generate(..., cond=...)")
             respaced(diffusion_of(model), sampling.steps)
         self.labels = self._choose_classes()
@@ -135,7 +135,9 @@ class CMDSampleJob:
     def generate(self, indices: Sequence[int]) -> Tensor:
         """b 3 t h w in [-1, 1]."""
         labels = [self.labels[i % len(self.labels)] for i in indices] if self.labels else None
-        return self.pipeline.generate(indices, labels, seed=self.config.seed, content=self.content, motion=self.motion, exact=self.config.exact)
+        return self.pipeline.generate(
+            indices, labels, seed=self.config.seed, content=self.content, motion=self.motion, exact=self.config.exact
+        )
 
     def settings(self) -> dict[str, Any]:
         """Plain values: everything that a sample depends on."""

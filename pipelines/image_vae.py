@@ -18,7 +18,7 @@ class ImageVae(nn.Module):
     `autoencoder` has diffusers' interface: `encode(x).latent_dist` with `mean` and `std`, `decode(z).sample`.
     """
 
-    def __init__(self, autoencoder: nn.Module, *, channels: int, factor: int, scale_factor: float, chunk: int = 16, sha256: str = "") -> None:
+    def __init__(self, autoencoder: Any, *, channels: int, factor: int, scale_factor: float, chunk: int = 16, sha256: str = "") -> None:
         super().__init__()
         self.autoencoder = autoencoder.float().eval().requires_grad_(False)
         self.channels = channels
@@ -57,12 +57,16 @@ def load_image_vae(path: str, scale_factor: float, chunk: int = 16) -> ImageVae:
     """The VAE of a local diffusers folder. Raises UserError when the folder or the package is missing."""
     folder = Path(path)
     if not path or not (folder / "config.json").is_file():
-        raise UserError(f"latent mode needs an image VAE: --vae FOLDER with a diffusers AutoencoderKL (config.json and weights), not '{path}'")
+        raise UserError(
+            f"latent mode needs an image VAE: --vae FOLDER with a diffusers AutoencoderKL (config.json and weights), not '{path}'"
+        )
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise UserError(f"latent mode reads its image VAE with diffusers, which does not import ({error}): pip install diffusers") from None
-    weights = next((f for f in sorted(folder.iterdir()) if f.name.startswith("diffusion_pytorch_model") and f.suffix in (".safetensors", ".bin")), None)
+    weights = next(
+        (f for f in sorted(folder.iterdir()) if f.name.startswith("diffusion_pytorch_model") and f.suffix in (".safetensors", ".bin")), None
+    )
     if weights is None:
         raise UserError(f"{folder}: no diffusion_pytorch_model.safetensors beside config.json")
     autoencoder = AutoencoderKL.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from utils.errors import UserError
 from utils.files import sha256_file
 from utils.weights import load_tensors, read_export
 
+Weights = Literal["ema", "model"]
 OFFICIAL_SUFFIXES = (".pt", ".pth", ".ckpt")
 
 
@@ -27,14 +28,16 @@ class Loaded:
     """A trained network, frozen, with what its export says of it."""
 
     module: nn.Module
+    config: Any
+    """Config dataclass of the module."""
     card: dict[str, Any]
     sha256: str
     path: str
-    weights: str = "model"
+    weights: Weights = "model"
     """Which of the export's weights were asked for."""
 
 
-def load_autoencoder(path: str | Path, weights: str = "ema", *, n_frames: int = 16, image_size: tuple[int, int] = (64, 64)) -> Loaded:
+def load_autoencoder(path: str | Path, weights: Weights = "ema", *, n_frames: int = 16, image_size: tuple[int, int] = (64, 64)) -> Loaded:
     """CMD's autoencoder. An official checkpoint does not say its clip size: `n_frames` and `image_size` do.
 
     Raises UserError when the file is something else.
@@ -43,13 +46,13 @@ def load_autoencoder(path: str | Path, weights: str = "ema", *, n_frames: int = 
         return _exported_network(path, weights, CMDAutoencoder, CMDAEConfig, "autoencoder")
 
     def describe(state: State) -> CMDAEConfig:
-        mode = "pixel" if state["to_logit.1.weight"].shape[1] == 3 else "latent"
+        mode: Literal["pixel", "latent"] = "pixel" if state["to_logit.1.weight"].shape[1] == 3 else "latent"
         return official.autoencoder_config(state, image_size, n_frames, mode)
 
     return _official_network(path, CMDAutoencoder, "autoenc", official.import_autoencoder, describe, "autoencoder")
 
 
-def load_content(path: str | Path, ae: CMDAEConfig, weights: str = "ema") -> Loaded:
+def load_content(path: str | Path, ae: CMDAEConfig, weights: Weights = "ema") -> Loaded:
     """CMD's content model over the content frames of `ae`. Raises UserError when the file is something else."""
     if not _is_official(path):
         return _exported_network(path, weights, ContentDiT, DiTConfig, "content")
@@ -60,7 +63,7 @@ def load_content(path: str | Path, ae: CMDAEConfig, weights: str = "ema") -> Loa
     return _official_network(path, ContentDiT, "cdiff_model", official.import_content, describe, "content")
 
 
-def load_motion(path: str | Path, ae: CMDAEConfig, weights: str = "ema") -> Loaded:
+def load_motion(path: str | Path, ae: CMDAEConfig, weights: Weights = "ema") -> Loaded:
     """CMD's motion model over the motion latents of `ae`. Raises UserError when the file is something else."""
     if not _is_official(path):
         return _exported_network(path, weights, MotionDiT, MotionDiTConfig, "motion")
@@ -80,13 +83,13 @@ def _is_official(path: str | Path) -> bool:
     return Path(path).suffix in OFFICIAL_SUFFIXES
 
 
-def _exported_network(path: str | Path, weights: str, network: Callable[[Any], nn.Module], config: type, stage: str) -> Loaded:
+def _exported_network(path: str | Path, weights: Weights, network: Callable[[Any], nn.Module], config: type[Any], stage: str) -> Loaded:
     state, card, digest = read_export(path, which=weights)
     found = f"{card.get('system')} {card.get('stage')}"
     if found != f"cmd {stage}":
         raise UserError(f"{path} is an export of '{found}', a 'cmd {stage}' is wanted here")
     model = from_dict(config, card["model"], f"{path}: model")
-    return Loaded(_frozen(network, model, state, path), card, digest, str(path), weights)
+    return Loaded(_frozen(network, model, state, path), model, card, digest, str(path), weights)
 
 
 def _official_network(
@@ -105,7 +108,7 @@ def _official_network(
     except (ValueError, KeyError) as error:
         raise UserError(f"{path} is no official checkpoint of CMD's {stage} stage: {error}") from None
     card = {"system": "cmd", "stage": stage, "model": to_dict(model)}
-    return Loaded(_frozen(network, model, ours, path), card, sha256_file(Path(path)), str(path))
+    return Loaded(_frozen(network, model, ours, path), model, card, sha256_file(Path(path)), str(path))
 
 
 def _frozen(network: Callable[[Any], nn.Module], config: Any, state: Mapping[str, Tensor], path: str | Path) -> nn.Module:
@@ -115,5 +118,7 @@ def _frozen(network: Callable[[Any], nn.Module], config: Any, state: Mapping[str
     try:
         module.load_state_dict(dict(state), assign=True)
     except RuntimeError as error:
-        raise UserError(f"{path}: its weights do not fit the network that its card describes ({str(error).splitlines()[-1].strip()})") from None
+        raise UserError(
+            f"{path}: its weights do not fit the network that its card describes ({str(error).splitlines()[-1].strip()})"
+        ) from None
     return module.float().eval().requires_grad_(False)

@@ -37,7 +37,7 @@ def find_family(results: Path, system: str = "cmd") -> dict[str, Path]:
     missing = [stage for stage, exports in stages.items() if not exports]
     if missing:
         what = "no finished run" if len(missing) == 3 else f"no finished {' and no finished '.join(missing)} run"
-        raise UserError(f"--run {results}: {what} in it (a run is finished when it has export/config.yaml); train it, or give --ae --content --motion")
+        raise UserError(f"--run {results}: {what} in it (finished: it has export/config.yaml); train it, or give --ae, --content, --motion")
     content = stages["content"][0]
     motion = next((e for e in stages["motion"] if e.ae_sha256 == content.ae_sha256), stages["motion"][0])
     weights = content.card.get("ae", {}).get("weights", "ema")

@@ -1,10 +1,9 @@
 """The CMD autoencoder: a clip to a content frame and a motion latent and back (CMD section 3.1; spec systems/cmd.md sections 3 and 4)."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasets.loader import ClipSource
 from engine.config import OptimConfig
@@ -19,14 +18,14 @@ from models.autoencoders.cmd import CMDAEConfig, CMDAutoencoder
 from models.discriminators import DiscriminatorConfig, Discriminators
 from pipelines.image_vae import ImageVae, load_image_vae
 from tasks.autoencoder_config import CMDAutoencoderConfig
-from tasks.clips import ClipInfo, empty_batch, input_clips, open_clips
+from tasks.clips import ClipInfo, Networks, empty_batch, input_clips, open_clips, units
 from utils.config import to_dict
 from utils.errors import ConfigError
 from utils.rng import SampleRng
 
 
 class CMDAutoencoderTask:
-    """Trains `ae`; in pixel mode with a frozen perceptual network and, when enabled, against `disc`; in latent mode behind a frozen `vae`."""
+    """Trains `ae`: in pixel mode with a frozen `perceptual` and, when enabled, against `disc`; in latent mode behind a frozen `vae`."""
 
     name = "cmd-autoencoder"
 
@@ -34,30 +33,31 @@ class CMDAutoencoderTask:
         self.config = config
         self.clips = clips
         self.vae = vae
-        channels, size = 3, clips.image_size
+        channels, (height, width) = 3, clips.image_size
         if vae is not None:
-            _, channels, _, *size = vae.latent_shape((1, 3, clips.n_frames, *size))
+            _, channels, _, height, width = vae.latent_shape((1, 3, clips.n_frames, height, width))
         m = config.model
-        if size[0] % m.patch_size or size[1] % m.patch_size:
-            raise ConfigError(f"clips of {size[0]}x{size[1]} cannot be cut in patches of model.patch_size {m.patch_size}")
-        self.model_config = CMDAEConfig(
-            dim=m.dim,
-            image_size=(size[0], size[1]),
-            patch_size=m.patch_size,
-            channels=channels,
-            n_frames=clips.n_frames,
-            embed_dim=m.embed_dim,
-            depth=m.depth,
-            heads=m.heads,
-            mode=m.mode,
-            rotary=m.rotary,
-        )
+        try:
+            self.model_config = CMDAEConfig(
+                dim=m.dim,
+                image_size=(height, width),
+                patch_size=m.patch_size,
+                channels=channels,
+                n_frames=clips.n_frames,
+                embed_dim=m.embed_dim,
+                depth=m.depth,
+                heads=m.heads,
+                mode=m.mode,
+                rotary=m.rotary,
+            )
+        except ValueError as error:
+            raise ConfigError(f"model: {error}") from None
 
     def networks(self) -> dict[str, Network]:
         """`ae`, then what its loss needs."""
         config = self.config
         ema = config.ema if config.ema.decay > 0 else None
-        nets = {"ae": Network(CMDAutoencoder(self.model_config), optim=config.optim, ema=ema, units=CMDAutoencoder.units, methods=("encode", "decode"))}
+        nets = {"ae": Network(CMDAutoencoder(self.model_config), optim=config.optim, ema=ema, units=units, methods=("encode", "decode"))}
         if self.vae is not None:
             nets["vae"] = Network(self.vae, "frozen", methods=("encode", "decode"))
             return nets
@@ -77,7 +77,7 @@ class CMDAutoencoderTask:
         adversarial = self.config.loss.adversarial
         return ("ae", "disc") if adversarial.enabled and step >= adversarial.start_step else ("ae",)
 
-    def loss(self, phase: str, networks: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> LossOutput:
+    def loss(self, phase: str, networks: Networks, batch: Batch, rng: SampleRng) -> LossOutput:
         """Reconstruction loss of the autoencoder, or the discriminators' loss on its detached output."""
         clips = input_clips(networks, batch, rng)
         frame = rng.integers("loss-frame", clips.shape[2])
@@ -99,7 +99,7 @@ class CMDAutoencoderTask:
         """An empty micro-batch on the meta device."""
         return empty_batch(self.clips, batch_size)
 
-    def evaluate(self, networks: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> dict[str, tuple[Tensor, int]]:
+    def evaluate(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, tuple[Tensor, int]]:
         """Mean absolute error, PSNR and SSIM of the reconstruction in pixels."""
         clips, recon = self._pixels(networks, batch, rng)[:2]
         values = {"l1": l1(clips, recon), "psnr": psnr(clips, recon)}
@@ -107,7 +107,7 @@ class CMDAutoencoderTask:
             values["ssim"] = ssim(clips, recon)
         return {name: (value.sum(), len(value)) for name, value in values.items()}
 
-    def preview(self, networks: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
+    def preview(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
         """Each original above its reconstruction, and the content frames."""
         clips, recon, content = self._pixels(networks, batch, rng)
         return {"reconstruction": torch.cat([clips, recon], dim=3), "content_frame": content}
@@ -126,7 +126,7 @@ class CMDAutoencoderTask:
             card["vae"] = {"scale_factor": self.vae.scale_factor, "sha256": self.vae.sha256}
         return card
 
-    def _pixels(self, networks: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> tuple[Tensor, Tensor, Tensor]:
+    def _pixels(self, networks: Networks, batch: Batch, rng: SampleRng) -> tuple[Tensor, Tensor, Tensor]:
         """Clips and reconstructions b 3 t h w, content frames b 3 h w, as seen on a screen."""
         clips = input_clips(networks, batch, rng)
         recon, content, _ = (v.float() for v in networks["ae"](clips))
@@ -139,7 +139,7 @@ class CMDAutoencoderTask:
         """Optimiser step that the samples belong to."""
         return int(rng.index[0]) // self.config.train.global_batch_size
 
-    def _pixel_terms(self, networks: Mapping[str, nn.Module], clips: Tensor, recon: Tensor, frame: Tensor) -> dict[str, tuple[float, Tensor]]:
+    def _pixel_terms(self, networks: Networks, clips: Tensor, recon: Tensor, frame: Tensor) -> dict[str, tuple[float, Tensor]]:
         """Name -> (factor, value per sample)."""
         loss = self.config.loss
         terms = {"l1": (loss.l1, l1(clips, recon)), "l2": (loss.l2, mse(clips, recon))}
@@ -148,17 +148,17 @@ class CMDAutoencoderTask:
             terms["perceptual"] = (loss.perceptual.weight, distance.float())
         return {name: term for name, term in terms.items() if term[0] > 0}
 
-    def _adversarial_terms(self, networks: Mapping[str, nn.Module], clips: Tensor, recon: Tensor, frame: Tensor) -> dict[str, tuple[float, Tensor]]:
+    def _adversarial_terms(self, networks: Networks, clips: Tensor, recon: Tensor, frame: Tensor) -> dict[str, tuple[float, Tensor]]:
         """Name -> (factor, value per sample) of fooling both discriminators and of matching their features."""
         setting = self.config.loss.adversarial
         fake = networks["disc"](pick_frame(recon, frame), recon)
         with torch.no_grad():
             real = networks["disc"](pick_frame(clips, frame), clips)
-        fooled = sum(generator_loss(stages[-1].float()) for stages in fake)
-        matched = sum(feature_matching(r, f).float() for r, f in zip(real, fake, strict=True))
+        fooled = torch.stack([generator_loss(stages[-1].float()) for stages in fake]).sum(0)
+        matched = torch.stack([feature_matching(r, f).float() for r, f in zip(real, fake, strict=True)]).sum(0)
         return {"adversarial": (setting.weight, fooled), "feature_matching": (setting.weight * setting.feature_matching, matched)}
 
-    def _discriminator_loss(self, networks: Mapping[str, nn.Module], clips: Tensor, frame: Tensor) -> LossOutput:
+    def _discriminator_loss(self, networks: Networks, clips: Tensor, frame: Tensor) -> LossOutput:
         """Loss of both discriminators; no gradient reaches the autoencoder."""
         with torch.no_grad():
             recon = networks["ae"](clips)[0].float()
@@ -168,7 +168,7 @@ class CMDAutoencoderTask:
         losses = [discriminator_loss(r[-1].float(), f[-1].float(), kind) for r, f in zip(real, fake, strict=True)]
         count = len(clips)
         metrics = {name: (value.detach().sum(), count) for name, value in zip(("disc_2d", "disc_3d"), losses, strict=True)}
-        return LossOutput(sum(losses).sum(), count, metrics)
+        return LossOutput(torch.stack(losses).sum(), count, metrics)
 
 
 def build(config: CMDAutoencoderConfig, env: Env) -> tuple[CMDAutoencoderTask, ClipSource, ClipSource | None]:

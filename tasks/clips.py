@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,14 @@ from utils.config import flag
 from utils.errors import ConfigError
 from utils.media import to_float
 from utils.rng import SampleRng
+
+Networks = Mapping[str, Any]
+"""Name -> module, perhaps wrapped by the engine. Any: tasks call methods of their own networks (`encode`, `decode`)."""
+
+
+def units(module: Any) -> list[nn.Module]:
+    """A network's shard, compile and checkpointing units."""
+    return module.units()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +95,8 @@ def open_clips(config: RunConfig, data: DataConfig, env: Env) -> tuple[ClipInfo,
     return ClipInfo.of(shards, data), source, _source(config, still, held_out, env, batch)
 
 
-def input_clips(networks: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> Tensor:
-    """b c t h w float32: the batch's clips as the autoencoder takes them, in [-1, 1]; in latent mode the image VAE's scaled posterior samples."""
+def input_clips(networks: Networks, batch: Batch, rng: SampleRng) -> Tensor:
+    """The clips as the autoencoder takes them, b c t h w float32: pixels in [-1, 1], or scaled posterior samples of the image VAE."""
     video = to_float(batch["video"])
     if "vae" not in networks:
         return video

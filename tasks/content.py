@@ -1,11 +1,10 @@
 """CMD's content stage: a DiT that generates content frames (CMD section 3.2; spec systems/cmd.md section 6)."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasets.config import DataConfig
 from datasets.loader import ClipSource
@@ -16,14 +15,14 @@ from engine.task import Batch, LossOutput, Network
 from launch.env import Env
 from models.transformers.dit import ContentDiT
 from pipelines.sampling import Sampling, sample
-from tasks.clips import ClipInfo, VaeConfig, empty_batch, open_clips
+from tasks.clips import ClipInfo, Networks, VaeConfig, empty_batch, open_clips, units
 from tasks.diffusion_task import (
     AutoencoderSourceConfig,
     Condition,
     ConditionConfig,
     FirstStage,
     PreviewConfig,
-    check_diffusion,
+    check_settings,
     denoising_loss,
     named_size,
     open_first_stage,
@@ -70,8 +69,7 @@ class CMDContentConfig(RunConfig):
 
     def validate(self) -> None:
         """Raises ConfigError on a combination that cannot work."""
-        check_diffusion(self.condition, self.preview, self.diffusion)
-        named_size("ContentDiT", self.model)
+        check_settings("ContentDiT", self.model.name, self.condition, self.preview, self.diffusion)
 
 
 class CMDContentTask:
@@ -86,20 +84,25 @@ class CMDContentTask:
         self.condition = Condition.of(config.condition, clips)
         self.process = build_process(config.diffusion)
         self.model_config = named_size(
-            "ContentDiT", config.model, input_size=first.size, in_channels=first.channels, learn_sigma=config.diffusion.variance == "learned_range", **self.condition.overrides()
+            "ContentDiT",
+            config.model,
+            input_size=first.size,
+            in_channels=first.channels,
+            learn_sigma=config.diffusion.variance == "learned_range",
+            **self.condition.overrides(),
         )
 
     def networks(self) -> dict[str, Network]:
         """`content`, then the frozen networks before it."""
         ema = self.config.ema if self.config.ema.decay > 0 else None
-        content = Network(ContentDiT(self.model_config), optim=self.config.optim, ema=ema, units=ContentDiT.units)
+        content = Network(ContentDiT(self.model_config), optim=self.config.optim, ema=ema, units=units)
         return {"content": content} | self.first.networks()
 
     def phases(self, step: int) -> tuple[str, ...]:
         """Always the content model."""
         return ("content",)
 
-    def loss(self, phase: str, networks: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> LossOutput:
+    def loss(self, phase: str, networks: Networks, batch: Batch, rng: SampleRng) -> LossOutput:
         """Diffusion loss of the content frames."""
         _, content, _ = self.first.latents(networks, batch, rng)
         return denoising_loss(self.process, networks["content"], content, rng, self.condition.training(batch, rng))
@@ -108,12 +111,12 @@ class CMDContentTask:
         """An empty micro-batch on the meta device."""
         return empty_batch(self.clips, batch_size)
 
-    def evaluate(self, networks: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> dict[str, tuple[Tensor, int]]:
+    def evaluate(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, tuple[Tensor, int]]:
         """The loss with every condition kept, at the timesteps and with the noise that belong to the samples."""
         _, content, _ = self.first.latents(networks, batch, rng)
         return denoising_loss(self.process, networks["content"], content, rng, self.condition.given(batch)).metrics
 
-    def preview(self, networks: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
+    def preview(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
         """Content frames of a few classes, always from the same noise."""
         setting, device = self.config.preview, batch["video"].device
         own = SampleRng(self.config.train.seed, torch.arange(setting.samples), device)

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import models
 from diffusion import DiffusionConfig, GaussianDiffusion
 from engine.task import Batch, LossOutput, Network
-from models.transformers.dit import DiTConfig
 from pipelines.image_vae import ImageVae, vae_of
 from pipelines.loading import Loaded, load_autoencoder
-from tasks.clips import ClipInfo, VaeConfig, input_clips
+from tasks.clips import ClipInfo, Networks, VaeConfig, input_clips
 from utils.config import flag
 from utils.errors import ConfigError
 from utils.rng import SampleRng
@@ -72,7 +71,7 @@ class FirstStage:
         return nets
 
     @torch.no_grad()
-    def latents(self, networks: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> tuple[Tensor, Tensor, Tensor]:
+    def latents(self, networks: Networks, batch: Batch, rng: SampleRng) -> tuple[Tensor, Tensor, Tensor]:
         """The batch's clips b C t h w, content frames b C h w and motion latents b D t W'+H', all float32."""
         clips = input_clips(networks, batch, rng)
         content, motion = networks["ae"].encode(clips)
@@ -81,16 +80,21 @@ class FirstStage:
 
     @property
     def channels(self) -> int:
-        return self.ae.module.config.channels
+        return self.ae.config.channels
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the content frame."""
-        return self.ae.module.config.image_size
+        return self.ae.config.image_size
 
     def card(self) -> dict[str, Any]:
         """What ties an export to its autoencoder."""
-        return {"sha256": self.ae.sha256, "weights": self.ae.weights, "path": str(Path(self.ae.path).absolute()), "model": self.ae.card["model"]}
+        return {
+            "sha256": self.ae.sha256,
+            "weights": self.ae.weights,
+            "path": str(Path(self.ae.path).absolute()),
+            "model": self.ae.card["model"],
+        }
 
 
 def open_first_stage(source: AutoencoderSourceConfig, vae: VaeConfig, clips: ClipInfo) -> FirstStage:
@@ -98,7 +102,7 @@ def open_first_stage(source: AutoencoderSourceConfig, vae: VaeConfig, clips: Cli
     if not source.path:
         raise ConfigError("which autoencoder? give --ae FOLDER, the run or export folder of train_ae.py")
     ae = load_autoencoder(source.path, source.weights, n_frames=clips.n_frames, image_size=clips.image_size)
-    model = ae.module.config
+    model = ae.config
     if source.mode not in ("auto", model.mode):
         raise ConfigError(f"--mode {source.mode}: the autoencoder {source.path} was trained in {model.mode} mode")
     if source.embed_dim not in (0, model.embed_dim):
@@ -107,7 +111,9 @@ def open_first_stage(source: AutoencoderSourceConfig, vae: VaeConfig, clips: Cli
     size = clips.image_size if image_vae is None else image_vae.latent_shape((1, 3, clips.n_frames, *clips.image_size))[3:]
     if (model.n_frames, *model.image_size) != (clips.n_frames, *size):
         wanted = "x".join(map(str, (model.n_frames, *model.image_size)))
-        raise ConfigError(f"--ae {source.path} was trained on clips of {wanted} (frames x height x width), these are {clips.n_frames}x{size[0]}x{size[1]}")
+        raise ConfigError(
+            f"--ae {source.path} takes clips of {wanted} (frames x height x width), these are {clips.n_frames}x{size[0]}x{size[1]}"
+        )
     return FirstStage(ae, image_vae)
 
 
@@ -128,7 +134,9 @@ class Condition:
             return cls(0, clips.cond_dim, config.dropout)
         known = len(clips.classes)
         if 0 < config.num_classes < known:
-            raise ConfigError(f"--num-classes {config.num_classes}: the shard set {clips.dataset} has {known} classes; give {known}, or -1 for that")
+            raise ConfigError(
+                f"--num-classes {config.num_classes}: the shard set {clips.dataset} has {known} classes; give {known}, or -1 for that"
+            )
         return cls(known if config.num_classes < 0 else config.num_classes, 0, config.dropout)
 
     def training(self, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
@@ -154,8 +162,8 @@ class Condition:
         return {"num_classes": self.num_classes, "cond_dim": self.cond_dim, "class_dropout_prob": self.dropout}
 
 
-def named_size(family: str, sizes: Any, **overrides: Any) -> DiTConfig:
-    """Config of the network that a stage's model settings name. Raises ConfigError with the nearest valid name."""
+def named_size(family: str, sizes: Any, **overrides: Any) -> Any:
+    """Config (DiTConfig or MotionDiTConfig) of the network that a stage's settings name. Raises ConfigError with the nearest name."""
     changed = {name: getattr(sizes, name) for name in ("patch_size", "hidden_size", "depth", "num_heads") if getattr(sizes, name)}
     try:
         return models.resolve(sizes.name, family, **changed, pos_grid=sizes.pos_grid, **overrides)
@@ -179,8 +187,12 @@ def say_unused(final: bool, is_main: bool) -> None:
         log.warning("--final is accepted for compatibility; it had no effect in the release and has none here")
 
 
-def check_diffusion(condition: ConditionConfig, preview: PreviewConfig, diffusion: DiffusionConfig) -> None:
-    """Raises ConfigError on settings that cannot work."""
+def check_settings(family: str, name: str, condition: ConditionConfig, preview: PreviewConfig, diffusion: DiffusionConfig) -> None:
+    """Raises ConfigError on settings that cannot work, whatever the data."""
+    try:
+        models.resolve(name, family)
+    except ValueError as error:
+        raise ConfigError(f"--motion-model-config {name}: {error}") from None
     if not 0 <= condition.dropout < 1:
         raise ConfigError(f"condition.dropout {condition.dropout}: a share in [0, 1) is wanted")
     if condition.num_classes < -1:

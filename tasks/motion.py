@@ -1,11 +1,10 @@
 """CMD's motion stage: a DiT that generates motion latents given the content frame (CMD section 3.3; spec systems/cmd.md section 5)."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasets.config import DataConfig
 from datasets.loader import ClipSource
@@ -16,14 +15,14 @@ from engine.task import Batch, LossOutput, Network
 from launch.env import Env
 from models.transformers.motion_dit import MotionDiT
 from pipelines.sampling import Sampling, sample
-from tasks.clips import ClipInfo, VaeConfig, empty_batch, open_clips
+from tasks.clips import ClipInfo, Networks, VaeConfig, empty_batch, open_clips, units
 from tasks.diffusion_task import (
     AutoencoderSourceConfig,
     Condition,
     ConditionConfig,
     FirstStage,
     PreviewConfig,
-    check_diffusion,
+    check_settings,
     denoising_loss,
     named_size,
     open_first_stage,
@@ -72,8 +71,7 @@ class CMDMotionConfig(RunConfig):
 
     def validate(self) -> None:
         """Raises ConfigError on a combination that cannot work."""
-        check_diffusion(self.condition, self.preview, self.diffusion)
-        named_size("MotionDiT", self.model)
+        check_settings("MotionDiT", self.model.name, self.condition, self.preview, self.diffusion)
 
 
 class CMDMotionTask:
@@ -87,7 +85,7 @@ class CMDMotionTask:
         self.first = first
         self.condition = Condition.of(config.condition, clips)
         self.process = build_process(config.diffusion)
-        ae = first.ae.module.config
+        ae = first.ae.config
         self.model_config = named_size(
             "MotionDiT",
             config.model,
@@ -96,20 +94,21 @@ class CMDMotionTask:
             keyframe_size=first.size,
             keyframe_channels=first.channels,
             keyframe_patch_size=config.model.keyframe_patch_size,
-            learn_sigma=config.diffusion.variance == "learned_range", **self.condition.overrides(),
+            learn_sigma=config.diffusion.variance == "learned_range",
+            **self.condition.overrides(),
         )
 
     def networks(self) -> dict[str, Network]:
         """`motion`, then the frozen networks before it."""
         ema = self.config.ema if self.config.ema.decay > 0 else None
-        motion = Network(MotionDiT(self.model_config), optim=self.config.optim, ema=ema, units=MotionDiT.units)
+        motion = Network(MotionDiT(self.model_config), optim=self.config.optim, ema=ema, units=units)
         return {"motion": motion} | self.first.networks()
 
     def phases(self, step: int) -> tuple[str, ...]:
         """Always the motion model."""
         return ("motion",)
 
-    def loss(self, phase: str, networks: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> LossOutput:
+    def loss(self, phase: str, networks: Networks, batch: Batch, rng: SampleRng) -> LossOutput:
         """Diffusion loss of the motion latents, given the true content frames."""
         _, content, motion = self.first.latents(networks, batch, rng)
         given = {"keyframe": content} | self.condition.training(batch, rng)
@@ -119,13 +118,13 @@ class CMDMotionTask:
         """An empty micro-batch on the meta device."""
         return empty_batch(self.clips, batch_size)
 
-    def evaluate(self, networks: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> dict[str, tuple[Tensor, int]]:
+    def evaluate(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, tuple[Tensor, int]]:
         """The loss with every condition kept, at the timesteps and with the noise that belong to the samples."""
         _, content, motion = self.first.latents(networks, batch, rng)
         given = {"keyframe": content} | self.condition.given(batch)
         return denoising_loss(self.process, networks["motion"], motion, rng, given).metrics
 
-    def preview(self, networks: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
+    def preview(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
         """Each clip above one with the same content frame and a generated motion."""
         setting = self.config.preview
         batch = {name: value[: setting.samples] for name, value in batch.items()}
