@@ -156,7 +156,7 @@ class CMDPipeline:
                 rng,
                 "content",
                 content,
-                condition=_understood(self.content, given),
+                condition=_understood(self.content, given, content.guidance),
             )
             latent = sample(
                 self.motion.module,
@@ -165,7 +165,7 @@ class CMDPipeline:
                 rng,
                 "motion",
                 motion,
-                condition=_understood(self.motion, given),
+                condition=_understood(self.motion, given, motion.guidance),
                 always={"keyframe": frame},
             )
         return self.decode(frame, latent)
@@ -174,10 +174,13 @@ class CMDPipeline:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-def _understood(model: Loaded, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _understood(model: Loaded, given: Mapping[str, Tensor], guidance: float) -> dict[str, Tensor]:
     """The part of the condition that a model has an input for."""
     known = {"y": model.config.num_classes, "cond": model.config.cond_dim}
-    return {name: value for name, value in given.items() if known[name]}
+    understood = {name: value for name, value in given.items() if known[name]}
+    if understood and guidance != 1 and model.config.class_dropout_prob == 0:
+        raise UserError(f"{model.path} was trained without dropping its condition, so it cannot be guided: use a guidance scale of 1")
+    return understood
 
 
 def _check_family(ae: Loaded, content: Loaded | None, motion: Loaded | None) -> None:
@@ -189,7 +192,7 @@ def _check_family(ae: Loaded, content: Loaded | None, motion: Loaded | None) -> 
         trained = part.card.get("ae", {}).get("sha256", ae.sha256)
         if trained != ae.sha256:
             raise UserError(
-                f"the {stage} model {part.path} was trained on the autoencoder {trained[:12]}... (sha256), not on {ae.path} ({ae.sha256[:12]}...)"
+                f"the {stage} model {part.path} was trained on another autoencoder ({trained[:12]}...) than {ae.path} ({ae.sha256[:12]}...)"
             )
         model = part.config
         takes = (model.in_channels, *model.input_size)

@@ -130,7 +130,7 @@ class CMDMotionTask:
         batch = {name: value[: setting.samples] for name, value in batch.items()}
         few = SampleRng(rng.seed, rng.index[: setting.samples], rng.device)
         clips, content, motion = self.first.latents(networks, batch, few)
-        sampling = Sampling(steps=setting.steps, guidance=setting.guidance)
+        sampling = Sampling(steps=setting.steps, guidance=setting.guidance if self.condition.dropout > 0 else 1.0)
         latents = sample(
             networks["motion"],
             self.config.diffusion,
