@@ -1,0 +1,142 @@
+"""A training run, from its folder to its export: `fit`."""
+
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint import Checkpointer, State
+from engine.config import RunConfig
+from engine.feed import Feed, fixed_batch
+from engine.flops import count_flops, peak_flops
+from engine.metrics import Meter
+from engine.outputs import PREVIEW_SAMPLES, evaluate, export, exported_step, preview
+from engine.recorder import Recorder
+from engine.runs import open_run
+from engine.tally import Guard, Tally, name_samples
+from engine.task import BatchSource, Task
+from engine.team import Team
+from launch.env import Env, Stopped
+from utils.errors import ConfigError
+from utils.rng import SampleRng, derive_seed
+
+
+def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: BatchSource | None = None) -> Path:
+    """Train `task` on `source` to the step that the config names, going on where the run was left; returns the run's folder.
+
+    Every rank calls it, inside `launch.env.distributed`. Raises Stopped after a stop signal, once a checkpoint is written, and
+    UserError for what the user can mend. `valid`: another source with the same batch sizes, for evaluations and previews.
+    """
+    train, log = config.train, config.log
+    global_batch, share = train.global_batch_size, samples_per_rank(config, env)
+    total = train.max_steps or train.epochs * source.steps_per_epoch
+    run = open_run(config, task.name, env)
+
+    # Built on the CPU with the same seed everywhere, then wrapped: the weights do not depend on the number of ranks.
+    torch.set_float32_matmul_precision("high")  # fp32 products in TF32 on GPUs that have it
+    torch.manual_seed(derive_seed(train.seed, "weights"))
+    networks = task.networks()
+    peak = peak_flops(env.device, config.parallel.precision)
+    trained = [name for name, network in networks.items() if network.strategy != "frozen"]
+    flops = {name: count_flops(task, networks, name, share // train.accumulation) for name in trained} if peak else {}
+    team = Team(networks, config, env)
+
+    state: State = {
+        "networks": {name: member.module for name, member in team.members.items()},
+        "optim": {name: member.optimizer for name, member in team.members.items()},
+        "ema": {name: member.ema.module for name, member in team.members.items() if member.ema},
+        "progress": {"step": 0, "samples": 0, "skipped": 0},
+        "task": dict(task.state()),
+    }
+    progress = state["progress"]
+    checkpointer = Checkpointer(run.folder, env, config)
+    if run.resume_from is not None:
+        checkpointer.load(run.resume_from, state)
+        task.load_state(state["task"])
+    checkpointer.reserve(state)
+    first = progress["step"]
+    guard = Guard(env, train.max_bad_steps, progress["skipped"])
+    shown = fixed_batch(valid or source, PREVIEW_SAMPLES, env)
+    feed = Feed(source, first, train.accumulation, env.device)
+    meter = Meter(env, feed, total, trained[0], flops, peak)
+
+    def save() -> None:
+        team.share_statistics()
+        progress["skipped"] = int(guard.skipped.item())
+        state["task"].update(task.state())
+        checkpointer.save(progress["step"], state)
+
+    def show(metrics: bool, pictures: bool) -> None:
+        if metrics and valid is not None:
+            recorder.values(progress["step"], progress["samples"], evaluate(task, team, valid, config, env))
+        if pictures:
+            recorder.preview(progress["step"], preview(task, team, shown, config, env))
+
+    with Recorder(run.folder, log, is_main=env.is_main, step=first, total=total) as recorder:
+        recorder.say(f"{run.folder}: from step {first} to {total}, {env.world_size} process(es) on {env.device.type}")
+        for step in range(first, total):
+            batches = feed.step()
+            torch.manual_seed(derive_seed(train.seed, f"step {step} rank {env.rank}"))  # for dropout; all else is addressed
+            finite, turns = torch.ones((), dtype=torch.bool, device=env.device), []
+            for phase in task.phases(step):
+                tally = Tally(env)
+                with team.turn(phase) as modules:
+                    for number, batch in enumerate(batches, start=1):
+                        team.synchronise(phase, last=number == len(batches))
+                        with team.autocast():
+                            output = task.loss(phase, modules, batch, SampleRng(train.seed, batch["index"], env.device))
+                        # The ranks' gradients are averaged; `divisor` makes that the mean over the samples that really counted.
+                        (output.total / share).backward()
+                        tally.add(output)
+                sums, norm = tally.reduce(), team.gradient_norm(phase)
+                divisor, good = sums.counts[0] / global_batch, sums.finite & norm.isfinite()
+                rate = team.step(phase, step, total, norm, divisor, good)
+                meter.turn(phase, sums, norm / divisor, good, rate, global_batch)
+                finite = finite & good
+                turns.append(sums)
+            done = step + 1
+            progress |= {"step": done, "samples": progress["samples"] + global_batch}
+            guard.end_step(step, finite, turns)
+            meter.end_step(global_batch, log.every)
+            recorder.advance()
+            checkpointer.poll()
+
+            stop = guard.must_stop(lambda bad, ranks: name_samples(source.describe, bad, ranks, global_batch, env.world_size))
+            if stop or done == total or _due(done, log.every):
+                recorder.values(done, progress["samples"], meter.read(done, guard.skipped))
+            with meter.pause(stop or done == total or _due(done, config.checkpoint.every)) as due:
+                if due:
+                    save()
+            if stop:
+                checkpointer.wait()
+                recorder.say(f"stopped by a signal and saved at step {done}: the same command goes on from here")
+                raise Stopped
+            with meter.pause(done < total and (_due(done, log.eval_every) or _due(done, log.preview_every))) as due:
+                if due:
+                    show(_due(done, log.eval_every), _due(done, log.preview_every))
+
+        feed.close()
+        checkpointer.wait()
+        if exported_step(run.folder, env) == progress["step"]:
+            recorder.say(f"nothing to do: the run is at step {progress['step']} and exported; raise --max-steps or --epochs to go on")
+        else:
+            show(metrics=True, pictures=True)
+            export(run.folder, task, team, progress, config, env)
+            recorder.say(f"done: {run.folder / 'export'}")
+    return run.folder
+
+
+def samples_per_rank(config: RunConfig, env: Env) -> int:
+    """Samples of a step on one rank. Raises ConfigError when the global batch cannot be cut evenly."""
+    parts = env.world_size * config.train.accumulation
+    size = config.train.global_batch_size
+    if size % parts or size < parts:
+        lower = size // parts * parts
+        near = f"{lower} or {lower + parts}" if lower else f"{parts}"
+        raise ConfigError(
+            f"--global-batch-size {size} cannot be cut into {env.world_size} rank(s) x {config.train.accumulation} micro-batch(es): use {near}"
+        )
+    return size // env.world_size
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0

@@ -1,0 +1,135 @@
+"""What a log line says: sums on the device between log lines, clocks on the host, one host synchronisation per line."""
+
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.feed import Feed
+from engine.tally import Sums
+from launch.env import Env
+
+GIB = 2**30
+
+
+class Meter:
+    """Collects the turns of the steps since the last log line.
+
+    Keys of a line: `loss` (the first network's) and `loss/<network>` (the others'), `train/<metric>`, `lr/<network>`,
+    `grad_norm/<network>` (before clipping; mean over the steps that were not skipped); `time/step` in seconds, `time/data_wait` as
+    a share of it (the worst rank's), `clips_per_s`, `memory_gib` (peak, the worst rank's), `mfu`, `skipped`, `eta_s`.
+    """
+
+    def __init__(self, env: Env, feed: Feed, total: int, main_network: str, flops: Mapping[str, float | None], peak: float | None) -> None:
+        self._env = env
+        self._feed = feed
+        self._total = total
+        self._main = main_network
+        self._flops = flops
+        self._peak = peak
+        self._sums: dict[str, Tensor] = {}
+        self._names: dict[str, list[str]] = {}
+        self._rates: dict[str, float] = {}
+        self._warm = False
+        self._restart()
+
+    def _restart(self) -> None:
+        self._steps = 0
+        self._samples = 0
+        self._work: float | None = 0.0
+        self._paused = 0.0
+        self._feed.waited = 0.0
+        self._started = time.perf_counter()
+
+    def turn(self, phase: str, sums: Sums, norm: Tensor, finite: Tensor, rate: float, samples: int) -> None:
+        """Add one optimiser turn. Sums of a turn that was left out do not count."""
+        values = torch.cat([sums.values, sums.counts, norm.double().view(1), torch.ones_like(sums.values[:1])])
+        values = torch.where(finite, values, 0.0)
+        self._sums[phase] = self._sums[phase] + values if phase in self._sums else values
+        self._names[phase] = sums.names
+        self._rates[phase] = rate
+        flops = self._flops.get(phase)
+        self._work = None if flops is None or self._work is None else self._work + flops * samples
+
+    def end_step(self, samples: int, log_every: int) -> None:
+        """Count a step of `samples` (over all ranks)."""
+        self._steps += 1
+        self._samples += samples
+        if not self._warm:
+            self._warm = True
+            if log_every > 1:
+                # The first step compiles kernels and starts the loader: not what a step takes.
+                self._drain()
+                self._restart()
+
+    @contextmanager
+    def pause(self, due: bool) -> Iterator[bool]:
+        """Yields `due`. When it is true, time inside the block is no step time: checkpoints, evaluations, previews."""
+        if not due:
+            yield False
+            return
+        self._drain()
+        started = time.perf_counter()
+        yield True
+        self._drain()
+        self._paused += time.perf_counter() - started
+
+    def read(self, step: int, skipped: Tensor) -> dict[str, float]:
+        """Values of the log line after `step` steps, and a fresh start. Every rank calls it."""
+        phases = list(self._sums)
+        numbers = torch.cat([*(self._sums[phase] for phase in phases), skipped.view(1)]).tolist()  # the interval's one host sync
+        seconds = time.perf_counter() - self._started - self._paused
+        line: dict[str, float] = {}
+        for phase in phases:
+            size = len(self._sums[phase])
+            self._describe(line, phase, numbers[:size])
+            numbers = numbers[size:]
+        line |= self._pace(step, seconds)
+        line["skipped"] = numbers[0]
+        self._sums.clear()
+        self._restart()
+        return line
+
+    def _describe(self, line: dict[str, float], phase: str, numbers: list[float]) -> None:
+        names = self._names[phase]
+        n = 1 + len(names)
+        values, counts, (norm, steps) = numbers[:n], numbers[n : 2 * n], numbers[2 * n :]
+        keys = ["loss" if phase == self._main else f"loss/{phase}", *(f"train/{name}" for name in names)]
+        line |= {key: value / count for key, value, count in zip(keys, values, counts, strict=True) if count > 0}
+        line[f"lr/{phase}"] = self._rates[phase]
+        if steps > 0:
+            line[f"grad_norm/{phase}"] = norm / steps
+
+    def _pace(self, step: int, seconds: float) -> dict[str, float]:
+        worst = torch.tensor([self._feed.waited / max(seconds, 1e-9), peak_memory(self._env.device) / GIB], dtype=torch.float64)
+        worst = worst.to(self._env.device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        wait, memory = worst.tolist()
+        step_time = seconds / max(self._steps, 1)
+        pace = {
+            "time/step": step_time,
+            "time/data_wait": wait,
+            "clips_per_s": self._samples / max(seconds, 1e-9),
+            "memory_gib": memory,
+            "eta_s": step_time * (self._total - step),
+        }
+        if self._peak and self._work:
+            pace["mfu"] = self._work / (seconds * self._peak * self._env.world_size)
+        return pace
+
+    def _drain(self) -> None:
+        if self._env.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes since the last call on a GPU; of the process since it began on a CPU."""
+    if device.type != "cuda":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak

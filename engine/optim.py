@@ -1,0 +1,54 @@
+"""AdamW, its learning rate over time, and a step that a non-finite gradient leaves undone without asking the host."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW, Optimizer
+
+from engine.config import OptimConfig
+
+
+def learning_rate(config: OptimConfig, step: int, total: int) -> float:
+    """Rate of step `step` (from 0) of `total`: linear warm-up, then constant or half a cosine down to final_lr_ratio * lr."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    done = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))
+    return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def build_optimizer(parameters: Sequence[nn.Parameter], config: OptimConfig, *, sharded: bool) -> Optimizer:
+    """Fused AdamW over the parameters as they are after wrapping."""
+    # An optimiser over the parameters from before sharding would step tensors that nobody uses, without an error.
+    assert all(isinstance(parameter, DTensor) == sharded for parameter in parameters), "the optimiser must be built after sharding"
+    return AdamW(parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Total 2-norm over all ranks of the gradients of one network, a scalar on the device, the same on every rank.
+
+    All parameters are sharded or none is. A number that is not finite on one rank makes the norm so on all.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    assert gradients, "the loss reached no parameter of the network in turn"
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def guarded_step(optimizer: Optimizer, norm: Tensor, clip_norm: float, divisor: Tensor, finite: Tensor) -> None:
+    """Step with gradients divided by `divisor` and then clipped to `clip_norm` (0: not), or leave everything as it is.
+
+    `norm`: of the undivided gradients. `finite`: bool scalar on the device; false: weights, moments and step counters stay
+    untouched. Both act inside the fused kernel: no pass over the gradients, no host synchronisation.
+    """
+    scale = divisor
+    if clip_norm > 0:
+        scale = divisor * ((norm / divisor + 1e-6) / clip_norm).clamp(min=1.0)
+    optimizer.grad_scale = scale.float()  # type: ignore[attr-defined]
+    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)

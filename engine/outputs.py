@@ -1,0 +1,79 @@
+"""What a run makes besides steps: evaluations, previews, the export."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from engine.config import RunConfig
+from engine.feed import close, to_device
+from engine.task import Batch, BatchSource, Task
+from engine.team import Team
+from launch.env import Env
+from utils.config import load_yaml
+from utils.rng import SampleRng, derive_seed
+from utils.weights import CARD, write_export
+
+PREVIEW_SAMPLES = 8
+"""Samples of the fixed batch that previews show."""
+
+
+def evaluate(task: Task, team: Team, valid: BatchSource, config: RunConfig, env: Env) -> dict[str, float]:
+    """Metrics over the validation set, `log.eval_batches` global batches at most, as `eval/<name>`. Every rank calls it."""
+    steps = min(config.log.eval_batches, valid.steps_per_epoch)
+    wanted = steps * config.train.global_batch_size // env.world_size
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    batches = valid.batches(0)
+    with team.evaluation() as networks:
+        while wanted > 0:
+            batch = to_device(next(batches), env.device)
+            wanted -= len(batch["index"])
+            rng = SampleRng(derive_seed(config.train.seed, "evaluation"), batch["index"], env.device)
+            for name, (value, count) in task.evaluate(networks, batch, rng).items():
+                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=env.device)) + value.double()
+                counts[name] = counts.get(name, 0) + count
+    close(batches)
+    if not sums:
+        return {}
+    packed = torch.stack([*sums.values(), *(torch.tensor(float(count), dtype=torch.float64, device=env.device) for count in counts.values())])
+    dist.all_reduce(packed)
+    totals, numbers = packed.view(2, -1).tolist()
+    return {f"eval/{name}": total / number for name, total, number in zip(sums, totals, numbers, strict=True) if number}
+
+
+def preview(task: Task, team: Team, batch: Batch, config: RunConfig, env: Env) -> dict[str, Tensor]:
+    """The task's pictures of the fixed batch. Every rank calls it."""
+    rng = SampleRng(derive_seed(config.train.seed, "preview"), batch["index"], env.device)
+    with team.evaluation() as networks:
+        return task.preview(networks, batch, rng)
+
+
+def export(folder: Path, task: Task, team: Team, progress: Mapping[str, Any], config: RunConfig, env: Env) -> None:
+    """Write the first network, and its average where there is one, for later stages. Every rank calls it; rank 0 writes."""
+    member = next(iter(team.members.values()))
+    tensors = {"model": _full(member.module)}
+    if member.ema:
+        tensors["ema"] = _full(member.ema.module)
+    if env.is_main:
+        card = {**task.card(), "task": task.name, "step": progress["step"], "samples": progress["samples"], "seed": config.train.seed}
+        write_export(folder / "export", tensors, card)
+    dist.barrier()
+
+
+def exported_step(folder: Path, env: Env) -> int:
+    """Step of the export in a run folder, -1 where there is none; the same on every rank."""
+    found = [-1]
+    if env.is_main and (folder / "export" / CARD).is_file():
+        found = [int(load_yaml(folder / "export" / CARD).get("step", -1))]
+    dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
+    return found[0]
+
+
+def _full(module: nn.Module) -> dict[str, Tensor]:
+    """The whole state dict on the CPU: on rank 0 when the module is sharded."""
+    return cast("dict[str, Tensor]", get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)))

@@ -1,0 +1,189 @@
+"""What a run leaves to read: log.txt, metrics.jsonl, TensorBoard, samples/, and the lines or the progress bar on the terminal."""
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from torch import Tensor
+from tqdm import tqdm
+
+from engine.config import LogConfig
+from utils.errors import UserError
+from utils.files import atomic_write_bytes, atomic_write_text
+from utils.media import gif_bytes, grid, png_bytes, to_uint8, write_mp4
+
+_OURS = ("datasets", "diffusion", "engine", "launch", "losses", "metrics", "models", "pipelines", "tasks", "utils")
+_log = logging.getLogger(__name__)
+
+PREVIEW_FPS = 8.0
+"""Frames per second of previews, slow enough to look at."""
+
+
+class Recorder:
+    """Writes on the main rank and does nothing on the others. A context manager: it owns open files and the logging handler."""
+
+    def __init__(self, folder: Path, config: LogConfig, *, is_main: bool, step: int, total: int) -> None:
+        """`step`: where the run goes on; lines of metrics.jsonl beyond it are dropped."""
+        self._active = is_main
+        self._folder = folder
+        if not is_main:
+            return
+        try:
+            _cut(folder / "metrics.jsonl", step)
+            self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._text = (folder / "log.txt").open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"the run folder {folder} cannot be written: {error}") from None
+        self._writer = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr) if sys.stderr.isatty() else None
+        self._total = total
+        self._handler = _Handler(self._text, self._bar is not None)
+
+    def __enter__(self) -> "Recorder":
+        if self._active:
+            root = logging.getLogger()
+            self._level = root.level
+            root.setLevel(logging.INFO)
+            root.addHandler(self._handler)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self._active:
+            return
+        if self._bar is not None:
+            self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+        self._metrics.close()
+        logging.getLogger().removeHandler(self._handler)
+        logging.getLogger().setLevel(self._level)
+        self._text.close()
+
+    def advance(self) -> None:
+        """One more step on the bar."""
+        if self._active and self._bar is not None:
+            self._bar.update()
+
+    def say(self, text: str) -> None:
+        """A line to the terminal and log.txt."""
+        if self._active:
+            _log.info("%s", text)
+
+    def values(self, step: int, samples: int, values: Mapping[str, float]) -> None:
+        """A line to metrics.jsonl (with step, samples and time), TensorBoard, terminal and log.txt."""
+        if not self._active:
+            return
+        line = {"step": step, "samples": samples, "time": time.time()} | {
+            key: value if math.isfinite(value) else None for key, value in values.items()
+        }
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        if self._writer is not None:
+            for key, value in values.items():
+                self._writer.add_scalar(key, value, step)
+        self.say(format_line(step, self._total, values))
+
+    def preview(self, step: int, videos: Mapping[str, Tensor]) -> None:
+        """Videos b c t h w or images b c h w in [-1, 1]: a grid of each as a file in samples/ and in TensorBoard, where it plays."""
+        if not self._active:
+            return
+        for name, batch in videos.items():
+            picture = grid(to_uint8(batch.detach().cpu()))
+            path = self._folder / "samples" / f"step_{step:07d}_{name}"
+            if picture.ndim == 3:
+                data = png_bytes(picture)
+                atomic_write_bytes(path.with_suffix(".png"), data)
+            else:
+                data = gif_bytes(picture, PREVIEW_FPS)
+                atomic_write_bytes(path.with_suffix(".gif"), data)
+                write_mp4(path.with_suffix(".mp4"), picture, PREVIEW_FPS)
+            if self._writer is not None:
+                _add_image(self._writer, f"preview/{name}", data, picture, step)
+
+
+def format_line(step: int, total: int, values: Mapping[str, float]) -> str:
+    """The one log line format: step, then what is there of losses, metrics, norms, rates and pace."""
+    width = len(str(total))
+    parts = [f"step {step:>{width}}/{total}"]
+    for key, value in values.items():
+        if key.startswith(("loss", "train/", "eval/")):
+            parts.append(f"{key.removeprefix('train/')} {value:.4g}")
+    for key, value in values.items():
+        if key.startswith("grad_norm/"):
+            parts.append(f"{key.replace('grad_norm/', 'norm ')} {value:.3g}")
+        elif key.startswith("lr/"):
+            parts.append(f"{key.replace('lr/', 'lr ')} {value:.2e}")
+    if "time/step" in values:
+        parts.append(f"{values['time/step']:.3f} s/step, {values['time/data_wait']:.1%} waiting for data")
+        parts.append(f"{values['clips_per_s']:.1f} clips/s")
+        parts.append(f"{values['memory_gib']:.2f} GiB")
+    if "mfu" in values:
+        parts.append(f"mfu {values['mfu']:.1%}")
+    if values.get("skipped"):
+        parts.append(f"skipped {values['skipped']:.0f}")
+    if values.get("eta_s"):
+        parts.append(f"eta {_duration(values['eta_s'])}")
+    return " | ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def _cut(path: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl beyond a step (those steps will be run again) and a half-written last one."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    atomic_write_text(path, "".join(kept))
+
+
+def _add_image(writer: object, tag: str, data: bytes, picture: Tensor, step: int) -> None:
+    """Encoded bytes as an image summary. `SummaryWriter.add_video` would need moviepy and writes nothing, silently, without it."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from torch.utils.tensorboard import SummaryWriter
+
+    assert isinstance(writer, SummaryWriter)
+    height, width = picture.shape[-2:]
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
+    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+
+class _Handler(logging.Handler):
+    """Our own messages, and warnings of others, to log.txt and to the terminal (above the progress bar where there is one)."""
+
+    def __init__(self, file: TextIO, bar: bool) -> None:
+        super().__init__(logging.INFO)
+        self._file = file
+        self._bar = bar
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelmark)s%(message)s", "%H:%M:%S"))
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.levelmark = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        return record.levelno >= logging.WARNING or record.name.split(".")[0] in _OURS
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record)
+        self._file.write(line + "\n")
+        self._file.flush()
+        if self._bar:
+            tqdm.write(line, file=sys.stderr)
+        else:
+            print(line, flush=True)
