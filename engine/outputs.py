@@ -23,16 +23,14 @@ PREVIEW_SAMPLES = 8
 
 
 def evaluate(task: Task, team: Team, valid: BatchSource, config: RunConfig, env: Env) -> dict[str, float]:
-    """Metrics over the validation set, `log.eval_batches` global batches at most, as `eval/<name>`. Every rank calls it."""
+    """Metrics over the validation set, `log.eval_batches` global batches of its own size at most, as `eval/<name>`. Every rank calls it."""
     steps = min(config.log.eval_batches, valid.steps_per_epoch)
-    wanted = steps * config.train.global_batch_size // env.world_size
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     batches = valid.batches(0)
     with team.evaluation() as networks:
-        while wanted > 0:
+        for _ in range(steps * config.train.accumulation):
             batch = to_device(next(batches), env.device)
-            wanted -= len(batch["index"])
             rng = SampleRng(derive_seed(config.train.seed, "evaluation"), batch["index"], env.device)
             for name, (value, count) in task.evaluate(networks, batch, rng).items():
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=env.device)) + value.double()

@@ -93,7 +93,7 @@ class CMDAutoencoderTask:
         total = sum((weight * value.sum() for weight, value in terms.values()), torch.zeros((), device=recon.device))
         count = len(clips)
         metrics = {name: (value.detach().sum(), count) for name, (_, value) in terms.items()}
-        return LossOutput(total, count, {"loss": (total.detach(), count)} | metrics)
+        return LossOutput(total, count, metrics)
 
     def batch_spec(self, batch_size: int) -> Batch:
         """An empty micro-batch on the meta device."""

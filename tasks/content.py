@@ -24,6 +24,7 @@ from tasks.diffusion_task import (
     PreviewConfig,
     check_settings,
     denoising_loss,
+    measured,
     named_size,
     open_first_stage,
     say_unused,
@@ -114,7 +115,7 @@ class CMDContentTask:
     def evaluate(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, tuple[Tensor, int]]:
         """The loss with every condition kept, at the timesteps and with the noise that belong to the samples."""
         _, content, _ = self.first.latents(networks, batch, rng)
-        return denoising_loss(self.process, networks["content"], content, rng, self.condition.given(batch)).metrics
+        return measured(denoising_loss(self.process, networks["content"], content, rng, self.condition.given(batch)))
 
     def preview(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
         """Content frames of a few classes, always from the same noise."""

@@ -177,8 +177,13 @@ def denoising_loss(
     """Loss of a denoiser on clean samples b ..., each with its addressed timestep and noise (spec diffusion.md section 5)."""
     t = rng.integers("timestep", process.num_timesteps)
     terms = process.training_losses(model, x0, t, rng.normal("noise", tuple(x0.shape[1:])), kwargs)
-    total, count = terms["loss"].sum(), len(x0)
+    total, count = terms.pop("loss").sum(), len(x0)
     return LossOutput(total, count, {name: (value.detach().sum(), count) for name, value in terms.items()})
+
+
+def measured(output: LossOutput) -> dict[str, tuple[Tensor, int]]:
+    """A loss and its terms as validation metrics."""
+    return {"loss": (output.total.detach(), output.count)} | output.metrics
 
 
 def say_unused(final: bool, is_main: bool) -> None:

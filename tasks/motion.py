@@ -24,6 +24,7 @@ from tasks.diffusion_task import (
     PreviewConfig,
     check_settings,
     denoising_loss,
+    measured,
     named_size,
     open_first_stage,
     say_unused,
@@ -122,7 +123,7 @@ class CMDMotionTask:
         """The loss with every condition kept, at the timesteps and with the noise that belong to the samples."""
         _, content, motion = self.first.latents(networks, batch, rng)
         given = {"keyframe": content} | self.condition.given(batch)
-        return denoising_loss(self.process, networks["motion"], motion, rng, given).metrics
+        return measured(denoising_loss(self.process, networks["motion"], motion, rng, given))
 
     def preview(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
         """Each clip above one with the same content frame and a generated motion."""
