@@ -22,5 +22,5 @@ def pick_frame(video: Tensor, index: Tensor) -> Tensor:
 
 
 def perceptual(distance: Callable[[Tensor, Tensor], Tensor], target: Tensor, recon: Tensor, index: Tensor) -> Tensor:
-    """Perceptual distance of frame index[b] of each clip (B, C, T, h, w), the same in both."""
-    return distance(pick_frame(target, index), pick_frame(recon, index)).flatten(1).mean(1)
+    """`distance` of images -> (B,), applied to frame index[b] of each clip (B, C, T, h, w), the same in both."""
+    return distance(pick_frame(target, index), pick_frame(recon, index))
