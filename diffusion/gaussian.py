@@ -65,7 +65,7 @@ class GaussianDiffusion:
             raise ValueError(f"timestep_map has {len(self.timestep_map)} entries for {self.num_timesteps} steps")
         self.tables = tables(betas)
         """Name -> (T,) float64."""
-        self._ends_in_noise = betas[-1] == 1.0  # A reaches 0 and 1/A infinity: x_0 and eps cannot be told from each other there
+        self._ends_in_noise = bool(betas[-1] == 1.0)  # A reaches 0 and 1/A infinity: x_0 and eps cannot be told from each other there
         on_cpu = {name: torch.from_numpy(table).float() for name, table in self.tables.items()}
         on_cpu["timestep_map"] = torch.tensor(self.timestep_map)
         self._on_device = {torch.device("cpu"): on_cpu}

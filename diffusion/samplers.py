@@ -80,7 +80,7 @@ def ddim_sample(
         if cond_fn is not None:
             p = _condition_score(diffusion, p, cond_fn, x, step, model_kwargs)
         x = p.x0 * float(on_x0[step]) + float(on_eps[step]) * diffusion.eps_from_x0(x, t, p.x0)
-        if step > 0 and eta > 0:
+        if step > 0 and eta > 0 and noise is not None:
             x = x + float(sigma[step]) * noise(k)
         if callback is not None:
             callback(k, x, p.x0)

@@ -33,10 +33,10 @@ def beta_schedule(name: str, steps: int, first: float | None = None, last: float
         return check_betas(1.0 / np.linspace(steps, 1, steps))
     if name not in EXPLICIT:
         raise ValueError(f"unknown noise schedule {name!r}; known: {', '.join(NAMED + EXPLICIT)}")
-    if last is None or (first is None and name != "const"):
-        raise ValueError(f"noise schedule {name} needs its first and last beta")
-    if name == "const":
+    if name == "const" and last is not None:
         return check_betas(np.full(steps, last, dtype=np.float64))
+    if first is None or last is None:
+        raise ValueError(f"noise schedule {name} needs its first and last beta")
     if name == "quad":
         return check_betas(np.linspace(first**0.5, last**0.5, steps) ** 2)
     warmup = int(steps * (0.1 if name == "warmup10" else 0.5))
