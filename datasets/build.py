@@ -74,7 +74,7 @@ def _source_size(video: Video) -> int:
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Holds the folder for this process; the lock goes with the process, however it ends."""
-    with open(out / WORK / "lock", "wb") as lock:
+    with (out / WORK / "lock").open("wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,6 +1,6 @@
 """One source video -> encoded clips: decode in order, choose frames, crop and resize, cut, encode. Runs inside a worker process."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,8 @@ class ClipRules:
     antialias: bool = True
     on_short: Literal["skip", "pad"] = "skip"
     """A video shorter than one clip: leave it out, or repeat its last frame."""
+    min_frames: int = 1
+    """Where whole videos are stored: the shortest that is."""
     max_clips: int = 0
     """Clips taken from one video, from its beginning; 0: all."""
     frames_fps: float = 25.0
@@ -60,7 +62,10 @@ def transform(frames: np.ndarray, rules: ClipRules) -> np.ndarray:
 
 
 def cut_clips(frames: Iterator[np.ndarray], rules: ClipRules) -> Iterator[Clip]:
-    """Clips of a stream of native frames (h, w, 3). All frames are drawn, also after the last clip: only the end shows that a file is whole."""
+    """Clips of a stream of native frames (h, w, 3).
+
+    All frames are drawn, also those after the last clip: only the end shows that a file is whole.
+    """
     taken: list[np.ndarray] = []  # transformed frames base, base + 1, ...
     base = start = made = 0
     for chunk in _chunks(frames, rules.frame_stride):
@@ -74,9 +79,9 @@ def cut_clips(frames: Iterator[np.ndarray], rules: ClipRules) -> Iterator[Clip]:
             drop = min(start - base, len(taken))
             del taken[:drop]
             base += drop
-    if taken and not rules.clip_length:
+    if not rules.clip_length and len(taken) >= rules.min_frames:
         yield Clip(0, np.stack(taken))
-    elif taken and not made and rules.on_short == "pad":
+    elif taken and rules.clip_length and not made and rules.on_short == "pad":
         padded = rules.clip_length - len(taken)
         yield Clip(0, np.stack(taken + taken[-1:] * padded), padded)
 
@@ -94,10 +99,10 @@ def _chunks(frames: Iterator[np.ndarray], stride: int) -> Iterator[np.ndarray]:
         yield np.stack(kept)
 
 
-def read_frames(folder: Path) -> Iterator[np.ndarray]:
+def read_frames(folder: Path) -> Generator[np.ndarray, None, None]:
     """Pictures of a folder in natural order, uint8 (h, w, 3). VideoError for one that is damaged or of another size than the first."""
     paths = sorted((path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES), key=lambda path: natural_key(path.name))
-    shape = None
+    shape: tuple[int, ...] = ()
     for path in paths:
         try:
             with Image.open(path) as image:
@@ -118,13 +123,14 @@ def samples(video: Video, rules: ClipRules, class_name: str | None) -> Iterator[
         info = probe(video.path)
         frames, source_fps = decode(video.path, info, rules.decoder), info.fps
     fps = round(source_fps / rules.frame_stride, 3)
-    made = 0
+    empty = True
     with closing(frames):
-        for made, clip in enumerate(cut_clips(frames, rules), 1):
+        for clip in cut_clips(frames, rules):
+            empty = False
             yield _sample(video, clip, rules, class_name, fps), fps
-    if not made:
-        wanted = rules.clip_length * rules.frame_stride if rules.clip_length else 1
-        raise VideoError("too short", f"fewer than the {wanted} frames of a clip; --on-short pad repeats the last one")
+    if empty:
+        wanted = (rules.clip_length or rules.min_frames) * rules.frame_stride
+        raise VideoError("too short", f"fewer than {wanted} frames" + ("; --on-short pad repeats the last one" if rules.clip_length else ""))
 
 
 def _sample(video: Video, clip: Clip, rules: ClipRules, class_name: str | None, fps: float) -> Sample:

@@ -62,24 +62,27 @@ def add_shards_arguments(parser: argparse.ArgumentParser) -> None:
         f"sub-folder is the class when all are in sub-folders. frames: a folder of picture folders. {DIGITS}: needs no folder, "
         "makes moving digits under SHARDS/source. auto (default): UCF101, folder or frames, by what is there",
     )
-    add("--split", choices=["all", "train", "test"], default="all", help="part of the set (default all), by UCF-101's lists or --val-fraction")
+    add("--split", choices=["all", "train", "test"], default="all", help="default all; by UCF-101's lists or --val-fraction")
     add("--fold", type=int, choices=[1, 2, 3], default=1, help="which of UCF-101's splits (default 1)")
     add("--split-lists", type=Path, metavar="FOLDER", help="ucfTrainTestlist, when it is not in or beside the source folder")
-    add("--val-fraction", type=_share, default=0.0, metavar="F", help="--split test is this share of the videos, chosen by name; train the rest")
+    add("--val-fraction", type=_share, default=0.0, metavar="F", help="--split test: this share of the videos, by name; train: the rest")
     add("--licence", default="", metavar="TEXT", help="a licence or source note that the shard set carries")
     add("--name", default="", help="name of the data set (default: of the source folder)")
     clips = parser.add_argument_group("clips").add_argument
     clips("--image-size", type=_whole(2), nargs=2, default=[64, 64], metavar=("H", "W"), help="default 64 64")
-    clips("--clip-length", type=_clip_length, default=16, metavar="N", help="frames (default 16); 'video': whole videos, training draws windows")
+    clips("--clip-length", type=_clip_length, default=16, metavar="N", help="frames (default 16); 'video': whole videos")
     clips("--clip-stride", type=_whole(1), metavar="N", help="frames between the beginnings of two clips (default: the clip length)")
     clips("--frame-stride", type=_whole(1), default=1, metavar="N", help="take every N-th frame (default 1); lengths count taken frames")
-    clips("--resize", choices=["crop", "stretch"], default="crop", help="crop (default): centre crop to the aspect; stretch: centre square, as CMD")
+    clips("--resize", choices=["crop", "stretch"], default="crop", help="crop (default): to the aspect; stretch: the centre square")
     clips("--antialias", action=argparse.BooleanOptionalAction, default=True, help="filter before making smaller (default: yes)")
-    clips("--on-short", choices=["skip", "pad"], default="skip", help="videos shorter than a clip: skip (default), or repeat the last frame")
+    clips("--on-short", choices=["skip", "pad"], default="skip", help="short videos: skip (default), or repeat the last frame")
+    clips("--min-frames", type=_whole(1), default=1, metavar="N", help="with --clip-length video: leave out shorter ones (default 1)")
     clips("--max-clips-per-video", type=_whole(0), default=0, metavar="N", help="from the beginning of each video (default 0: all)")
     clips("--frames-fps", type=float, default=25.0, metavar="FPS", help="frame rate of frame folders (default 25)")
     store = parser.add_argument_group("storage and speed").add_argument
-    store("--codec", choices=["auto", "npy", "mp4"], default="auto", help=f"npy: raw, exact; mp4: H.264 crf 18; auto: npy up to {NPY_LIMIT} pixels")
+    store(
+        "--codec", choices=["auto", "npy", "mp4"], default="auto", help=f"npy: raw; mp4: H.264 crf 18; auto: npy up to {NPY_LIMIT} pixels"
+    )
     store("--shard-size", type=_whole(1), default=512, metavar="N", help="clips per shard (default 512)")
     store("--shard-mib", type=_whole(1), default=1024, metavar="MIB", help="a shard is also closed at this size (default 1024)")
     store("--decoder", choices=["auto", "ffmpeg", "pyav"], default="auto", help="auto: the ffmpeg program where there is one, else PyAV")
@@ -137,7 +140,9 @@ def _source(args: argparse.Namespace) -> tuple[Path, str, str]:
 
 def _rules(args: argparse.Namespace, digits: bool) -> ClipRules:
     height, width = args.image_size
-    codec = args.codec if args.codec != "auto" else "npy" if max(height, width) <= NPY_LIMIT else "mp4"
+    codec = args.codec
+    if codec == "auto":
+        codec = "npy" if max(height, width) <= NPY_LIMIT else "mp4"
     decoder = args.decoder
     if decoder == "ffmpeg" and ffmpeg_program() is None:
         raise UserError("--decoder ffmpeg: there is no ffmpeg program; install ffmpeg or the package imageio-ffmpeg, or use --decoder pyav")
@@ -154,6 +159,7 @@ def _rules(args: argparse.Namespace, digits: bool) -> ClipRules:
         resize=args.resize,
         antialias=args.antialias,
         on_short=args.on_short,
+        min_frames=args.min_frames,
         max_clips=args.max_clips_per_video,
         frames_fps=args.frames_fps,
     )

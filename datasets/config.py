@@ -30,8 +30,10 @@ class DataConfig:
 def resolve(data: DataConfig, shards: ShardSet) -> DataConfig:
     """Fills `n_frames`, `image_size` and `dataset_name` from the shard set. ConfigError where they ask for what it does not hold."""
     if data.n_frames > shards.clip_length:
-        stored = f"its clips have {shards.clip_length} frames" if shards.meta["clip_length"] else f"its shortest video has {shards.clip_length} frames"
-        raise ConfigError(f"--n-frames {data.n_frames}: {shards.folder} cannot give that, {stored}; use fewer, or preprocess with --clip-length")
+        stored = "its clips have" if shards.meta["clip_length"] else "its shortest video has"
+        raise ConfigError(
+            f"--n-frames {data.n_frames}: {stored} {shards.clip_length} frames ({shards.folder}): use fewer, or another --clip-length in preprocess.py"
+        )
     if data.n_frames < 0:
         raise ConfigError(f"--n-frames {data.n_frames} is negative: use 0 for the whole stored clip")
     if data.n_frames == 0 and not shards.meta["clip_length"]:

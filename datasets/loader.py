@@ -26,12 +26,6 @@ Batch = dict[str, torch.Tensor]
 MAX_THREADS = 2
 
 
-def _pin(item: "Batch | UserError") -> "Batch | UserError":
-    if isinstance(item, UserError) or not torch.cuda.is_available():
-        return item
-    return {name: value if name == "index" else value.pin_memory() for name, value in item.items()}
-
-
 class ClipReader:
     """Reads windows of `n_frames` out of a shard set. Opens files when first read, so that it survives fork and pickling."""
 
@@ -60,9 +54,11 @@ class ClipReader:
         shards, frame_bytes = self.shards, out[0, 0].nbytes
         # Frames end where the member ends; what stands before them is the npy header.
         offsets = shards.offset[samples] + shards.nbytes[samples] + (starts - shards.frames[samples]) * frame_bytes
-        for row, sample, offset in zip(out, samples, offsets, strict=True):
-            count = os.preadv(self._file(int(sample)), [row.data.cast("B")], int(offset))
-            if count != row.nbytes:
+        # Plain numbers and one flat view: this loop holds the interpreter's lock between the reads.
+        clip_bytes, flat = frame_bytes * self.n_frames, memoryview(out.reshape(-1))
+        for row, (sample, shard, offset) in enumerate(zip(samples.tolist(), shards.shard[samples].tolist(), offsets.tolist(), strict=True)):
+            file = self.files.get(shard) or self._open(shard)
+            if os.preadv(file, [flat[row * clip_bytes : (row + 1) * clip_bytes]], offset) != clip_bytes:
                 raise UserError(f"{shards.describe(sample)} is cut short: copy the shard again or rerun preprocess.py")
         sums = frame_sums(out.reshape(len(out), self.n_frames, frame_bytes))
         rows = (shards.first_sum[samples] + starts)[:, None] + np.arange(self.n_frames)
@@ -72,7 +68,7 @@ class ClipReader:
 
     def _decode(self, sample: int, start: int) -> np.ndarray:
         shards = self.shards
-        payload = os.pread(self._file(sample), int(shards.nbytes[sample]), int(shards.offset[sample]))
+        payload = os.pread(self._open(int(shards.shard[sample])), int(shards.nbytes[sample]), int(shards.offset[sample]))
         if zlib.crc32(payload) != shards.crc32[sample]:
             raise UserError(f"{shards.describe(sample)} is damaged (crc32): copy the shard again or rerun preprocess.py")
         try:
@@ -80,14 +76,16 @@ class ClipReader:
         except ValueError as error:
             raise UserError(f"{shards.describe(sample)} does not decode: {error}; rerun preprocess.py") from None
 
-    def _file(self, sample: int) -> int:
-        shard = int(self.shards.shard[sample])
+    def _open(self, shard: int) -> int:
         if shard not in self.files:
-            path = self.shards.shard_path(sample)
+            path = self.shards.folder / self.shards.meta["shards"][shard]["name"]
             try:
-                self.files[shard] = os.open(path, os.O_RDONLY)
+                # Two threads may both come here: the one that is late closes its own.
+                file = os.open(path, os.O_RDONLY)
             except OSError as error:
                 raise UserError(f"cannot read {path}: {error.strerror}") from None
+            if self.files.setdefault(shard, file) != file:
+                os.close(file)
         return self.files[shard]
 
 
@@ -100,7 +98,15 @@ class ClipSource(Dataset[Batch | UserError]):
     """
 
     def __init__(
-        self, shards: ShardSet, data: DataConfig, *, seed: int, global_batch_size: int, accumulation: int = 1, rank: int = 0, world_size: int = 1
+        self,
+        shards: ShardSet,
+        data: DataConfig,
+        *,
+        seed: int,
+        global_batch_size: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.shards, self.data, self.seed = shards, resolve(data, shards), seed
         self.order = Order(
@@ -110,7 +116,10 @@ class ClipSource(Dataset[Batch | UserError]):
         self.steps_per_epoch = self.order.steps_per_epoch
 
     def __getitem__(self, number: int) -> Batch | UserError:
-        """Micro-batch number `step * accumulation + k`. A UserError is returned, not raised: a loader process would wrap it in a traceback."""
+        """Micro-batch number `step * accumulation + k`.
+
+        A UserError is returned, not raised: a loader process would wrap it in a traceback.
+        """
         indices = self.order.indices(*divmod(number, self.order.accumulation))
         samples = self.order.samples(indices)
         rng = SampleRng(self.seed, torch.from_numpy(indices))
@@ -139,18 +148,24 @@ class ClipSource(Dataset[Batch | UserError]):
 
     def _from_threads(self, numbers: Iterator[int]) -> Iterator[Batch | UserError]:
         if self.data.num_workers == 0:
-            yield from (_pin(self[number]) for number in numbers)
+            yield from map(self._pinned, numbers)
         # Reading runs at memory speed: more threads than this only contend.
         with ThreadPoolExecutor(min(self.data.num_workers, MAX_THREADS), thread_name_prefix="clips") as pool:
             waiting: deque[Future[Batch | UserError]] = deque()
             try:
                 for number in numbers:
-                    waiting.append(pool.submit(lambda n=number: _pin(self[n])))
+                    waiting.append(pool.submit(self._pinned, number))
                     if len(waiting) > self.data.prefetch:
                         yield waiting.popleft().result()
             finally:
                 for future in waiting:
                     future.cancel()
+
+    def _pinned(self, number: int) -> Batch | UserError:
+        item = self[number]
+        if isinstance(item, UserError) or not torch.cuda.is_available():
+            return item
+        return {name: value.pin_memory() for name, value in item.items()}
 
     def _from_processes(self, numbers: Iterator[int]) -> Iterator[Batch | UserError]:
         loader = DataLoader(

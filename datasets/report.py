@@ -35,7 +35,8 @@ class Tally:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {"videos": self.videos, "clips": self.clips, "fps": dict(self.fps), "labels": dict(self.labels), "skipped": list(self.skipped)}
+        counts = {"videos": self.videos, "clips": self.clips, "fps": dict(self.fps), "labels": dict(self.labels)}
+        return counts | {"skipped": list(self.skipped)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Tally":

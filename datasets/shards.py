@@ -1,8 +1,8 @@
 """The shard set on disk: tars that webdataset reads, an index of offsets beside each, and `index.json`, written last, over all.
 
-    shard-00000.tar         <key>.npy or <key>.mp4, <key>.json (+ <key>.cls, <key>.txt), samples in fixed order
-    shard-00000.index.json  for each sample: key, offset and size of the clip's bytes, crc32, frames, label, checksum of each stored frame
-    index.json              schema version, source, licence, clip length, fps, size, classes, codec, transform, shards with sha256
+shard-00000.tar         <key>.npy or <key>.mp4, <key>.json (+ <key>.cls, <key>.txt), samples in fixed order
+shard-00000.index.json  for each sample: key, offset and size of the clip's bytes, crc32, frames, label, checksum of each stored frame
+index.json              schema version, source, licence, clip length, fps, size, classes, codec, transform, shards with sha256
 """
 
 import hashlib
@@ -18,10 +18,11 @@ from utils.errors import UserError
 SCHEMA = 1
 FORMAT = "kinoform-shards"
 INDEX = "index.json"
-VIDEO_SUFFIXES = frozenset(
-    ".3gp .asf .avi .divx .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .vob .webm .wmv".split()  # fmt: skip
-)
-IMAGE_SUFFIXES = frozenset(".bmp .jpeg .jpg .png .ppm .tif .tiff .webp".split())
+VIDEO_SUFFIXES = frozenset({
+    ".3gp", ".asf", ".avi", ".divx", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov",
+    ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv",
+})  # fmt: skip
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
 def sidecar_name(shard: str) -> str:
@@ -37,7 +38,7 @@ def word_type(frame_bytes: int) -> np.dtype:
 def frame_sums(frames: np.ndarray) -> np.ndarray:
     """Checksum of each frame, uint8 (..., bytes) -> uint64 (...): the sum of its words modulo 2**64.
 
-    It runs at memory speed (a CRC does not), misses no flipped bit, no zeroed or foreign block, and would miss only words that changed places.
+    It runs at memory speed (a CRC does not), misses no flipped bit, no zeroed or foreign block; only words that change places escape it.
     """
     return np.add.reduce(frames.view(word_type(frames.shape[-1])), axis=-1, dtype=np.uint64)
 
@@ -179,7 +180,7 @@ def _read_sidecar(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"shard set {folder} is incomplete: {error.filename} is missing; copy it again or rerun preprocess.py") from None
     if size != entry["bytes"]:
-        raise UserError(f"{shard} has {size} bytes, {INDEX} says {entry['bytes']}: it is cut or damaged; copy it again or rerun preprocess.py")
+        raise UserError(f"{shard} has {size} bytes, {INDEX} says {entry['bytes']}: it is damaged; copy it again or rerun preprocess.py")
     if hashlib.sha256(raw).hexdigest() != entry["index_sha256"]:
         raise UserError(f"{sidecar} does not match {INDEX}: it is damaged; copy it again or rerun preprocess.py")
     return _parse(sidecar, raw)

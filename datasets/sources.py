@@ -63,7 +63,7 @@ def natural_key(text: str) -> list[tuple[int, int, str]]:
 
 
 def walk(root: Path, suffixes: frozenset[str], exclude: Path | None = None) -> list[Path]:
-    """Files under `root` with one of the suffixes, in natural order of their relative path; hidden names are passed over, links followed."""
+    """Files under `root` with one of the suffixes, in natural order of their path; hidden names are passed over, links followed."""
     found, seen = [], set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -111,7 +111,7 @@ def list_ucf101(root: Path, options: SourceOptions) -> Listing:
         return found
     if lists is None or not lists.is_dir():
         raise UserError(
-            f"--split {options.split} needs the lists of UCF-101: no {lists or root / UCF_LISTS}; give --split-lists FOLDER or --val-fraction"
+            f"--split {options.split} needs UCF-101's lists: no {lists or root / UCF_LISTS}; give --split-lists FOLDER or --val-fraction"
         )
     path = lists / f"{options.split}list{options.fold:02d}.txt"
     if not path.is_file():
@@ -133,7 +133,7 @@ def detect(root: Path, exclude: Path | None = None) -> str:
 
 
 def list_videos(root: Path, name: str, options: SourceOptions, seed: int) -> Listing:
-    """The videos of a folder in the order in which they are sharded: shuffled by a hash of their name, so that any part of the set is mixed.
+    """The videos of a folder in the order in which they are sharded: by a hash of their name, so that any part of the set is mixed.
 
     UserError for a folder that is missing or holds none.
     """

@@ -34,7 +34,7 @@ def prepare(video: Video, rules: ClipRules, class_name: str | None, spool: Path)
     """Decodes a video and writes the members of its clips to `spool`. A video that cannot be used gives the reason instead."""
     rows = []
     try:
-        with open(spool, "wb") as file:
+        with spool.open("wb") as file:
             for sample, fps in samples(video, rules, class_name):
                 sizes = [(extension, file.write(payload)) for extension, payload in sample.members.items()]
                 rows.append((replace(sample, members={}), sizes, fps))
@@ -45,7 +45,7 @@ def prepare(video: Video, rules: ClipRules, class_name: str | None, spool: Path)
 
 def read_spool(prepared: Prepared, spool: Path) -> Iterator[tuple[Sample, float]]:
     """(sample, its frame rate) for each clip of a video, read back from its spool file."""
-    with open(spool, "rb") as file:
+    with spool.open("rb") as file:
         for sample, sizes, fps in prepared.rows:
             yield replace(sample, members={extension: file.read(size) for extension, size in sizes}), fps
 

@@ -76,9 +76,9 @@ class ShardWriter:
     def __post_init__(self) -> None:
         self.path = self.folder / f"shard-{self.number:05d}.tar"
         self.temporary = self.path.with_name(self.path.name + ".tmp")
-        self.file = _Hashing(open(self.temporary, "wb"))  # noqa: SIM115
+        self.file = _Hashing(self.temporary.open("wb"))
         # pax headers would hold times; plain ustar with fixed fields gives the same bytes each time.
-        self.tar = tarfile.open(fileobj=self.file, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[arg-type]
+        self.tar = tarfile.open(fileobj=self.file, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[call-overload]  # noqa: SIM115
 
     @property
     def samples(self) -> int:
