@@ -9,6 +9,7 @@
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -41,7 +42,7 @@ class Checkpointer:
     """Saves and loads the state of one run folder. Making one is a collective: every rank does it at the same place.
 
     A state is `{"networks": {name: module}, "optim": {name: optimizer}, "ema": {name: module}, "progress": {...}, "task": {...}}`;
-    optimizer `name` belongs to network `name`; progress and task hold numbers and texts, and progress has "step" and "samples".
+    optimizer `name` belongs to network `name`; progress and task hold plain numbers, and progress has "step" and "samples".
     """
 
     def __init__(self, folder: Path, env: Env, config: RunConfig) -> None:
@@ -55,7 +56,7 @@ class Checkpointer:
         self._step: int | None = None
         if env.is_main:
             manifest.remove_stale(folder)
-        self._group = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT)
+        self._group = cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT))
 
     def reserve(self, state: State) -> None:
         """Make the copy's buffer now, optimizer moments included, so that the first save holds the loop no longer than others."""
@@ -151,7 +152,8 @@ class Checkpointer:
         state = cast("dict[str, Any]", tensors)
         if not self._background:
             return lambda: dcp.save(state, storage_writer=writer, process_group=self._group)
-        return dcp.async_save(state, storage_writer=writer, process_group=self._group, async_stager=self._arena).result
+        future = dcp.async_save(state, storage_writer=writer, process_group=self._group, async_stager=self._arena)
+        return cast("Future[Any]", future).result
 
     def _finish(self, write: Callable[[], Any], temporary: Path, record: dict[str, Any]) -> None:
         """In the thread, on every rank: wait for the files, take their digests, let rank 0 commit, agree on the outcome."""

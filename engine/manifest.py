@@ -4,6 +4,7 @@
 as `.step_0000005.tmp` and renamed last, so no name of this form is ever half written.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -59,11 +60,15 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a committed checkpoint. Raises UserError when it is missing or not readable."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
-        if not isinstance(manifest["files"], dict):
-            raise ValueError("no list of files")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{checkpoint / MANIFEST} is not readable ({error}): the checkpoint is damaged; take another one") from None
+        if manifest.pop("digest") != _digest(manifest):
+            raise ValueError("its text was changed")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{checkpoint / MANIFEST} is missing or damaged ({type(error).__name__}: {error})") from None
     return manifest
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -91,7 +96,8 @@ def commit(temporary: Path, manifest: Mapping[str, Any]) -> Path:
     An older folder of that name (a damaged one, set against it by a resumed run) is replaced.
     """
     final = temporary.with_name(temporary.name.removeprefix(".").removesuffix(".tmp"))
-    atomic_write_text(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    record = {**manifest, "digest": _digest(manifest)}
+    atomic_write_text(temporary / MANIFEST, json.dumps(record, indent=1, sort_keys=True) + "\n")
     fsync_path(temporary)
     aside = temporary.with_suffix(".old")
     if final.exists():

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,6 @@ from torch.optim import Optimizer
 
 _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")
 
-Number = int | float | str | bool | None
-
 
 class State(TypedDict):
     """All that training needs to go on. Optimizer `name` belongs to network `name`."""
@@ -21,8 +19,8 @@ class State(TypedDict):
     networks: Mapping[str, nn.Module]
     optim: Mapping[str, Optimizer]
     ema: Mapping[str, nn.Module]
-    progress: dict[str, Number]
-    task: dict[str, Number]
+    progress: dict[str, int]
+    task: dict[str, int | float]
 
 
 def model_tensors(state: State) -> dict[str, Tensor]:
@@ -30,7 +28,8 @@ def model_tensors(state: State) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for kind, modules in (("networks", state["networks"]), ("ema", state["ema"])):
         for name, module in modules.items():
-            tensors.update({f"{kind}.{name}.{key}": value for key, value in get_model_state_dict(module).items()})
+            values = cast("dict[str, Tensor]", get_model_state_dict(module))
+            tensors.update({f"{kind}.{name}.{key}": value for key, value in values.items()})
     return tensors
 
 
@@ -71,10 +70,10 @@ def make_optimizer_tensors(state: State, saved: Mapping[str, tuple[torch.Size, t
     return tensors
 
 
-def numbers(values: Mapping[str, Number], what: str) -> dict[str, Number]:
+def numbers(values: Mapping[str, int | float], what: str) -> dict[str, int | float]:
     """A copy for JSON. Tensors and objects have no place here: they would need an owner among the ranks."""
     for key, value in values.items():
-        assert isinstance(value, Number), f"{what}[{key!r}] is a {type(value).__name__}: numbers and texts only"
+        assert isinstance(value, int | float), f"{what}[{key!r}] is a {type(value).__name__}: plain numbers only"
     return dict(values)
 
 

@@ -16,7 +16,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from launch.env import EXIT_STOPPED, Stopped, check_master
+from launch.env import EXIT_STOPPED, Env, Stopped, check_master
 from utils.errors import ConfigError, UserError
 
 LAUNCH_HELP = """launcher options (given to the script itself; under torchrun they are ignored):
@@ -47,6 +47,10 @@ class Launch:
     dry_run: bool
     print_config: bool
 
+    def env(self) -> Env:
+        """Rank 0 of the run that was asked for, without a process group: for --dry-run."""
+        return Env(0, self.world_size, 0, self.local_world_size, torch.device("cpu"), "gloo")
+
 
 def parse_launch(prog: str, description: str, argv: list[str] | None = None) -> Launch:
     """Take the launcher flags off the command line (`sys.argv[1:]`); start again through torchrun when they ask for it.
@@ -58,8 +62,8 @@ def parse_launch(prog: str, description: str, argv: list[str] | None = None) -> 
     dry_run, print_config = "dry_run" in given, "print_config" in given
     wants_help = "-h" in rest or "--help" in rest
     if "RANK" in os.environ:
-        if wants_help and os.environ["RANK"] != "0":
-            raise SystemExit(0)
+        if (wants_help or dry_run or print_config) and os.environ["RANK"] != "0":
+            raise SystemExit(0)  # one rank prints
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     else:

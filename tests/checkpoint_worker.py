@@ -1,7 +1,8 @@
-"""A process of the checkpoint tests: `checkpoint_worker.py RUN MODE ACTION...`, under torchrun or alone.
+"""A process of the checkpoint tests: `checkpoint_worker.py RUN MODE ACTION... [-- RUN MODE ACTION...]`, under torchrun or alone.
 
-MODE: plain, ddp, fsdp, hsdp. Actions, in order: `train:N` steps, `save:STEP`, `wait`, `poll:SECONDS`, `load[:PATH]` (default: the
-latest), `digest` (prints a digest of all tensors and numbers), `freeze:NAME=BYTES` style faults are made by the tests from outside.
+Each part is a fresh start of a toy run. MODE: plain, ddp, fsdp, hsdp. Actions, in order: `train:N` steps, `save:STEP`, `wait`,
+`poll:SECONDS`, `reserve`, `load[:PATH]` (default: the latest), `diverge` (the ranks get different values), `digest` (prints a
+digest of all tensors and numbers). `width:N` first: another size; `sync` anywhere: no background saves.
 """
 
 import hashlib
@@ -74,7 +75,7 @@ class Toy:
 
     def train(self, steps: int) -> None:
         for _ in range(steps):
-            step = int(self.state["progress"]["step"] or 0)
+            step = self.state["progress"]["step"]
             x = torch.randn(8, 2, self.width, generator=torch.Generator().manual_seed(step)).to(self.env.device)
             part = x.chunk(self.env.world_size)[self.env.rank]
             self.net(part).square().mean().backward()
@@ -85,6 +86,12 @@ class Toy:
                     average.lerp_(parameter, 0.1)
             self.state["progress"].update(step=step + 1, samples=8 * (step + 1))
             self.state["task"]["factor"] = 0.1 * (step + 2)
+
+    def diverge(self) -> None:
+        self.state["task"]["factor"] = float(self.env.rank)
+        with torch.no_grad():
+            for tensor in self.late.state_dict().values():
+                tensor.fill_(self.env.rank)
 
     def digest(self) -> str:
         digest = hashlib.sha256(repr((self.state["progress"], self.state["task"])).encode())
@@ -123,26 +130,34 @@ def perform(action: str, run: Path, toy: Toy, checkpointer: Checkpointer) -> Non
         "wait": checkpointer.wait,
         "poll": lambda: poll(checkpointer, float(value)),
         "reserve": lambda: checkpointer.reserve(toy.state),
-        "diverge": lambda: toy.state["task"].update(factor=float(toy.env.rank)),
+        "diverge": toy.diverge,
         "load": load,
         "digest": digest,
     }
     actions[name]()
 
 
-def main() -> None:
-    run, mode, *actions = sys.argv[1:]
-    width = 64
-    if actions[0].startswith("width:"):
-        width = int(actions.pop(0).partition(":")[2])
+def play(part: list[str], env: Env) -> None:
+    run, mode, *actions = part
+    width = int(actions.pop(0).partition(":")[2]) if actions[0].startswith("width:") else 64
     config = RunConfig(checkpoint=CheckpointConfig(keep_last=2, background="sync" not in actions))
+    toy = Toy(mode, width, env)
+    checkpointer = Checkpointer(Path(run), env, config)
+    for action in actions:
+        if action != "sync":
+            perform(action, Path(run), toy, checkpointer)
+    checkpointer.wait()
+
+
+def main() -> None:
     with distributed(60.0) as env:
-        toy = Toy(mode, width, env)
-        checkpointer = Checkpointer(Path(run), env, config)
-        for action in actions:
-            if action != "sync":
-                perform(action, Path(run), toy, checkpointer)
-        checkpointer.wait()
+        part: list[str] = []
+        for argument in [*sys.argv[1:], "--"]:
+            if argument != "--":
+                part.append(argument)
+                continue
+            play(part, env)
+            part = []
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def _locate(path: Path, which: str) -> tuple[Path, Path]:
     folder = path / "export" if (path / "export").is_dir() or (path / "checkpoints").is_dir() or (path / "identity").is_file() else path
     if not (folder / CARD).is_file():
         if folder != path:
-            raise UserError(f"{path} is a run that has no export yet: training writes it when it ends; start its command again to finish it")
+            raise UserError(f"{path} is a run that has no export yet: training writes it at its end; start its command again to finish it")
         raise UserError(f"{path} is not an export: it has no {CARD}; give a run folder, or its export/")
     names = ["ema", "model"] if which == "ema" else ["model"]
     for name in names:

@@ -1,0 +1,209 @@
+"""From command line to exit status: processes, errors in one line, signals; with plain python, torchrun, and two agents."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.env import StopFlag, check_packages, distributed
+from launch.run import parse_launch
+from tests.distributed import environment
+from utils.errors import UserError
+
+WORKER = str(Path(__file__).with_name("launch_worker.py"))
+TORCHRUN = ["-m", "torch.distributed.run", "--max-restarts=0"]
+PAIR = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
+
+
+def start(*arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen([sys.executable, *arguments], env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process: "subprocess.Popen[str]", timeout: float = 60) -> tuple[int, str, list[str], str]:
+    """Exit status, stdout, our own lines of stderr, all of stderr."""
+    with process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+    return process.returncode, out, [line for line in err.splitlines() if line.startswith("error:")], err
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_one_process_without_a_launcher() -> None:
+    status, out, errors, _ = finish(start(WORKER, "fine"))
+    assert (status, errors) == (0, [])
+    assert "rank 0 of 1 local 0" in out
+
+
+@pytest.mark.parametrize(
+    ("case", "expected", "line"),
+    [
+        ("settings", 2, "error: --lr fast: not a number"),
+        ("mistake", 1, "error: the file of rank 0 is missing"),
+        ("signalled", 75, None),
+        ("interrupted", 130, None),
+    ],
+)
+def test_exit_status_and_line_of_one_process(case: str, expected: int, line: str | None) -> None:
+    status, _, _, err = finish(start(WORKER, case))
+    assert status == expected
+    assert err.splitlines() == ([line] if line else [])
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    status, _, errors, err = finish(start(WORKER, "bug"))
+    assert (status, errors) == (1, [])
+    assert "ZeroDivisionError: ours" in err and "in misbehave" in err
+
+
+@pytest.mark.parametrize(
+    ("case", "who", "pattern"),
+    [
+        ("settings", "", r"error: (\[rank 1\] )?--lr fast: not a number"),
+        ("mistake", "", r"error: (\[rank 1\] )?the file of rank [01] is missing"),
+        ("mistake", "1", r"error: \[rank 1\] the file of rank 1 is missing"),
+        ("killed", "1", r"error: lost the connection to another process.*"),
+    ],
+)
+def test_one_line_for_two_ranks_within_seconds(case: str, who: str, pattern: str) -> None:
+    """Whichever rank fails, and when both fail the same way, one line comes out, and both ranks are gone soon."""
+    process = start(*PAIR, WORKER, case, *filter(None, [who]))
+    status, _, errors, err = finish(process)
+    assert status == 1
+    assert len(errors) == 1 and re.fullmatch(pattern, errors[0]), err
+    assert "launch_worker.py\", line" not in err, err
+
+
+def test_a_bug_of_one_rank_ends_the_other() -> None:
+    began = time.monotonic()
+    status, _, _, err = finish(start(*PAIR, WORKER, "bug", "1"))
+    assert status == 1 and "ZeroDivisionError: ours" in err
+    assert time.monotonic() - began < 40
+
+
+def test_a_signal_to_one_rank_stops_both_at_the_same_step() -> None:
+    _, out, errors, err = finish(start(*PAIR, WORKER, "signalled", "1"))
+    assert errors == [], err
+    assert sorted(out.splitlines()) == ["rank 0 stopped at step 3", "rank 1 stopped at step 3"]
+    assert re.findall(r"exitcode\s*: (\d+)", err) == ["75", "75"] or "exitcode: 75" in err, err
+
+
+def test_two_agents() -> None:
+    port = free_port()
+    flags = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test"]
+    done = [finish(agent) for agent in [start(*flags, WORKER, "fine") for _ in range(2)]]
+    assert [status for status, *_ in done] == [0, 0], done
+    lines = sorted(line for _, out, *_ in done for line in out.splitlines())
+    assert lines == [f"rank {rank} of 2 local 0 argv ['fine']" for rank in (0, 1)]
+
+
+def test_the_script_starts_torchrun_itself() -> None:
+    status, out, _, err = finish(start(WORKER, "--nproc-per-node=2", "fine", "--nnodes", "1", "-1"))
+    assert status == 0, err
+    assert sorted(out.splitlines()) == [f"rank {rank} of 2 local {rank} argv ['fine', '-1']" for rank in (0, 1)]
+
+
+def test_the_script_starts_two_nodes_itself() -> None:
+    flags = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "localhost", "--master_port", str(free_port())]
+    done = [finish(node) for node in [start(WORKER, *flags, "--node_rank", str(rank), "fine") for rank in range(2)]]
+    assert [status for status, *_ in done] == [0, 0], done
+    assert sorted(out.strip() for _, out, *_ in done) == [f"rank {rank} of 2 local 0 argv ['fine']" for rank in (0, 1)]
+
+
+def test_launcher_flags_are_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    launch = parse_launch("p", "d", ["--lr", "1", "--nnodes=2", "--nproc-per-node", "4", "--dry-run", "--local-rank=0", "--model.depth=2"])
+    assert launch.argv == ["--lr", "1", "--model.depth=2"]
+    assert (launch.world_size, launch.local_world_size, launch.dry_run, launch.print_config) == (8, 4, True, False)
+    assert launch.env().world_size == 8
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    launch = parse_launch("p", "d", ["--nnodes", "7", "--master_addr", "nowhere.invalid", "x"])
+    assert (launch.argv, launch.world_size) == (["x"], 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nnodes", "two"], "--nnodes two"),
+        (["--nproc_per_node", "0"], "--nproc_per_node 0"),
+        (["--nnodes"], "--nnodes needs a value"),
+        (["--nnodes", "2"], "--master_addr"),
+        (["--nnodes", "2", "--node_rank", "2", "--master_addr", "localhost"], "--node_rank 2"),
+        (["--nnodes", "2", "--node_rank", "1", "--master_addr", "nowhere.invalid"], "cannot resolve the master address 'nowhere.invalid'"),
+    ],
+)
+def test_launcher_flags_that_cannot_be(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse_launch("p", "d", arguments)
+
+
+def test_master_that_cannot_be_resolved_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in {**variables, "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "29511"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"nowhere\.invalid"), distributed(5.0):
+        pass
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(UserError, match="torchrun"), distributed(5.0):
+        pass
+
+
+def test_processes_that_do_not_come_are_one_error() -> None:
+    code = "from launch.env import distributed\nfrom launch.run import run_main\n"
+    code += "def main():\n    with distributed(2.0): pass\nrun_main(main)"
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    command = [sys.executable, "-c", code]
+    env = environment(**variables, MASTER_PORT=str(free_port()))
+    done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if not line.startswith("[")][-1].startswith("error: rank 0 on "), done.stderr
+
+
+def test_handlers_set_the_flag_and_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    with distributed(10.0) as env:
+        assert not env.stop
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert env.stop and env.stop.received == signal.SIGUSR1
+    assert before == {number: signal.getsignal(number) for number in before}
+    with pytest.raises(KeyboardInterrupt), distributed(10.0) as env:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert env.stop
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_stop_flag_keeps_the_first_signal() -> None:
+    flag = StopFlag()
+    flag.set(signal.SIGINT)
+    flag.set()
+    assert flag.is_set() and flag.received == signal.SIGINT
+
+
+def test_another_package_of_our_name_is_named(tmp_path: Path) -> None:
+    check_packages()
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets/__init__.py").write_text("")
+    root = str(Path(WORKER).parent.parent)
+    paths = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {root!r}]\n"
+    code = f"{paths}import datasets\nfrom launch.env import check_packages\ncheck_packages()"
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=60, check=False, cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"`datasets` is not Kinoform's ({tmp_path}/datasets was found first)" in done.stderr
+
+
