@@ -55,7 +55,7 @@ class ClipReader:
         # Frames end where the member ends; what stands before them is the npy header.
         offsets = shards.offset[samples] + shards.nbytes[samples] + (starts - shards.frames[samples]) * frame_bytes
         # Plain numbers and one flat view: this loop holds the interpreter's lock between the reads.
-        clip_bytes, flat = frame_bytes * self.n_frames, memoryview(out.reshape(-1))
+        clip_bytes, flat = frame_bytes * self.n_frames, out.reshape(-1).data
         for row, (sample, shard, offset) in enumerate(zip(samples.tolist(), shards.shard[samples].tolist(), offsets.tolist(), strict=True)):
             file = self.files.get(shard) or self._open(shard)
             if os.preadv(file, [flat[row * clip_bytes : (row + 1) * clip_bytes]], offset) != clip_bytes:

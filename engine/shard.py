@@ -166,7 +166,7 @@ def _recompute(unit: nn.Module, kind: str) -> None:
     if kind == "none":
         return
     extra = {"context_fn": functools.partial(create_selective_checkpoint_contexts, _keep_expensive)} if kind == "selective" else {}
-    unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False, **extra)  # type: ignore[method-assign]
+    unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False, **extra)
 
 
 def _keep_expensive(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

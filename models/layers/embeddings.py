@@ -60,7 +60,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """(B,) -> (B, D). The frequencies are computed in float32 whatever the weights' dtype."""
-        return self.mlp(timestep_frequencies(t, self.frequencies).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_frequencies(t, self.frequencies).to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]
 
 
 class LabelEmbedder(nn.Module):
@@ -99,12 +99,15 @@ class VectorEmbedder(nn.Module):
 
     def forward(self, cond: Tensor | None, batch: int, drop: Tensor | None = None) -> Tensor:
         """(B, cond_dim) or None (none for all) -> (B, D); `drop` (B,) bool replaces by the null vector. ValueError when there is none."""
-        if (cond is None or drop is not None) and self.null is None:
-            raise ValueError("a condition vector is needed: the model was built with class_dropout_prob 0 and has no null vector")
         if cond is None:
-            return self.null.expand(batch, -1)
+            return self._null_vector().expand(batch, -1)
         out = self.proj(cond.to(self.proj.weight.dtype))
-        return out if drop is None else torch.where(drop[:, None], self.null.to(out.dtype), out)
+        return out if drop is None else torch.where(drop[:, None], self._null_vector().to(out.dtype), out)
+
+    def _null_vector(self) -> Tensor:
+        if self.null is None:
+            raise ValueError("a condition vector is needed: the model was built with class_dropout_prob 0 and has no null vector")
+        return self.null
 
 
 class PatchEmbed(nn.Module):

@@ -164,16 +164,17 @@ def init_dit(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(module.weight.detach().flatten(1))
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     for module in model.modules():
         if isinstance(module, TimestepEmbedder):
-            nn.init.normal_(module.mlp[0].weight, std=0.02)
-            nn.init.normal_(module.mlp[2].weight, std=0.02)
+            nn.init.normal_(module.mlp.get_parameter("0.weight"), std=0.02)
+            nn.init.normal_(module.mlp.get_parameter("2.weight"), std=0.02)
         elif isinstance(module, LabelEmbedder):
             nn.init.normal_(module.embedding_table.weight, std=0.02)
         elif isinstance(module, VectorEmbedder) and module.null is not None:
             nn.init.normal_(module.null, std=0.02)
         elif isinstance(module, DiTBlock | FinalLayer):
-            nn.init.zeros_(module.adaLN_modulation[1].weight)
+            nn.init.zeros_(module.adaLN_modulation.get_parameter("1.weight"))
         if isinstance(module, FinalLayer):
             nn.init.zeros_(module.linear.weight)
