@@ -5,7 +5,7 @@ evaluate.py reconstruct --ae EXPORT --data-path SHARDS    PSNR, SSIM and LPIPS o
 
 import dataclasses
 import json
-import logging
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -110,9 +110,7 @@ def measure_reconstruction(config: ReconstructConfig, env: Env) -> dict[str, Any
     size = (factor * model.image_size[0], factor * model.image_size[1])
     resolve(DataConfig(path=config.data_path, n_frames=model.n_frames, image_size=size), shards)
     total = min(config.max_clips, shards.num_samples) if config.max_clips else shards.num_samples
-    distance = perceptual.build(config.perceptual, config.perceptual_weights, "warn-and-disable")
-    if distance is not None:
-        distance.to(env.device)
+    distance = _distance(config, env)
     mine = np.arange(total)[env.rank :: env.world_size]
     sums: dict[str, float] = {}
     with tqdm(total=len(mine), desc="clips of rank 0", unit="clip", disable=None if env.is_main else True) as bar:
@@ -125,6 +123,17 @@ def measure_reconstruction(config: ReconstructConfig, env: Env) -> dict[str, Any
                 raise Stopped
     missing = config.perceptual != "none" and distance is None
     return _summary(config, shards, pipeline, missing, total, _reduced(sums, len(mine), total))
+
+
+def _distance(config: ReconstructConfig, env: Env) -> nn.Module | None:
+    """The perceptual network; None, after one line that says so, when its weights were not asked for by path and are not there."""
+    file = perceptual.FILES.get(config.perceptual)
+    if file is not None and not config.perceptual_weights and not file.default_path().is_file():
+        if env.is_main:
+            print(f"{config.perceptual} is left out, {file.name} ({file.size}) is not there: {file.sources()}", file=sys.stderr, flush=True)
+        return None
+    distance = perceptual.build(config.perceptual, config.perceptual_weights)
+    return None if distance is None else distance.to(env.device)
 
 
 def _clips(shards: ShardSet, samples: np.ndarray, n_frames: int, batch: int, device: torch.device) -> Iterator[tuple[np.ndarray, Tensor]]:
@@ -193,7 +202,6 @@ COMMANDS: dict[str, Callable[[Launch], None]] = {"reconstruct": reconstruct}
 
 def main() -> None:
     """Choose the subcommand."""
-    logging.basicConfig(format="%(message)s")
     launch = parse_launch("evaluate.py", __doc__ or "")
     name = launch.argv[0] if launch.argv else ""
     if name in ("-h", "--help"):
