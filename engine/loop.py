@@ -12,11 +12,11 @@ from engine.metrics import Meter
 from engine.outputs import PREVIEW_SAMPLES, evaluate, export, exported_step, preview
 from engine.recorder import Recorder
 from engine.runs import open_run
+from engine.shard import samples_per_rank
 from engine.tally import Guard, Tally, name_samples
 from engine.task import BatchSource, Task
 from engine.team import Team
 from launch.env import Env, Stopped
-from utils.errors import ConfigError
 from utils.rng import SampleRng, derive_seed
 
 
@@ -123,19 +123,6 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
             export(run.folder, task, team, progress, config, env)
             recorder.say(f"done: {run.folder / 'export'}")
     return run.folder
-
-
-def samples_per_rank(config: RunConfig, env: Env) -> int:
-    """Samples of a step on one rank. Raises ConfigError when the global batch cannot be cut evenly."""
-    parts = env.world_size * config.train.accumulation
-    size = config.train.global_batch_size
-    if size % parts or size < parts:
-        lower = size // parts * parts
-        near = f"{lower} or {lower + parts}" if lower else f"{parts}"
-        raise ConfigError(
-            f"--global-batch-size {size} cannot be cut into {env.world_size} rank(s) x {config.train.accumulation} micro-batch(es): use {near}"
-        )
-    return size // env.world_size
 
 
 def _due(done: int, every: int) -> bool:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from engine.config import ParallelConfig
+from engine.config import ParallelConfig, RunConfig
 from engine.task import Network
 from launch.env import Env
 from utils.errors import ConfigError, UserError
@@ -33,6 +33,11 @@ _EXPENSIVE = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
 """Operators whose outputs selective checkpointing keeps: recomputing them costs more than holding them."""
+
+_SYNC_BUFFERS = next(
+    name for name in ("forward_sync_buffers", "broadcast_buffers") if name in inspect.signature(DistributedDataParallel.__init__).parameters
+)
+"""DDP's option under its name in this version of torch."""
 
 
 def device_mesh(parallel: ParallelConfig, env: Env) -> DeviceMesh | None:
@@ -55,6 +60,19 @@ def shard_size(parallel: ParallelConfig, world_size: int, local_world_size: int)
     if world_size % size:
         raise ConfigError(f"parallel.shard_size {size}: {world_size} ranks cannot be cut into groups of it; give a divisor of {world_size}")
     return size
+
+
+def samples_per_rank(config: RunConfig, env: Env) -> int:
+    """Samples of a step on one rank. Raises ConfigError when the global batch cannot be cut evenly."""
+    parts = env.world_size * config.train.accumulation
+    size = config.train.global_batch_size
+    if size % parts or size < parts:
+        lower = size // parts * parts
+        near = f"{lower} or {lower + parts}" if lower else f"{parts}"
+        raise ConfigError(
+            f"--global-batch-size {size} cannot be cut into {env.world_size} rank(s) x {config.train.accumulation} micro-batch(es): use {near}"
+        )
+    return size // env.world_size
 
 
 def parallelize(network: Network, parallel: ParallelConfig, env: Env, mesh: DeviceMesh | None, *, average: bool = False) -> nn.Module:
@@ -113,8 +131,8 @@ class Replicated(nn.Module):
         self.ddp = DistributedDataParallel(
             _Entry(module),
             device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            **{_SYNC_BUFFERS: False},
         )
 
     @property

@@ -1,0 +1,323 @@
+"""The training loop: equal losses however it is spread, equal to a plain loop written here; skipped steps, stops, restarts."""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from distributed import run, torchrun
+from toy_task import Critic, Net, ToySource, ToyTask, toy_config
+
+from engine.loop import fit
+from engine.optim import learning_rate
+from engine.task import Batch, LossOutput
+from launch.env import Env, Stopped, distributed
+from utils.errors import ConfigError, UserError
+from utils.rng import SampleRng, derive_seed
+
+MODES: dict[str, dict[str, Any]] = {
+    "ddp": {"mode": "ddp"},
+    "fsdp": {"mode": "fsdp"},
+    "hsdp": {"mode": "hsdp", "shard_size": 1},
+    "ddp-accumulated": {"mode": "ddp", "accumulation": 2},
+    "fsdp-accumulated": {"mode": "fsdp", "accumulation": 2},
+    "block": {"activation_checkpointing": "block"},
+    "selective": {"activation_checkpointing": "selective"},
+}
+
+
+def train(env: Env, folder: str, changes: Mapping[str, Any], **task: Any) -> Path:
+    config = toy_config(folder, **changes)
+    return fit(ToyTask(config, **task), ToySource(config, env.rank, env.world_size), config, env)
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_all(env: Env, folder: str, modes: Mapping[str, dict[str, Any]], methods: bool = False) -> dict[str, str]:
+    """Run folder of each mode."""
+    return {name: str(train(env, f"{folder}/{name}", changes, methods=methods)) for name, changes in modes.items()}
+
+
+def reference(steps: int, gan: bool = False) -> tuple[list[float], list[float], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """A plain loop over whole batches: losses, norms, weights, average, critic's weights."""
+    config = toy_config("unused", max_steps=steps)
+    torch.manual_seed(derive_seed(config.train.seed, "weights"))
+    net = Net()
+    fixed = nn.Linear(16, 16)
+    critic = Critic() if gan else nn.Identity()
+    task = ToyTask(config, gan=gan)
+    optim = config.optim
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=optim.weight_decay, foreach=False)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), weight_decay=optim.weight_decay, foreach=False) if gan else None
+    average = {name: value.clone() for name, value in net.state_dict().items()}
+    losses, norms = [], []
+    batches = ToySource(config, 0, 1).batches(0)
+    for step in range(steps):
+        batch = next(batches)
+        rng = SampleRng(config.train.seed, batch["index"])
+        modules = {"net": net, "fixed": fixed, "critic": critic}
+        loss = task.loss("net", modules, batch, rng).total / len(batch["index"])
+        net.zero_grad()
+        loss.backward()
+        norms.append(float(nn.utils.clip_grad_norm_(net.parameters(), optim.clip_norm)))
+        optimizer.param_groups[0]["lr"] = learning_rate(optim, step, steps)
+        optimizer.step()
+        losses.append(loss.item())
+        for name, value in net.state_dict().items():
+            average[name].lerp_(value, 0.1)
+        if critic_optimizer is not None and step >= 2:
+            critic.zero_grad()
+            (task.loss("critic", modules, batch, rng).total / len(batch["index"])).backward()
+            nn.utils.clip_grad_norm_(critic.parameters(), optim.clip_norm)
+            critic_optimizer.param_groups[0]["lr"] = learning_rate(optim, step, steps) * 0.3
+            critic_optimizer.step()
+    return losses, norms, net.state_dict(), average, critic.state_dict()
+
+
+def check_against_reference(run: Path) -> None:
+    losses, norms, weights, average, _ = reference(5)
+    assert [line["loss"] for line in lines(run)] == pytest.approx(losses, rel=3e-7)
+    assert [line["grad_norm/net"] for line in lines(run)] == pytest.approx(norms, rel=2e-6)
+    for name, expected in (("model", weights), ("ema", average)):
+        found = load_file(run / "export" / f"{name}.safetensors")
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=0, atol=2e-5)
+
+
+def test_one_process_agrees_with_a_plain_loop(tmp_path: Path) -> None:
+    modes = {"ddp": MODES["ddp"], "fsdp": MODES["fsdp"], "fsdp-accumulated": MODES["fsdp-accumulated"]}
+    with distributed(60) as env:
+        for folder in train_all(env, str(tmp_path), modes).values():
+            check_against_reference(Path(folder))
+
+
+@pytest.mark.slow
+def test_two_processes_agree_with_a_plain_loop(tmp_path: Path) -> None:
+    folders = run(train_all, folder=str(tmp_path), modes=MODES)[0]
+    for folder in folders.values():
+        check_against_reference(Path(folder))
+    digest = {name: hashlib.sha256((Path(folder) / "export/model.safetensors").read_bytes()).hexdigest() for name, folder in folders.items()}
+    assert digest["block"] == digest["selective"] == digest["fsdp"], "recomputed activations change nothing"
+    methods = run(train_all, folder=str(tmp_path / "methods"), modes={name: MODES[name] for name in ("ddp", "fsdp")}, methods=True)[0]
+    for folder in methods.values():
+        check_against_reference(Path(folder))
+
+
+def test_adversarial_turns_keep_their_gradients_apart(tmp_path: Path) -> None:
+    losses, _, weights, _, critic = reference(5, gan=True)
+    config = toy_config(tmp_path)
+    task = ToyTask(config, gan=True)
+    with distributed(60) as env:
+        folder = fit(task, ToySource(config, 0, 1), config, env)
+    assert [line["loss"] for line in lines(folder)] == pytest.approx(losses, rel=1e-6)
+    assert {"loss/critic", "lr/critic", "grad_norm/critic", "train/margin"} <= lines(folder)[-1].keys()
+    assert set(task.gradients) == {("net", "net")}, "only the network in turn may require a gradient"
+    found = load_file(folder / "export/model.safetensors")
+    for key, value in weights.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=2e-5)
+    with distributed(60) as env:
+        assert critic_of(env, task, config, folder)["layers.0.weight"].sub(critic["layers.0.weight"]).abs().max() < 2e-5
+
+
+def critic_of(env: Env, task: ToyTask, config: Any, folder: Path) -> dict[str, Tensor]:
+    """Weights of the critic in the last checkpoint of a run."""
+    import torch.distributed.checkpoint as dcp
+
+    tensors = {f"networks.critic.{key}": value.clone() for key, value in Critic().state_dict().items()}
+    dcp.load(tensors, checkpoint_id=str(next((folder / "checkpoints").glob("step_0000005"))))
+    return {key.removeprefix("networks.critic."): value for key, value in tensors.items()}
+
+
+def adversarial(env: Env, folder: str, changes: dict[str, Any]) -> list[float]:
+    folder_ = train(env, folder, changes, gan=True)
+    return [line["loss"] for line in lines(folder_)]
+
+
+@pytest.mark.parametrize("mode", ["fsdp", "ddp"])
+def test_adversarial_turns_on_two_processes(tmp_path: Path, mode: str) -> None:
+    first, second = run(adversarial, folder=str(tmp_path), changes={"mode": mode, "accumulation": 2})
+    assert first == second and all(abs(loss) < 100 for loss in first)
+
+
+class CountingTask(ToyTask):
+    """Records, at every call of the loss, how many parameters have a gradient already."""
+
+    def loss(self, phase: str, networks: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> LossOutput:
+        self.gradients.append((phase, str(sum(p.grad is not None for p in networks["net"].parameters()))))
+        return super().loss(phase, networks, batch, rng)
+
+
+def count_collectives(env: Env, folder: str, mode: str) -> dict[str, list[int]]:
+    """Gradient exchanges of a step without and with accumulation: bytes-free counts from the dispatcher (FSDP) or the hook (DDP)."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    from engine.tally import Tally
+    from engine.team import Team
+
+    counts: dict[str, list[int]] = {"reduce_scatter": [], "packed": [], "hook": []}
+    for accumulation in (1, 4):
+        config = toy_config(folder, mode=mode, accumulation=accumulation)
+        task, source = ToyTask(config), ToySource(config, env.rank, env.world_size).batches(0)
+        torch.manual_seed(0)
+        team = Team(task.networks(), config, env)
+        hooks = [0]
+        if mode == "ddp":
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+            def hook(state: Any, bucket: Any, hooks: list[int] = hooks) -> Any:
+                hooks[0] += 1
+                return allreduce_hook(state, bucket)
+
+            team.members["net"].entry.ddp.register_comm_hook(None, hook)
+        tally = Tally(env)
+        with CommDebugMode() as comm, team.turn("net") as modules:
+            for number in range(accumulation):
+                team.synchronise("net", last=number == accumulation - 1)
+                batch = next(source)
+                output = task.loss("net", modules, batch, SampleRng(0, batch["index"]))
+                output.total.backward()
+                tally.add(output)
+        counts["reduce_scatter"].append(sum(n for op, n in comm.get_comm_counts().items() if "reduce_scatter" in str(op)))
+        counts["hook"].append(hooks[0])
+        with CommDebugMode() as comm:
+            tally.reduce()
+        counts["packed"].append(comm.get_total_counts())
+    return counts
+
+
+def test_accumulation_exchanges_gradients_once(tmp_path: Path) -> None:
+    fsdp = run(count_collectives, folder=str(tmp_path), mode="fsdp")[0]
+    assert fsdp["reduce_scatter"] == [4, 4], "three blocks and the root, whatever the accumulation"
+    assert fsdp["packed"] == [1, 1], "losses, counts, stop and finite flags travel together"
+    ddp = run(count_collectives, folder=str(tmp_path), mode="ddp")[0]
+    assert ddp["hook"][0] == ddp["hook"][1] > 0
+
+
+def skipping(env: Env, folder: str, mode: str) -> dict[str, Any]:
+    """Train two good steps, then only bad ones on rank 0's samples: what is left of the weights, moments and counters."""
+    import copy
+
+    good = train(env, f"{folder}/good", {"max_steps": 2, "schedule": "constant", "mode": mode})
+    bad = train(env, f"{folder}/bad", {"max_steps": 5, "schedule": "constant", "mode": mode}, bad_from=2)
+    weights = [load_file(run / "export/model.safetensors") for run in (good, bad)]
+    same = all(torch.equal(value, weights[1][key]) for key, value in copy.copy(weights[0]).items())
+    return {"same": same, "last": lines(bad)[-1], "run": str(bad)}
+
+
+@pytest.mark.parametrize(("processes", "mode"), [(1, "fsdp"), (2, "fsdp"), (2, "ddp")])
+def test_steps_that_are_not_finite_change_nothing(tmp_path: Path, processes: int, mode: str) -> None:
+    for result in run(skipping, processes, folder=str(tmp_path), mode=mode):
+        assert result["same"]
+        assert result["last"]["skipped"] == 3
+        record = json.loads((Path(result["run"]) / "checkpoints/step_0000005/manifest.json").read_text())
+        assert record["progress"]["skipped"] == 3
+        steps = {"optim.net.head.weight.step": torch.zeros(())}
+        import torch.distributed.checkpoint as dcp
+
+        dcp.load(steps, checkpoint_id=str(Path(result["run"]) / "checkpoints/step_0000005"), no_dist=True)
+        assert steps["optim.net.head.weight.step"] == 2
+
+
+def give_up(env: Env, folder: str) -> str:
+    try:
+        train(env, folder, {"max_steps": 9, "max_bad_steps": 3}, bad_from=1)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_samples(tmp_path: Path) -> None:
+    for message in run(give_up, folder=str(tmp_path)):
+        assert message.startswith("steps 2 to 4: loss or gradient not finite 3 times in a row")
+        assert "rank 0" in message and "toy/8, toy/9, toy/10, toy/11" in message and "toy/12" not in message
+
+
+def test_max_steps_is_exact_and_a_finished_run_goes_on_only_with_a_larger_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with distributed(60) as env:
+        folder = train(env, str(tmp_path), {"max_steps": 3})
+        assert [line["step"] for line in lines(folder)] == [1, 2, 3]
+        before = (folder / "export/model.safetensors").read_bytes()
+        capsys.readouterr()
+        assert train(env, str(tmp_path), {"max_steps": 3}) == folder
+        assert "nothing to do" in capsys.readouterr().out
+        assert (folder / "export/model.safetensors").read_bytes() == before
+        assert train(env, str(tmp_path), {"max_steps": 6}) == folder
+        assert [line["step"] for line in lines(folder)] == [1, 2, 3, 4, 5, 6]
+        assert (folder / "export/model.safetensors").read_bytes() != before
+        epochs = train(env, str(tmp_path / "epochs"), {"max_steps": 0, "epochs": 2})
+        assert lines(epochs)[-1]["step"] == 8 and lines(epochs)[-1]["samples"] == 64
+
+
+class Killed(ToyTask):
+    """Its process receives a signal in one step, unless a file says that this has happened."""
+
+    def __init__(self, config: Any, env: Env, step: int, number: int, rank: int, once: Path) -> None:
+        super().__init__(config, gan=True)
+        self.due = (step * config.train.global_batch_size, number, once) if rank == env.rank else None
+
+    def loss(self, phase: str, networks: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> LossOutput:
+        if self.due and int(rng.index[0]) >= self.due[0] and not self.due[2].exists():
+            self.due[2].touch()
+            os.kill(os.getpid(), self.due[1])
+        return super().loss(phase, networks, batch, rng)
+
+
+def interrupted(env: Env, folder: str, step: int, number: int, rank: int, mode: str) -> str:
+    changes = {"max_steps": 9, "checkpoint.every": 3, "mode": mode, "accumulation": 2, "log.every": 2}
+    config = toy_config(folder, **changes)
+    task = Killed(config, env, step, number, rank, Path(folder) / "done") if step else ToyTask(config, gan=True)
+    Path(folder).mkdir(exist_ok=True, parents=True)
+    try:
+        return str(fit(task, ToySource(config, env.rank, env.world_size), config, env))
+    except Stopped:
+        return "stopped"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["fsdp", "ddp"])
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, mode: str) -> None:
+    whole = Path(run(interrupted, folder=str(tmp_path / "whole"), step=0, number=0, rank=0, mode=mode)[0])
+    arguments = {"folder": str(tmp_path / "killed"), "step": 4, "number": int(signal.SIGKILL), "rank": 1, "mode": mode}
+    with pytest.raises(AssertionError):
+        run(interrupted, **arguments)
+    (folder,) = (tmp_path / "killed").glob("*-toy")
+    assert [place.name for place in (folder / "checkpoints").glob("step_*")] == ["step_0000003"]
+    assert run(interrupted, **arguments) == [str(folder)] * 2
+    for name in ("model.safetensors", "ema.safetensors"):
+        assert (folder / "export" / name).read_bytes() == (whole / "export" / name).read_bytes()
+    kept = ("loss", "loss/critic", "grad_norm/net", "grad_norm/critic", "lr/net", "skipped", "samples", "step")
+    assert [{key: line.get(key) for key in kept} for line in lines(folder)][-3:] == [{key: line.get(key) for key in kept} for line in lines(whole)][-3:]
+    steps = [line["step"] for line in lines(folder)]
+    assert steps == sorted(set(steps)), "lines of steps that were run again are dropped"
+
+
+def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(tmp_path: Path) -> None:
+    arguments = {"folder": str(tmp_path), "step": 4, "number": int(signal.SIGUSR1), "rank": 1, "mode": "fsdp"}
+    assert run(interrupted, **arguments) == ["stopped", "stopped"]
+    (folder,) = tmp_path.glob("*-toy")
+    assert (folder / "checkpoints/step_0000005/manifest.json").is_file()
+    assert run(interrupted, **arguments) == [str(folder)] * 2
+
+
+def test_batch_that_does_not_divide(tmp_path: Path) -> None:
+    with distributed(60) as env, pytest.raises(ConfigError, match="use 6 or 9"):
+        train(env, str(tmp_path), {"accumulation": 3})
+
+
+def test_a_script_under_torchrun_fails_with_its_output(tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text("raise SystemExit('no')\n")
+    assert torchrun([str(script)], processes=1).returncode != 0
