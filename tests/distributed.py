@@ -24,7 +24,8 @@ def environment(**extra: str) -> dict[str, str]:
 
 def torchrun(arguments: Sequence[str], processes: int = 2, timeout: float = 120, **extra: str) -> subprocess.CompletedProcess[str]:
     """Run a script with its arguments under torchrun; kills the whole process group and raises TimeoutExpired after `timeout` seconds."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0", f"--nproc_per_node={processes}", *arguments]
+    options = ["--standalone", "--max-restarts=0", f"--nproc_per_node={processes}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, *arguments]
     child = subprocess.Popen(
         command, cwd=ROOT, env=environment(**extra), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )

@@ -69,11 +69,19 @@ def test_recipes_serve_every_stage(recipe: str, schema: type) -> None:
 
 def test_release_flags_reach_their_settings() -> None:
     argv = "--motion-model-config DiT-B/2 --keyframe-patch-size 8 --num-classes 7 --use-text-embed --mode pixel --scale-factor 0.2 --final"
-    setting = load_config({"cmd": CMDMotionConfig}, [*argv.split(), "--embed-dim", "4", "--image-size", "16", "24", "--n-frames", "4"], prog="test")
+    setting = load_config(
+        {"cmd": CMDMotionConfig}, [*argv.split(), "--embed-dim", "4", "--image-size", "16", "24", "--n-frames", "4"], prog="test"
+    )
     setting.validate()
     found = (setting.model.name, setting.model.keyframe_patch_size, setting.condition.num_classes, setting.condition.use_text_embed)
     assert found == ("DiT-B/2", 8, 7, True)
-    assert (setting.ae.mode, setting.vae.scale_factor, setting.final, setting.ae.embed_dim, setting.data.n_frames) == ("pixel", 0.2, True, 4, 4)
+    assert (setting.ae.mode, setting.vae.scale_factor, setting.final, setting.ae.embed_dim, setting.data.n_frames) == (
+        "pixel",
+        0.2,
+        True,
+        4,
+        4,
+    )
 
 
 @pytest.mark.parametrize(

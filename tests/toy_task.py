@@ -21,7 +21,7 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)  # a bias of the keys has no gradient but rounding
         self.out = nn.Linear(WIDTH, WIDTH)
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
         self.modulation = nn.Linear(WIDTH, 2 * WIDTH)
@@ -49,8 +49,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """b n d, b -> b n d."""
-        x, c = self.features(x, t)
-        return self.head(x)
+        return self.head(self.features(x, t)[0])
 
     def features(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Everything but the head."""
