@@ -26,9 +26,9 @@ def main() -> None:
         print(dump_yaml(to_dict(config)), end="")
         return
     if launch.dry_run:
-        task, source, _ = build(config, launch.env())
-        ranks = {"world_size": launch.world_size, "local_world_size": launch.local_world_size}
-        report(task, config, steps_per_epoch=source.steps_per_epoch, **ranks)
+        env = launch.env()
+        task, source, _ = build(config, env)
+        print(report(task, source, config, env), end="")
         return
     with distributed(config.parallel.timeout) as env:
         task, source, valid = build(config, env)
