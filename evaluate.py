@@ -78,7 +78,7 @@ class ReconstructConfig:
 
 def reconstruct(launch: Launch) -> None:
     """The subcommand of that name."""
-    config = load_config({"cmd": ReconstructConfig}, launch.argv, prog="evaluate.py reconstruct", description=__doc__ or "")
+    config = load_config({"cmd": ReconstructConfig}, launch.argv, prog="evaluate.py reconstruct")
     config.validate()
     if launch.print_config or launch.dry_run:
         print(dump_yaml(to_dict(config)), end="")

@@ -25,7 +25,7 @@ GRID_LIMIT = 64
 def main() -> None:
     """Parse, and generate what is not there yet."""
     launch = parse_launch("sample.py", __doc__ or "")
-    config = load_config({"cmd": CMDSampleConfig}, launch.argv, prog="sample.py", description=__doc__ or "")
+    config = load_config({"cmd": CMDSampleConfig}, launch.argv, prog="sample.py")
     config.validate()
     if launch.print_config or launch.dry_run:
         print(dump_yaml(to_dict(config)), end="")

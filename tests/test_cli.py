@@ -103,7 +103,7 @@ def test_dry_run_reports_and_starts_nothing(shards: str, tmp_path: Path) -> None
         "train_ae.py", *SMALL, "--data-path", shards, "--results-dir", str(tmp_path / "runs"), "--nproc_per_node", "2", "--dry-run"
     )
     assert done.returncode == 0, done.stderr
-    for word in ("parameters", "optimiser", "steps per epoch"):
+    for word in ("parameters", "memory per gpu", "optimizer", "steps per epoch", "checkpoint"):
         assert word in done.stdout.lower(), done.stdout
     assert not (tmp_path / "runs").exists()
 
@@ -141,6 +141,7 @@ def test_a_mistake_is_one_line_on_two_ranks(shards: str, tmp_path: Path, argv: l
     assert not list((tmp_path / "runs").glob("*/checkpoints/*"))
 
 
+@pytest.mark.slow
 def test_a_corrupt_checkpoint_is_refused_by_name(shards: str, tmp_path: Path) -> None:
     base = [*SMALL, "--data-path", shards, "--results-dir", str(tmp_path)]
     first = command("train_ae.py", *base, "--max-steps", "1")
@@ -155,6 +156,7 @@ def test_a_corrupt_checkpoint_is_refused_by_name(shards: str, tmp_path: Path) ->
     assert payload.name in text and str(checkpoint) in text
 
 
+@pytest.mark.slow
 def test_both_ways_to_start_train_two_ranks(shards: str, tmp_path: Path) -> None:
     """`python script --nproc_per_node 2` starts itself through torchrun; its run is then found finished by the torchrun form."""
     base = [*SMALL, "--data-path", shards, "--results-dir", str(tmp_path), "--max-steps", "1"]

@@ -209,7 +209,7 @@ def _print_help(schema: type[T], defaults: T, prog: str, description: str) -> No
         raise SystemExit(0)
     import tyro  # needed for help only
 
-    lines = [*description.splitlines(), "", *_HOW_TO_SET.splitlines()]
+    lines = [*description.splitlines(), *_HOW_TO_SET.splitlines()]
     # tyro keeps the line breaks before lines that do not begin with a letter.
     about = "\n".join(textwrap.fill(line, 98, initial_indent="  ", subsequent_indent="  ") for line in lines)
     shown = _with_aliases(schema, defaults, tyro.conf.arg)
