@@ -141,7 +141,7 @@ def _named(place: Path, config: RunConfig) -> Run:
     place = place.resolve()
     is_checkpoint = place.parent.name == "checkpoints"
     folder = place.parent.parent if is_checkpoint else place
-    if not (folder / IDENTITY).is_file():
+    if not place.exists() or not (folder / IDENTITY).is_file():
         what = "does not exist" if not place.exists() else "is neither a run folder nor one of its checkpoints"
         raise UserError(f"--resume {place}: {what}; give <results-dir>/<NNN>-<name> or .../checkpoints/step_<step>")
     if (folder / IDENTITY).read_text().strip() != identity(config):

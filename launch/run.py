@@ -160,7 +160,7 @@ def _report(error: BaseException) -> int:
     elif first:
         text = _PEER_LOST_LINE if peer_lost else " ".join(str(error).split())
         prefix = "" if rank == "0" else f"[rank {rank}] "
-        print(f"error: {prefix}{text}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"error: {prefix}{text}\n")
     return status
 
 

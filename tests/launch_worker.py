@@ -16,6 +16,11 @@ from launch.run import parse_launch, run_main
 from utils.errors import ConfigError, UserError
 
 
+def say(line: str) -> None:
+    """One write, so that the ranks' lines do not mix."""
+    os.write(1, f"{line}\n".encode())
+
+
 def misbehave(case: str, env: Env) -> None:
     if case == "mistake":
         raise UserError(f"the file of\nrank {env.rank} is missing")
@@ -38,7 +43,7 @@ def train(case: str, who: str, env: Env) -> None:
         flag = torch.tensor(float(env.stop.is_set()))
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         if flag.item():
-            print(f"rank {env.rank} stopped at step {step}", flush=True)
+            say(f"rank {env.rank} stopped at step {step}")
             raise Stopped
         if case == "fine" and step == 10:
             return
@@ -52,7 +57,7 @@ def main() -> None:
         raise ConfigError("--lr fast: not a number")
     with distributed(30.0) as env:
         train(case, who, env)
-        print(f"rank {env.rank} of {env.world_size} local {env.local_rank} argv {launch.argv}", flush=True)
+        say(f"rank {env.rank} of {env.world_size} local {env.local_rank} argv {launch.argv}")
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ def test_the_script_starts_torchrun_itself() -> None:
     assert sorted(out.splitlines()) == [f"rank {rank} of 2 local {rank} argv ['fine', '-1']" for rank in (0, 1)]
 
 
+@pytest.mark.slow
 def test_the_script_starts_two_nodes_itself() -> None:
     flags = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "localhost", "--master_port", str(free_port())]
     done = [finish(node) for node in [start(WORKER, *flags, "--node_rank", str(rank), "fine") for rank in range(2)]]

@@ -31,6 +31,8 @@ def write_export(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], card
             save_file(own, temporary, metadata={"format": "pt"})
         digests[f"{name}.safetensors"] = sha256_file(folder / f"{name}.safetensors")
     atomic_write_text(folder / CARD, dump_yaml({**card, "files": digests}))
+    for stale in set(folder.glob("*.safetensors")) - {folder / name for name in digests}:
+        stale.unlink()
 
 
 def read_export(path: str | Path, which: Literal["ema", "model"] = "ema") -> tuple[dict[str, Tensor], dict[str, Any], str]:
