@@ -130,7 +130,8 @@ def samples(video: Video, rules: ClipRules, class_name: str | None) -> Iterator[
             yield _sample(video, clip, rules, class_name, fps), fps
     if empty:
         wanted = (rules.clip_length or rules.min_frames) * rules.frame_stride
-        raise VideoError("too short", f"fewer than {wanted} frames" + ("; --on-short pad repeats the last one" if rules.clip_length else ""))
+        remedy = "; --on-short pad repeats the last one" if rules.clip_length else ""
+        raise VideoError("too short", f"fewer than {wanted} frames{remedy}")
 
 
 def _sample(video: Video, clip: Clip, rules: ClipRules, class_name: str | None, fps: float) -> Sample:

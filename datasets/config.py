@@ -32,7 +32,8 @@ def resolve(data: DataConfig, shards: ShardSet) -> DataConfig:
     if data.n_frames > shards.clip_length:
         stored = "its clips have" if shards.meta["clip_length"] else "its shortest video has"
         raise ConfigError(
-            f"--n-frames {data.n_frames}: {stored} {shards.clip_length} frames ({shards.folder}): use fewer, or another --clip-length in preprocess.py"
+            f"--n-frames {data.n_frames}: {stored} {shards.clip_length} frames ({shards.folder}): use fewer, "
+            "or another --clip-length in preprocess.py"
         )
     if data.n_frames < 0:
         raise ConfigError(f"--n-frames {data.n_frames} is negative: use 0 for the whole stored clip")

@@ -115,8 +115,7 @@ def check_packages() -> None:
         if _ROOT / name not in places:
             found = ", ".join(map(str, places)) or "nothing"
             raise UserError(
-                f"the package `{name}` is not Kinoform's ({found} was found first): "
-                f"start a fresh process with {_ROOT} first on PYTHONPATH"
+                f"the package `{name}` is not Kinoform's ({found} was found first): start a fresh process with {_ROOT} first on PYTHONPATH"
             )
 
 

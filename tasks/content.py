@@ -121,7 +121,8 @@ class CMDContentTask:
         """Content frames of a few classes, always from the same noise."""
         setting, device = self.config.preview, batch["video"].device
         own = SampleRng(self.config.train.seed, torch.arange(setting.samples), device)
-        sampling = Sampling(steps=setting.steps, guidance=setting.guidance if self.condition.dropout > 0 else 1.0, clip=self.first.vae is None)
+        guidance = setting.guidance if self.condition.dropout > 0 else 1.0
+        sampling = Sampling(steps=setting.steps, guidance=guidance, clip=self.first.vae is None)
         shape = (self.first.channels, *self.first.size)
         given = self.condition.grid(setting.samples, batch)
         frames = sample(networks["content"], self.config.diffusion, shape, own, "preview", sampling, condition=given)

@@ -83,7 +83,7 @@ def test_one_line_for_two_ranks_within_seconds(case: str, who: str, pattern: str
     status, _, errors, err = finish(process)
     assert status == 1
     assert len(errors) == 1 and re.fullmatch(pattern, errors[0]), err
-    assert "launch_worker.py\", line" not in err, err
+    assert 'launch_worker.py", line' not in err, err
 
 
 def test_a_bug_of_one_rank_ends_the_other() -> None:
@@ -206,5 +206,3 @@ def test_another_package_of_our_name_is_named(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=60, check=False, cwd=tmp_path)
     assert done.returncode == 1
     assert f"`datasets` is not Kinoform's ({tmp_path}/datasets was found first)" in done.stderr
-
-
