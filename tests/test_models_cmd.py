@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.autoencoders.cmd import CMDAEConfig, CMDAutoencoder
 from models.layers import attention
@@ -162,3 +163,22 @@ def test_impossible_settings(changes, message):
 def test_wrong_clip_size_is_named():
     with pytest.raises(ValueError, match=r"\(b, 3, t, 8, 12\), not \(2, 3, 4, 8, 8\)"):
         tiny()(torch.zeros(2, 3, 4, 8, 8))
+
+
+class CountedCopies(TorchDispatchMode):
+    """Counts the operators that only move data."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in ("clone", "copy_", "contiguous", "_to_copy")
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_attention_over_either_axis_copies_nothing():
+    x, width = torch.randn(4, 2, 24, 32), 8
+    for ropes in ((None, None), (time_tables(4, width, x.device), grid_tables(4, 6, width, x.device))):
+        with CountedCopies() as copies:
+            assert tiny().units()[0](x, *ropes).is_contiguous()
+        assert copies.count == 0

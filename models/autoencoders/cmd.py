@@ -175,7 +175,8 @@ class CMDAutoencoder(nn.Module):
 
     def content(self, video: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the frames: inside the convex hull of the clip's own, (B, C, h, w)."""
-        return torch.einsum("bcthw,tbchw->bchw", video, weights.to(video.dtype))
+        # Not an einsum: autocast would run it in half precision.
+        return (rearrange(video, "b c t h w -> t b c h w") * weights.to(video.dtype)).sum(0)
 
     def motion(self, tokens: Tensor) -> Tensor:
         """(B, D, T, W' + H'): the mean over rows, then the mean over columns."""
@@ -193,7 +194,7 @@ class CMDAutoencoder(nn.Module):
         x = content.unflatten(1, (h, w)) + columns + rows
         x = self.to_pixels(self._stack(self.decoder, x.flatten(2, 3)), self.config.grid)
         if self.config.mode == "pixel":
-            x = 2 * x.sigmoid() - 1
+            x = 2 * x.float().sigmoid() - 1  # half precision has steps of a grey level near -1 and 1
         return rearrange(x, "t b c h w -> b c t h w")
 
     def _patches(self, linear: nn.Linear, x: Tensor) -> Tensor:

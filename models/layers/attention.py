@@ -33,11 +33,12 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, rope: Tables | None = None, over_first: bool = False) -> Tensor:
         """(B, N, D) -> (B, N, D), or (N, B, D) -> (N, B, D) when `over_first`; `rope` turns queries and keys by position.
 
-        Queries, keys and values are views of the fused linear in either layout, and the kernel writes (B, N, H, E), so nothing is copied.
+        Queries, keys and values are views of the fused linear in either layout, and the kernel's output has the axis order in memory
+        of its queries, so nothing is copied.
         """
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, E), or N first
         q, k, v = (qkv.permute(2, 1, 3, 0, 4) if over_first else qkv.permute(2, 0, 3, 1, 4)).unbind(0)  # (B, H, N, E)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        out = self.proj(sdpa(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
-        return out.transpose(0, 1) if over_first else out
+        out = sdpa(q, k, v)  # (B, H, N, E)
+        return self.proj((out.permute(2, 0, 1, 3) if over_first else out.transpose(1, 2)).flatten(2))
