@@ -9,6 +9,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
+from benchmarks.common import machine
 from datasets.build import SetInfo, build
 from datasets.clips import ClipRules
 from datasets.config import DataConfig
@@ -16,6 +19,9 @@ from datasets.loader import ClipSource
 from datasets.shards import ShardSet
 from datasets.sources import SourceOptions, list_videos
 from datasets.synthetic import DigitsConfig, make_digits
+
+TARGET = 0.5
+"""Of the raw read rate, for clips stored as they are (npy)."""
 
 
 def raw_read(shards: ShardSet) -> float:
@@ -73,11 +79,12 @@ def digits(folder: Path, rules: ClipRules, videos: int) -> ShardSet:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shards", type=Path, help="an own shard set")
-    parser.add_argument("--videos", type=int, default=128, help="videos of the set that is made without --shards (default 128, 8 clips each)")
+    parser.add_argument("--videos", type=int, default=128, help="videos of the set made without --shards (default 128, 8 clips each)")
     parser.add_argument("--batch", type=int, default=64, help="clips per batch (default 64)")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of loader workers (default 0 1 2)")
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
     args = parser.parse_args()
+    print(machine(torch.device("cpu")))
     if args.shards:
         report(ShardSet.open(args.shards), args.batch, args.workers, args.rounds)
         return

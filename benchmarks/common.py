@@ -1,0 +1,48 @@
+"""What the benchmarks share: the machine in words, a clock that waits for the device, rounds that alternate between variants."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+def machine(device: torch.device) -> str:
+    """The device, the CPU with what it can do in bf16, and the versions, in one line."""
+    info = Path("/proc/cpuinfo")
+    fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line) if info.is_file() else {}
+    known = {name.strip(): value.strip() for name, value in fields.items()}
+    able = [flag for flag in _FLAGS if flag in known.get("flags", "").split()]
+    name = known.get("model name", platform.processor() or platform.machine())
+    parts = [f"{name}, {os.cpu_count()} cores ({', '.join(able) or 'no vector flags known'}), {torch.get_num_threads()} threads"]
+    if device.type == "cuda":
+        parts.insert(0, torch.cuda.get_device_name(device))
+    return "; ".join([*parts, f"torch {torch.__version__}", f"Python {platform.python_version()}"])
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a steady clock, once the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that `work` takes."""
+    started = now(device)
+    work()
+    return now(device) - started
+
+
+def alternate(variants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each variant over `rounds`; the variants take turns, so that a busy machine slows all of them alike."""
+    taken: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, work in variants.items():
+            taken[name].append(seconds(work, device))
+    return {name: statistics.median(values) for name, values in taken.items()}

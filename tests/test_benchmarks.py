@@ -1,0 +1,112 @@
+"""Each benchmark runs at a tiny size, prints its ratios and does the work it claims to time. Nothing is timed here."""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import checkpoint, stream, train_step
+from engine.checkpoint import latest
+from engine.config import EmaConfig, OptimConfig, ParallelConfig
+from engine.manifest import find_damage
+from launch.env import Env, distributed
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def env() -> Iterator[Env]:
+    with distributed(60) as env:
+        yield env
+
+
+@pytest.fixture
+def output(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a benchmark's `main` with arguments; returns what it printed."""
+
+    def run(main: Callable[[], None], *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+        main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def ratios(text: str) -> list[float]:
+    found = [float(number) for number in re.findall(r"ratio (\S+)", text)]
+    assert all(0 <= ratio < float("inf") for ratio in found)
+    return found
+
+
+def test_train_step_prints_ratios_of_every_stage(output: Callable[..., str]) -> None:
+    text = output(train_step.main, "--size", "tiny", "--device", "cpu", "--rounds", "1", "--variants", "eager bf16")
+    assert [line.split(":")[0] for line in text.splitlines() if "M parameters" in line] == list(train_step.STAGES)
+    assert text.count("ms/step") == 6
+    assert ratios(text)[::2] == [1.0, 1.0, 1.0]
+    assert "torch " + torch.__version__ in text.splitlines()[0]
+
+
+@pytest.mark.slow
+def test_train_step_compiles(output: Callable[..., str]) -> None:
+    torch._dynamo.utils.counters.clear()
+    tiny = ("--size", "tiny", "--device", "cpu", "--rounds", "1", "--stages", "content")
+    text = output(train_step.main, *tiny, "--variants", "compiled bf16")
+    assert "compiled bf16" in text
+    assert len(ratios(text)) == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("stage", train_step.STAGES)
+def test_train_step_trains(stage: str, env: Env) -> None:
+    size = train_step.SIZES["tiny"]
+    task = train_step.make_task(stage, size, OptimConfig(lr=1e-2, clip_norm=1.0), EmaConfig(decay=0.5))
+    batch = train_step.make_batch(size, 2, env.device)
+    trainer = train_step.Trainer(task, batch, ParallelConfig(mode="ddp", precision="fp32", compile="off"), env)
+    member = next(iter(trainer.team.members.values()))
+    assert member.ema is not None
+    trained = [name for name, parameter in member.module.named_parameters() if parameter.requires_grad]
+    for module in (member.module, member.ema.module):
+        before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+        for _ in range(3):
+            trainer.step()
+        assert all(not torch.equal(before[name], module.get_parameter(name)) for name in trained)
+
+
+def test_checkpoint_prints_the_ratio(output: Callable[..., str], tmp_path: Path) -> None:
+    text = output(checkpoint.main, "--millions", "0.3", "--rounds", "1", "--steps", "1", "--folder", str(tmp_path))
+    assert len(ratios(text)) >= 3
+    assert "loop held by a background save" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoint_saves_the_whole_state(env: Env, tmp_path: Path) -> None:
+    training = checkpoint.Training(0.3, 2, "fsdp", env)
+    checkpointer = checkpoint.Checkpointer(tmp_path, env, training.config)
+    training.step()
+    times = checkpoint.measure(training, checkpointer, tmp_path, argparse.Namespace(rounds=1, steps=1), env)
+    newest = latest(tmp_path)
+    assert newest is not None
+    assert find_damage(newest) is None
+    weights, tensors = training.parameters, training.tensors()
+    saved = sum(value.numel() for value in tensors.values())
+    assert 3.5 * weights < saved < 4.5 * weights  # weights, average, two moments (of those that are trained)
+    assert sum(file.stat().st_size for file in newest.iterdir()) >= sum(value.nbytes for value in tensors.values())
+    assert len(times.held) == 2 and len(times.synchronous) == len(times.total) == len(times.busy_total) == 1
+
+
+def test_stream_prints_ratios_to_the_raw_read(output: Callable[..., str]) -> None:
+    text = output(stream.main, "--videos", "1", "--batch", "4", "--rounds", "1", "--workers", "0")
+    assert [line.split(":")[0] for line in text.splitlines() if "clips 16x64x64" in line] == ["npy", "mp4"]
+    assert text.count("clips/s") == 4
+    assert ratios(text)[::2] == [1.0, 1.0]
+
+
+def test_make_bench_runs_every_benchmark() -> None:
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()}
+    line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "benchmarks." in line)
+    assert scripts == set(re.findall(r"for name in ([\w ]+);", line)[0].split())
