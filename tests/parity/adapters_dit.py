@@ -70,11 +70,11 @@ def load_checked(case: Case, model: torch.nn.Module, load: Callable[[State], Sta
 def expect_grad_norms(case: Case, model: torch.nn.Module, export: Export = dict, group: str = "grad_norm", rel: float = 1e-5) -> None:
     """Norms of the trained parameters' gradients under their official names.
 
-    Some gradients are zero but for rounding (a bias before a softmax or a batch norm): the floor is 1e-7 of the largest norm.
+    Some gradients are zero but for rounding (a bias before a softmax or a batch norm): the floor is 1e-6 of the largest norm.
     """
     grads = {name: torch.full_like(p, torch.nan) if p.grad is None else p.grad for name, p in model.named_parameters()}
     grads = {name: grad for name, grad in export(grads).items() if not grad.isnan().any()}
-    case.expect_grad_norms(grads, group, rel, abs=1e-7 * max(float(grad.norm()) for grad in grads.values()))
+    case.expect_grad_norms(grads, group, rel, abs=1e-6 * max(float(grad.norm()) for grad in grads.values()))
 
 
 def check_network(case: Case, model: torch.nn.Module, inputs: dict[str, Tensor], export: Export) -> None:
