@@ -14,6 +14,15 @@ from diffusion.timestep_sampler import LossSecondMomentTimesteps, UniformTimeste
 MEAN, STD = 0.3, 0.5
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Thousands of tiny operations: waking threads for each is all cost, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def gaussian_denoiser(diffusion, x, t):
     """The best possible eps for data drawn from N(MEAN, STD^2), at original timesteps of the linear 1000-step process."""
     level = torch.from_numpy(build(DiffusionConfig()).tables["alphas_cumprod"])[t].view(-1, 1)
@@ -25,7 +34,7 @@ def gaussian_denoiser(diffusion, x, t):
     return eps if diffusion.predict == "eps" else x0.float()
 
 
-def start(samples=10000, seed=0):
+def start(samples=4000, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(samples, 1, generator=generator), generator
 
@@ -35,7 +44,7 @@ def test_ddpm_reaches_the_data_distribution(config):
     diffusion = build(DiffusionConfig(**config))
     x_T, generator = start()
     x = ddpm_sample(diffusion, partial(gaussian_denoiser, diffusion), x_T, noise=drawn_every_step(x_T, generator))
-    assert x.mean() == pytest.approx(MEAN, abs=0.02) and x.std() == pytest.approx(STD, rel=0.03)
+    assert x.mean() == pytest.approx(MEAN, abs=0.03) and x.std() == pytest.approx(STD, rel=0.04)
 
 
 @pytest.mark.parametrize(("eta", "respacing"), [(0.0, "250"), (0.5, "ddim250"), (1.0, "")])
@@ -43,7 +52,7 @@ def test_ddim_reaches_the_data_distribution(eta, respacing):
     diffusion = build(DiffusionConfig(respacing=respacing))
     x_T, generator = start()
     x = ddim_sample(diffusion, partial(gaussian_denoiser, diffusion), x_T, noise=drawn_every_step(x_T, generator), eta=eta)
-    assert x.mean() == pytest.approx(MEAN, abs=0.02) and x.std() == pytest.approx(STD, rel=0.03)
+    assert x.mean() == pytest.approx(MEAN, abs=0.03) and x.std() == pytest.approx(STD, rel=0.04)
 
 
 def test_ddim_with_eta_1_is_ddpm_with_the_small_variance():
@@ -129,7 +138,7 @@ def test_classifier_guidance_reaches_the_conditional_distribution(sampler):
     model = partial(gaussian_denoiser, diffusion)
     sample = ddpm_sample if sampler == "ddpm" else ddim_sample
     x = sample(diffusion, model, x_T, noise=drawn_every_step(x_T, generator), cond_fn=log_prob_gradient)
-    assert x.mean() == pytest.approx((MEAN + target) / 2, abs=0.02) and x.std() == pytest.approx(STD / 2**0.5, rel=0.04)
+    assert x.mean() == pytest.approx((MEAN + target) / 2, abs=0.03) and x.std() == pytest.approx(STD / 2**0.5, rel=0.05)
 
 
 # ---- classifier-free guidance
