@@ -1,4 +1,4 @@
-# make quickstart | test | lint | bench | venv | clean. Needs Python 3.11 or newer and make; everything else goes into .venv.
+# make quickstart | test | lint | format | bench | venv | clean. Needs Python 3.11 or newer and make; everything else goes into .venv.
 #   PYTHON=python3.12   which Python makes the environment
 #   PIP_ARGS=...        further arguments of pip, for example the index of CPU-only or CUDA builds of torch and torchvision
 #   DATA=folder         make quickstart on your own videos
@@ -12,7 +12,7 @@ REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt
 TESTS ?= tests
 PYTEST_ARGS ?= -n 2
 
-.PHONY: venv quickstart test lint bench clean help
+.PHONY: venv quickstart test lint format bench clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -37,7 +37,12 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 bench: $(STAMP)
 	@for name in train_step checkpoint stream; do echo "== benchmarks/$$name.py"; $(BIN)/python -m benchmarks.$$name || exit 1; done
