@@ -38,7 +38,7 @@ def evaluate(task: Task, team: Team, valid: BatchSource, config: RunConfig, env:
     close(batches)
     if not sums:
         return {}
-    packed = torch.stack([*sums.values(), *(torch.tensor(float(count), dtype=torch.float64, device=env.device) for count in counts.values())])
+    packed = torch.cat([torch.stack(list(sums.values())), torch.tensor(list(counts.values()), dtype=torch.float64, device=env.device)])
     dist.all_reduce(packed)
     totals, numbers = packed.view(2, -1).tolist()
     return {f"eval/{name}": total / number for name, total, number in zip(sums, totals, numbers, strict=True) if number}

@@ -99,7 +99,8 @@ def _modules(networks: Mapping[str, Network]) -> list[str]:
     lines = ["parameters"]
     for name, network in networks.items():
         lines.append(f"  {name} ({type(network.module).__name__}): {_count(network.module)}")
-        lines += [f"    {child}: {_count(module)}" for child, module in network.module.named_children() if any(True for _ in module.parameters())]
+        children = ((child, _count(module)) for child, module in network.module.named_children())
+        lines += [f"    {child}: {count}" for child, count in children if count != "0"]
         own = sum(parameter.numel() for parameter in network.module.parameters(recurse=False))
         lines += [f"    (own): {own:,}"] if own else []
     return lines
@@ -112,7 +113,7 @@ def _count(module: nn.Module) -> str:
 def _table(needs: list[Need]) -> list[str]:
     """Memory per GPU; the largest temporary of a sharded network is not in it."""
     columns = ("weights", "gradients", "optimizer", "ema", "total")
-    rows = [("memory per GPU", *columns, "held")]
+    rows: list[tuple[str, ...]] = [("memory per GPU", *columns, "held")]
     rows += [(f"  {need.name}", *(_size(getattr(need, column)) for column in columns), need.strategy) for need in needs]
     rows.append(("  all", *(_size(sum(getattr(need, column) for need in needs)) for column in columns), "without activations"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

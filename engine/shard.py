@@ -69,9 +69,8 @@ def samples_per_rank(config: RunConfig, env: Env) -> int:
     if size % parts or size < parts:
         lower = size // parts * parts
         near = f"{lower} or {lower + parts}" if lower else f"{parts}"
-        raise ConfigError(
-            f"--global-batch-size {size} cannot be cut into {env.world_size} rank(s) x {config.train.accumulation} micro-batch(es): use {near}"
-        )
+        cut = f"{env.world_size} rank(s) x {config.train.accumulation} micro-batch(es)"
+        raise ConfigError(f"--global-batch-size {size} cannot be cut into {cut}: use {near}")
     return size // env.world_size
 
 
@@ -132,7 +131,7 @@ class Replicated(nn.Module):
             _Entry(module),
             device_ids=[device] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            **{_SYNC_BUFFERS: False},
+            **{_SYNC_BUFFERS: False},  # type: ignore[arg-type]
         )
 
     @property
@@ -154,7 +153,8 @@ class Replicated(nn.Module):
             return functools.partial(self.ddp, name)
         value = getattr(self.bare, name)
         if inspect.ismethod(value):
-            raise AttributeError(f"{type(self.bare).__name__}.{name} is called in a loss: list it in Network.methods, or its gradients stay on one rank")
+            what = f"{type(self.bare).__name__}.{name}"
+            raise AttributeError(f"{what} is called in a loss: list it in Network.methods, or its gradients stay on one rank")
         return value
 
 

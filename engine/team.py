@@ -84,7 +84,8 @@ class Team:
         if isinstance(member.entry, Replicated) and self._env.world_size > 1 and not member.optimizer.state:
             unused = [key for key, parameter in member.module.named_parameters() if parameter.requires_grad and parameter.grad is None]
             if unused:
-                raise UserError(f"network {name!r}: the loss does not use {unused[0]}, which DDP needs: freeze it, or train with --parallel fsdp")
+                cure = "freeze it, or train with --parallel fsdp"
+                raise UserError(f"network {name!r}: the loss does not use {unused[0]}, which DDP cannot work with: {cure}")
         return gradient_norm(member.parameters)
 
     def step(self, name: str, step: int, total: int, norm: Tensor, divisor: Tensor, finite: Tensor) -> float:
