@@ -9,7 +9,6 @@
 import shutil
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -82,7 +81,7 @@ class Checkpointer:
             "torch": torch.__version__,
             "world_size": self._env.world_size,
         }
-        write = self._start(tensors, FileSystemWriter(temporary))
+        write = self._writer(tensors, FileSystemWriter(temporary))
         self._thread = threading.Thread(target=self._finish, args=(write, temporary, record), name="checkpoint", daemon=True)
         self._thread.start()
         if not self._background:
@@ -147,13 +146,13 @@ class Checkpointer:
             raise self._error(outcome[0])
         return temporary
 
-    def _start(self, tensors: dict[str, Tensor], writer: FileSystemWriter) -> Callable[[], Any]:
-        """Copy the state and start to write the copy; or leave both for later, when the caller waits anyway."""
-        state = cast("dict[str, Any]", tensors)
-        if not self._background:
-            return lambda: dcp.save(state, storage_writer=writer, process_group=self._group)
-        future = dcp.async_save(state, storage_writer=writer, process_group=self._group, async_stager=self._arena)
-        return cast("Future[Any]", future).result
+    def _writer(self, tensors: dict[str, Tensor], writer: FileSystemWriter) -> Callable[[], Any]:
+        """Copy the state, unless the caller waits anyway; returns what writes it.
+
+        `dcp.async_save` is the same in two threads more and keeps the loop for some work on each tensor.
+        """
+        state = cast("dict[str, Any]", self._arena.copy(tensors) if self._background else tensors)
+        return lambda: dcp.save(state, storage_writer=writer, process_group=self._group)
 
     def _finish(self, write: Callable[[], Any], temporary: Path, record: dict[str, Any]) -> None:
         """In the thread, on every rank: wait for the files, take their digests, let rank 0 commit, agree on the outcome."""

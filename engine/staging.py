@@ -8,16 +8,13 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor
 
 _ALIGNMENT = 64
 
 
-class Arena(AsyncStager):
+class Arena:
     """Copies a flat dictionary of tensors into its buffer, one after the other. A copy is valid until the next one is made."""
-
-    _synchronize_after_execute = False
 
     def __init__(self, pinned: bool) -> None:
         self._pinned = pinned
@@ -34,12 +31,12 @@ class Arena(AsyncStager):
             _pin(buffer)
         self._buffer = buffer
 
-    def stage(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A copy of the tensors in host memory; sharded ones stay DTensors."""
-        self.reserve(state_dict)
+        self.reserve(tensors)
         staged: dict[str, Tensor] = {}
         offset = 0
-        for name, tensor in state_dict.items():
+        for name, tensor in tensors.items():
             local = _local(tensor)
             room = self._buffer[offset : offset + local.nbytes].view(local.dtype).view(local.shape)
             room.copy_(local, non_blocking=self._pinned)
@@ -48,12 +45,6 @@ class Arena(AsyncStager):
         if self._pinned:
             torch.cuda.synchronize()
         return staged
-
-    def synchronize_staging(self) -> None:
-        """Nothing to wait for: `stage` returns when the copy is complete."""
-
-    def close(self) -> None:
-        """The buffer goes with the object."""
 
 
 def _local(tensor: Tensor) -> Tensor:
