@@ -49,14 +49,14 @@ def build(listing: Listing, rules: ClipRules, info: SetInfo, out: Path, *, worke
     """
     plan = plan_digest(listing, rules, info)
     try:
-        (out / WORK).mkdir(parents=True, exist_ok=True)
-        with _locked(out):
-            if _complete(out, plan):
-                tally = read_report(out)
-            else:
+        if _complete(out, plan):
+            tally = read_report(out)
+        else:
+            (out / WORK).mkdir(parents=True, exist_ok=True)
+            with _locked(out):
                 tally = _build(listing, rules, info, out, plan, workers, progress)
-            shutil.rmtree(out / WORK)
-            return tally
+        shutil.rmtree(out / WORK, ignore_errors=True)
+        return tally
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}; mend that and run the same command again, it goes on") from None
 

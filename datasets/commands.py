@@ -111,7 +111,15 @@ def run_shards(args: argparse.Namespace) -> None:
     if layout == "auto":
         layout = detect(root, exclude)
     listing = list_videos(root, layout, options, args.seed)
-    info = SetInfo(name, layout, licence, args.split, args.seed, args.shard_size, args.shard_mib << 20)
+    info = SetInfo(
+        name or (layout if layout == "UCF101" else root.resolve().name),
+        layout,
+        licence,
+        args.split,
+        args.seed,
+        args.shard_size,
+        args.shard_mib << 20,
+    )
     with _Progress(listing) as progress:
         total = build(listing, rules, info, args.out, workers=min(args.workers, len(listing.videos)), progress=progress.update)
     print(table(total))
@@ -123,7 +131,7 @@ def run_shards(args: argparse.Namespace) -> None:
 
 
 def _source(args: argparse.Namespace) -> tuple[Path, str, str]:
-    """Source folder, name of the data set, licence line."""
+    """Source folder, name of the data set (empty: by the folder), licence line."""
     root = args.source or args.source_flag
     if args.dataset_name == DIGITS:
         if root is not None:
@@ -135,7 +143,7 @@ def _source(args: argparse.Namespace) -> tuple[Path, str, str]:
         raise ConfigError(f"two source folders: {args.source} and {args.source_flag}")
     if root.exists() and args.out.exists() and root.samefile(args.out):
         raise ConfigError(f"--out {args.out} is the source folder: choose another")
-    return root, args.name or (args.dataset_name if args.dataset_name == "UCF101" else root.resolve().name), args.licence
+    return root, args.name, args.licence
 
 
 def _rules(args: argparse.Namespace, digits: bool) -> ClipRules:

@@ -77,6 +77,13 @@ class ShardSet:
             raise UserError(f"{folder / INDEX} is not the index of a shard set: write one with preprocess.py shards")
         if meta.get("schema") != SCHEMA:
             raise UserError(f"{folder} has shard schema {meta.get('schema')}, this version reads {SCHEMA}: run preprocess.py shards again")
+        try:
+            return cls._assemble(folder, meta, hashlib.sha256(raw).hexdigest())
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{folder / INDEX} is damaged ({error!r}): copy the set again or rerun preprocess.py") from None
+
+    @classmethod
+    def _assemble(cls, folder: Path, meta: dict[str, Any], digest: str) -> "ShardSet":
         tables = [_read_sidecar(folder, entry) for entry in meta["shards"]]
         counts = np.array([len(table["key"]) for table in tables])
         columns = {
@@ -87,7 +94,6 @@ class ShardSet:
         first_sum = np.cumsum(columns["frames"]) - columns["frames"]
         keys = [key for table in tables for key in table["key"]]
         shard = np.repeat(np.arange(len(tables)), counts)
-        digest = hashlib.sha256(raw).hexdigest()
         return cls(folder, meta, digest, keys, shard, sums=sums, first_sum=first_sum, **columns)
 
     @property

@@ -86,11 +86,8 @@ def probe(path: Path) -> VideoInfo:
 
 
 def _best_stream(container: av.container.InputContainer) -> av.VideoStream:
-    pictures = av.stream.Disposition.attached_pic
-    best = container.streams.best("video")
-    if isinstance(best, av.VideoStream) and not best.disposition & pictures:
-        return best
-    streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
+    """The largest picture, as ffmpeg itself chooses; cover art is a video stream too, and is not meant."""
+    streams = [stream for stream in container.streams.video if not stream.disposition & av.stream.Disposition.attached_pic]
     if not streams:
         raise VideoError("no video stream", "audio or cover art only")
     return max(streams, key=lambda stream: stream.codec_context.width * stream.codec_context.height)

@@ -53,10 +53,12 @@ def encode_mp4(frames: np.ndarray, fps: float, *, crf: int = 18, gop: int = 0) -
     H.264 4:2:0 needs even sizes: an odd last row or column is repeated.
     """
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
-    options = {"crf": str(crf), "tune": "fastdecode", "bf": "0", "g": str(gop or len(frames)), "keyint_min": "1", "threads": "1"}
+    # x264's macroblock tree reads memory it has not written when frames are small: now and then it gives other bytes.
+    options = {"crf": str(crf), "tune": "fastdecode", "mbtree": "0", "bf": "0", "threads": "1"}
+    options |= {"g": str(gop or len(frames)), "keyint_min": "1", "sc_threshold": "0"}
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options | {"sc_threshold": "0"})
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.codec_context.flags |= av.codec.context.Flags.bitexact
         for frame in frames:

@@ -1,0 +1,186 @@
+"""datasets.video: frames as they are in the file, damage found, transforms."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from datasets.video import (
+    VideoError,
+    centre_crop,
+    decode,
+    decode_window,
+    ffmpeg_command,
+    ffmpeg_program,
+    probe,
+    release_cmd_transform,
+    resize,
+)
+from tests.videos import noise_frames, write_video
+from utils.media import encode_mp4
+
+DECODERS = ["pyav", pytest.param("ffmpeg", marks=pytest.mark.skipif(ffmpeg_program() is None, reason="no ffmpeg program"))]
+
+
+def read(path: Path, decoder: str) -> np.ndarray:
+    return np.stack(list(decode(path, probe(path), decoder)))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "libx264"), ("a.avi", "mpeg4"), ("a b:c'%03d.mkv", "libx264"), ("-x.mov", "mpeg4")])
+def test_all_frames_come_in_order(tmp_path: Path, decoder: str, name: str, codec: str) -> None:
+    frames = noise_frames(30)
+    found = read(write_video(tmp_path / name, frames, codec, bf="2"), decoder)
+    assert found.shape == frames.shape
+    errors = np.abs(found.astype(int) - frames).mean(axis=(1, 2, 3))
+    off_by_one = np.abs(found[1:].astype(int) - frames[:-1]).mean(axis=(1, 2, 3))
+    assert errors.max() < 8 < off_by_one.min()
+
+
+@pytest.mark.skipif(ffmpeg_program() is None, reason="no ffmpeg program")
+def test_both_decoders_give_the_same_pixels(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", noise_frames(20), bf="2")
+    assert (read(path, "ffmpeg") == read(path, "pyav")).all()
+
+
+@pytest.mark.skipif(ffmpeg_program() is None, reason="no ffmpeg program")
+@pytest.mark.parametrize("angle", [90, 180, 270])
+def test_rotation_is_that_of_ffmpeg_in_both_decoders(tmp_path: Path, angle: int) -> None:
+    plain = write_video(tmp_path / "plain.mp4", noise_frames(3, (32, 48)))
+    turned = tmp_path / "turned.mp4"
+    tool = [ffmpeg_program(), "-v", "error", "-nostdin"]
+    subprocess.run([*tool, "-display_rotation", str(angle), "-i", plain, "-c", "copy", turned], check=True, timeout=60)
+    raw = subprocess.run(
+        [*tool, "-i", turned, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"], check=True, capture_output=True, timeout=60
+    ).stdout
+    height, width = (32, 48) if angle == 180 else (48, 32)
+    upright = np.frombuffer(raw, np.uint8).reshape(3, height, width, 3)
+    for decoder in ("ffmpeg", "pyav"):
+        found = read(turned, decoder)
+        assert found.shape == upright.shape
+        # ffmpeg turns before it converts colours, we after: chroma is interpolated along other borders.
+        assert np.abs(found.astype(int) - upright).mean() < 2
+
+
+def test_the_command_names_one_stream_and_cannot_be_misread() -> None:
+    from datasets.video import VideoInfo
+
+    program = ffmpeg_program()
+    if program is None:
+        pytest.skip("no ffmpeg program")
+    command = ffmpeg_command(program, Path("-x:y.mp4"), VideoInfo(3, 4, 4, 0, 25.0, 1))
+    assert f"file:{Path('-x:y.mp4').absolute()}" in command
+    assert command[command.index("-map") + 1] == "0:3"
+    assert {"-nostdin", "-xerror"} <= set(command)
+
+
+def test_the_best_stream_is_taken_not_cover_art_or_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "two.mkv"
+    small, large = noise_frames(10, (16, 16)), noise_frames(10, (64, 80))
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("mpeg4", rate=25) for _ in range(2)]
+        for stream, frames in zip(streams, (small, large), strict=True):
+            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for pair in zip(small, large, strict=True):
+            for stream, frame in zip(streams, pair, strict=True):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for stream in streams:
+            container.mux(stream.encode())
+    info = probe(path)
+    assert (info.stream, info.height, info.width) == (1, 64, 80)
+
+
+def damaged(folder: Path, kind: str) -> Path:
+    path = write_video(folder / ("a.avi" if kind == "cut avi" else "a.mp4"), 60, "mpeg4" if kind == "cut avi" else "libx264", movflags="")
+    data = path.read_bytes()
+    content = {
+        "empty": b"",
+        "text": b"not a video at all\n" * 50,
+        "random": np.random.default_rng(0).bytes(5000),
+        "cut mp4": data[: len(data) // 2],
+        "cut avi": data[: len(data) // 2],
+        "flipped": data[:400] + bytes(255 - byte for byte in data[400:1500]) + data[1500:],
+    }[kind]
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("kind", ["empty", "text", "random", "cut mp4", "cut avi", "flipped"])
+def test_damage_is_found_and_named(tmp_path: Path, decoder: str, kind: str) -> None:
+    path = damaged(tmp_path, kind)
+    with pytest.raises(VideoError) as caught:
+        read(path, decoder)
+    assert caught.value.reason in ("empty file", "not a readable video", "truncated", "damaged", "no frames", "no video stream")
+    assert "\n" not in str(caught.value) and " 0x" not in str(caught.value)
+
+
+def test_a_cut_with_an_edit_list_is_whole(tmp_path: Path) -> None:
+    if ffmpeg_program() is None:
+        pytest.skip("no ffmpeg program")
+    path = write_video(tmp_path / "a.mp4", 100)
+    cut = tmp_path / "cut.mp4"
+    subprocess.run([ffmpeg_program(), "-v", "error", "-nostdin", "-ss", "1.0", "-i", path, "-c", "copy", cut], check=True, timeout=60)
+    lengths = {len(read(cut, decoder)) for decoder in ("pyav", "ffmpeg")}
+    assert len(lengths) == 1 and lengths.pop() in range(70, 80)
+
+
+def test_sound_without_pictures_has_no_video_stream(tmp_path: Path) -> None:
+    path = tmp_path / "sound.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(VideoError) as caught:
+        probe(path)
+    assert caught.value.reason == "no video stream"
+
+
+@pytest.mark.parametrize("start", [0, 1, 11, 12, 13, 24])
+def test_a_window_of_our_own_mp4_is_exact(start: int) -> None:
+    payload = encode_mp4(noise_frames(40), 29.97, gop=12)
+    whole = decode_window(payload, 0, 40)
+    assert (decode_window(payload, start, 16) == whole[start : start + 16]).all()
+
+
+def test_a_window_past_the_end_is_an_error() -> None:
+    with pytest.raises(ValueError, match="of 16 frames"):
+        decode_window(encode_mp4(noise_frames(20), 25), 10, 16)
+    with pytest.raises(ValueError):
+        decode_window(b"\0" * 100, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((1, 1), (48, 48)), ((2, 1), (48, 24)), ((1, 4), (16, 64)), ((48, 64), (48, 64)), ((3, 5), (38, 64))]
+)
+def test_centre_crop_keeps_the_largest_part_of_an_aspect(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    frames = np.broadcast_to(np.arange(48)[:, None, None], (48, 64, 3))
+    out = centre_crop(frames, size)
+    assert out.shape[:2] == expected
+    assert out[0, 0, 0] == (48 - expected[0]) // 2
+
+
+def test_antialias_averages_and_plain_bilinear_does_not() -> None:
+    stripes = np.zeros((1, 64, 64, 3), np.uint8)
+    stripes[:, :, ::4] = 255
+    smooth, sharp = (resize(stripes, (8, 8), antialias=antialias) for antialias in (True, False))
+    assert smooth[:, :, 1:-1].std() < 12 and abs(smooth.mean() - 64) < 3
+    assert abs(sharp.astype(int).mean() - 64) > 20
+
+
+def test_release_transform_scales_crops_and_stretches() -> None:
+    frames = noise_frames(4, (60, 80))
+    out = release_cmd_transform(frames, (32, 48))
+    square = torch.from_numpy(frames[:, :, 10:70].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
+    expected = torch.nn.functional.interpolate(square, size=(32, 48), mode="bilinear", align_corners=False).transpose(0, 1)
+    assert out.shape == (3, 4, 32, 48) and torch.equal(out, expected)
+
+
+def test_the_system_has_a_decoder_program_or_says_so() -> None:
+    assert ffmpeg_program() is None or shutil.which(ffmpeg_program())
