@@ -57,6 +57,8 @@ def _main(file: str, name: str, arguments: str, folder: str) -> None:
     with distributed(60) as env:
         result = getattr(module, name)(env, **json.loads(arguments))
         (Path(folder) / f"{env.rank}.json").write_text(json.dumps(result))
+    # torch 2.15 now and then aborts while the interpreter takes its threads down, long after the work is done.
+    os._exit(0)
 
 
 if __name__ == "__main__":

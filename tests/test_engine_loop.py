@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.tensor.debug import CommDebugMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 from distributed import run, torchrun
@@ -19,7 +23,9 @@ from toy_task import Critic, Net, ToySource, ToyTask, toy_config
 
 from engine.loop import fit
 from engine.optim import learning_rate
+from engine.tally import Tally
 from engine.task import Batch, LossOutput
+from engine.team import Team
 from launch.env import Env, Stopped, distributed
 from utils.errors import ConfigError, UserError
 from utils.rng import SampleRng, derive_seed
@@ -133,39 +139,19 @@ def test_adversarial_turns_keep_their_gradients_apart(tmp_path: Path) -> None:
 
 def critic_of(env: Env, task: ToyTask, config: Any, folder: Path) -> dict[str, Tensor]:
     """Weights of the critic in the last checkpoint of a run."""
-    import torch.distributed.checkpoint as dcp
-
     tensors = {f"networks.critic.{key}": value.clone() for key, value in Critic().state_dict().items()}
     dcp.load(tensors, checkpoint_id=str(next((folder / "checkpoints").glob("step_0000005"))))
     return {key.removeprefix("networks.critic."): value for key, value in tensors.items()}
 
 
-def adversarial(env: Env, folder: str, changes: dict[str, Any]) -> list[float]:
-    folder_ = train(env, folder, changes, gan=True)
-    return [line["loss"] for line in lines(folder_)]
-
-
-@pytest.mark.parametrize("mode", ["fsdp", "ddp"])
-def test_adversarial_turns_on_two_processes(tmp_path: Path, mode: str) -> None:
-    first, second = run(adversarial, folder=str(tmp_path), changes={"mode": mode, "accumulation": 2})
-    assert first == second and all(abs(loss) < 100 for loss in first)
-
-
-class CountingTask(ToyTask):
-    """Records, at every call of the loss, how many parameters have a gradient already."""
-
-    def loss(self, phase: str, networks: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> LossOutput:
-        self.gradients.append((phase, str(sum(p.grad is not None for p in networks["net"].parameters()))))
-        return super().loss(phase, networks, batch, rng)
+def counting_hook(calls: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's own exchange, counted."""
+    calls[0] += 1
+    return allreduce_hook(None, bucket)
 
 
 def count_collectives(env: Env, folder: str, mode: str) -> dict[str, list[int]]:
     """Gradient exchanges of a step without and with accumulation: bytes-free counts from the dispatcher (FSDP) or the hook (DDP)."""
-    from torch.distributed.tensor.debug import CommDebugMode
-
-    from engine.tally import Tally
-    from engine.team import Team
-
     counts: dict[str, list[int]] = {"reduce_scatter": [], "packed": [], "hook": []}
     for accumulation in (1, 4):
         config = toy_config(folder, mode=mode, accumulation=accumulation)
@@ -174,13 +160,7 @@ def count_collectives(env: Env, folder: str, mode: str) -> dict[str, list[int]]:
         team = Team(task.networks(), config, env)
         hooks = [0]
         if mode == "ddp":
-            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-
-            def hook(state: Any, bucket: Any, hooks: list[int] = hooks) -> Any:
-                hooks[0] += 1
-                return allreduce_hook(state, bucket)
-
-            team.members["net"].entry.ddp.register_comm_hook(None, hook)
+            team.members["net"].entry.ddp.register_comm_hook(hooks, counting_hook)
         tally = Tally(env)
         with CommDebugMode() as comm, team.turn("net") as modules:
             for number in range(accumulation):
@@ -206,17 +186,15 @@ def test_accumulation_exchanges_gradients_once(tmp_path: Path) -> None:
 
 
 def skipping(env: Env, folder: str, mode: str) -> dict[str, Any]:
-    """Train two good steps, then only bad ones on rank 0's samples: what is left of the weights, moments and counters."""
-    import copy
-
+    """Train two good steps, then only bad ones on rank 0's samples: what is left of the weights and counters."""
     good = train(env, f"{folder}/good", {"max_steps": 2, "schedule": "constant", "mode": mode})
     bad = train(env, f"{folder}/bad", {"max_steps": 5, "schedule": "constant", "mode": mode}, bad_from=2)
     weights = [load_file(run / "export/model.safetensors") for run in (good, bad)]
-    same = all(torch.equal(value, weights[1][key]) for key, value in copy.copy(weights[0]).items())
+    same = all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
     return {"same": same, "last": lines(bad)[-1], "run": str(bad)}
 
 
-@pytest.mark.parametrize(("processes", "mode"), [(1, "fsdp"), (2, "fsdp"), (2, "ddp")])
+@pytest.mark.parametrize(("processes", "mode"), [(2, "fsdp"), (1, "ddp")])
 def test_steps_that_are_not_finite_change_nothing(tmp_path: Path, processes: int, mode: str) -> None:
     for result in run(skipping, processes, folder=str(tmp_path), mode=mode):
         assert result["same"]
@@ -224,9 +202,7 @@ def test_steps_that_are_not_finite_change_nothing(tmp_path: Path, processes: int
         record = json.loads((Path(result["run"]) / "checkpoints/step_0000005/manifest.json").read_text())
         assert record["progress"]["skipped"] == 3
         steps = {"optim.net.head.weight.step": torch.zeros(())}
-        import torch.distributed.checkpoint as dcp
-
-        dcp.load(steps, checkpoint_id=str(Path(result["run"]) / "checkpoints/step_0000005"), no_dist=True)
+            dcp.load(steps, checkpoint_id=str(Path(result["run"]) / "checkpoints/step_0000005"), no_dist=True)
         assert steps["optim.net.head.weight.step"] == 2
 
 
@@ -275,7 +251,7 @@ class Killed(ToyTask):
 
 
 def interrupted(env: Env, folder: str, step: int, number: int, rank: int, mode: str) -> str:
-    changes = {"max_steps": 9, "checkpoint.every": 3, "mode": mode, "accumulation": 2, "log.every": 2}
+    changes = {"max_steps": 9, "checkpoint.every": 3, "mode": mode, "accumulation": 2, "log.every": 2, "background": False}
     config = toy_config(folder, **changes)
     task = Killed(config, env, step, number, rank, Path(folder) / "done") if step else ToyTask(config, gan=True)
     Path(folder).mkdir(exist_ok=True, parents=True)
