@@ -202,7 +202,7 @@ def test_steps_that_are_not_finite_change_nothing(tmp_path: Path, processes: int
         record = json.loads((Path(result["run"]) / "checkpoints/step_0000005/manifest.json").read_text())
         assert record["progress"]["skipped"] == 3
         steps = {"optim.net.head.weight.step": torch.zeros(())}
-            dcp.load(steps, checkpoint_id=str(Path(result["run"]) / "checkpoints/step_0000005"), no_dist=True)
+        dcp.load(steps, checkpoint_id=str(Path(result["run"]) / "checkpoints/step_0000005"), no_dist=True)
         assert steps["optim.net.head.weight.step"] == 2
 
 
