@@ -1,9 +1,11 @@
 """The processes of a run: ranks, device, process group, signals. Nothing else in the project initialises `torch.distributed`."""
 
+import ctypes
 import importlib.util
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from utils.errors import UserError
 EXIT_STOPPED = 75
 """Exit status of a run that a signal stopped after it saved: start the same command again (EX_TEMPFAIL)."""
 
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _ROOT = Path(__file__).resolve().parent.parent
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -84,6 +87,7 @@ def distributed(timeout: float) -> Iterator[Env]:
     """
     check_packages()
     env = _read_environment()
+    _follow_agent()
     _initialise(env, timeout)
     restore = _install_handlers(env.stop)
     try:
@@ -128,6 +132,25 @@ def check_master(address: str, port: int) -> None:
             f"{socket.gethostname()} cannot resolve the master address {address!r} ({error.strerror or error}): "
             "give --master_addr a host name or IP address that every node knows"
         ) from None
+
+
+def _follow_agent() -> None:
+    """Have this process killed when the torchrun agent that started it is: workers have sessions of their own, so a signal to
+    the agent's process group misses them, and they would go on writing to the run that the next start continues."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if _adopted(os.getppid()):
+        raise UserError("the torchrun agent that started this process is gone")
+
+
+def _adopted(parent: int) -> bool:
+    """Whether `parent` is one of those that take in orphans, and not an agent that is process 1 of a container."""
+    try:
+        takes_orphans = parent == 1 or Path(f"/proc/{parent}/comm").read_text().strip() == "systemd"
+        return takes_orphans and not Path(f"/proc/{parent}/exe").samefile("/proc/self/exe")
+    except OSError:
+        return parent == 1
 
 
 def _read_environment() -> Env:

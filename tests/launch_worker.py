@@ -47,7 +47,9 @@ def train(case: str, who: str, env: Env) -> None:
             raise Stopped
         if case == "fine" and step == 10:
             return
-        time.sleep(0.01)
+        if case == "patient" and step == 0:
+            say(f"{os.getpid()}")
+        time.sleep(0.3 if case == "patient" else 0.01)
 
 
 def main() -> None:

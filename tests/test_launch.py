@@ -93,6 +93,45 @@ def test_a_bug_of_one_rank_ends_the_other() -> None:
     assert time.monotonic() - began < 40
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's prctl")
+def test_workers_end_with_their_agent() -> None:
+    """Else the workers of a killed command would write to the run folder beside those of the next one."""
+    with start(*PAIR, WORKER, "patient") as agent:
+        assert agent.stdout is not None
+        workers = [int(agent.stdout.readline()) for _ in range(2)]
+        agent.kill()
+    assert ends_within(10, workers)
+
+
+def ends_within(seconds: float, processes: list[int]) -> bool:
+    """Whether the processes are gone, or dead and not yet collected, in time."""
+    limit = time.monotonic() + seconds
+    while alive := [process for process in processes if _state(process) not in ("", "Z")]:
+        if time.monotonic() > limit:
+            for process in alive:
+                os.kill(process, signal.SIGKILL)
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _state(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's prctl")
+def test_a_worker_whose_agent_is_gone_already_does_not_start(tmp_path: Path) -> None:
+    """Killed while the workers were still importing: they are children of process 1 by the time they look."""
+    shell = f"{sys.executable} {WORKER} fine > {tmp_path}/out 2> {tmp_path}/err & echo $! > {tmp_path}/pid"
+    variables = {"TORCHELASTIC_RUN_ID": "gone", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    subprocess.run(["sh", "-c", shell], env=environment() | variables, check=True, timeout=30)
+    assert ends_within(60, [int((tmp_path / "pid").read_text())])
+    assert (tmp_path / "err").read_text() == "error: the torchrun agent that started this process is gone\n"
+
+
 def test_a_signal_to_one_rank_stops_both_at_the_same_step() -> None:
     _, out, errors, err = finish(start(*PAIR, WORKER, "signalled", "1"))
     assert errors == [], err
