@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from benchmarks.common import machine, now, seconds
+from benchmarks.common import machine, now, processes, seconds
 from engine.checkpoint import Checkpointer, State
 from engine.config import CheckpointConfig, EmaConfig, OptimConfig, ParallelConfig, RunConfig
 from engine.manifest import checkpoint_name
 from engine.state import model_tensors, optimizer_tensors
 from engine.task import Network
 from engine.team import Team
-from launch.env import Env, distributed
+from launch.env import Env
 from models.transformers.dit import ContentDiT, DiTConfig
 from tasks.clips import units
 
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="fsdp", help="wrapping of the network (default fsdp)")
     parser.add_argument("--folder", type=Path, help="where to write, for another file system than that of temporary files")
     args = parser.parse_args()
-    with distributed(600) as env, tempfile.TemporaryDirectory(dir=args.folder) as name:
+    with processes() as env, tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         print(machine(env.device))
         training = Training(args.millions, args.batch, args.parallel, env)

@@ -2,12 +2,16 @@
 
 import os
 import platform
+import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from launch.env import Env, distributed
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
@@ -23,6 +27,16 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         parts.insert(0, torch.cuda.get_device_name(device))
     return "; ".join([*parts, f"torch {torch.__version__}", f"Python {platform.python_version()}"])
+
+
+@contextmanager
+def processes() -> Iterator[Env]:
+    """The process group, as in training; a signal ends the process at once, there being nothing to save."""
+    with distributed(600) as env:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield env
 
 
 def now(device: torch.device) -> float:

@@ -12,12 +12,12 @@ from typing import Literal
 
 import torch
 
-from benchmarks.common import alternate, machine, seconds
+from benchmarks.common import alternate, machine, processes, seconds
 from engine.config import EmaConfig, OptimConfig, ParallelConfig, RunConfig
 from engine.tally import Tally
 from engine.task import Batch, Task
 from engine.team import Team
-from launch.env import Env, distributed
+from launch.env import Env
 from models.autoencoders.cmd import CMDAEConfig, CMDAutoencoder
 from pipelines.loading import Loaded
 from tasks.autoencoder import CMDAutoencoderTask
@@ -60,7 +60,7 @@ SIZES = {
         batch=(2, 2, 2),
     ),
     "small": Size(
-        AutoencoderModelConfig(depth=2), ContentModelConfig("ContentDiT-S/2"), MotionModelConfig("MotionDiT-S/2"), batch=(2, 4, 4)
+        AutoencoderModelConfig(depth=2), ContentModelConfig("ContentDiT-S/2"), MotionModelConfig("MotionDiT-S/2"), batch=(1, 2, 2)
     ),
     "release": Size(AutoencoderModelConfig(), ContentModelConfig("ContentDiT-L/2"), MotionModelConfig("MotionDiT-B/2")),
     "paper": Size(AutoencoderModelConfig(), ContentModelConfig("ContentDiT-XL/2"), MotionModelConfig("MotionDiT-L/2")),
@@ -154,7 +154,7 @@ def main() -> None:
     if args.device == "cuda" and not cuda:
         parser.error("--device cuda: torch sees no GPU here")
     torch.set_float32_matmul_precision("high")  # as in training
-    with distributed(600) as env:
+    with processes() as env:
         env = dataclasses.replace(env, device=torch.device(args.device)) if args.device == "cpu" else env
         print(machine(env.device))
         print(f"size {args.size}, {args.parallel}, median of {args.rounds} alternating rounds of {args.steps} step(s)", flush=True)

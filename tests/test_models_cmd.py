@@ -137,6 +137,7 @@ def test_bfloat16_weights_take_float32_clips():
 
 
 def test_large_attention_batches_are_split(monkeypatch):
+    monkeypatch.setattr(attention, "_SHORT", 0)
     q, k, v = torch.randn(3, 7, 2, 4, 8)
     whole = attention.sdpa(q, k, v)
     calls = []
@@ -175,8 +176,24 @@ class CountedCopies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_short_attention_on_a_cpu_is_the_kernels(monkeypatch, dtype, tolerance):
+    qkv = torch.randn(3, 2, 4, 16, 8).to(dtype)
+    results = []
+    for short in (16, 0):
+        monkeypatch.setattr(attention, "_SHORT", short)
+        leaf = qkv.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = attention.sdpa(*leaf)
+        assert out.dtype == dtype
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
+    assert results[0][0].grad_fn.name() != results[1][0].grad_fn.name()
+    torch.testing.assert_close(results[0], results[1], atol=tolerance, rtol=tolerance)
+
+
 @torch.no_grad()
-def test_attention_over_either_axis_copies_nothing():
+def test_attention_over_either_axis_copies_nothing(monkeypatch):
+    monkeypatch.setattr(attention, "_SHORT", 0)
     x, width = torch.randn(4, 2, 24, 32), 8
     for ropes in ((None, None), (time_tables(4, width, x.device), grid_tables(4, 6, width, x.device))):
         with CountedCopies() as copies:

@@ -13,12 +13,26 @@ _MAX_BATCH = 65535
 """Attention kernels put the batch on a CUDA grid axis of this size; attention over time has a "batch" of clips x positions."""
 
 
+_SHORT = 64
+"""Up to this many keys a CPU is faster with plain products: its fused kernel costs something per sample and head, in bf16 most of all."""
+
+
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(E)) v for (B, H, N, E) of any strides with a dense last axis."""
+    if q.device.type == "cpu" and k.shape[2] <= _SHORT:
+        return _plain(q, k, v)
     if q.shape[0] <= _MAX_BATCH:
         return F.scaled_dot_product_attention(q, k, v)
     parts = zip(q.split(_MAX_BATCH), k.split(_MAX_BATCH), v.split(_MAX_BATCH), strict=True)
     return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same in the open, scores in float32 at least, as the fused kernels hold them."""
+    with torch.autocast(q.device.type, enabled=False):
+        exact = torch.promote_types(q.dtype, torch.float32)
+        scores = (q.to(exact) * q.shape[-1] ** -0.5) @ k.to(exact).transpose(-1, -2)
+        return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
 class SelfAttention(nn.Module):
