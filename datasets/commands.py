@@ -69,8 +69,8 @@ def add_shards_arguments(parser: argparse.ArgumentParser) -> None:
     add("--licence", default="", metavar="TEXT", help="a licence or source note that the shard set carries")
     add("--name", default="", help="name of the data set (default: of the source folder)")
     clips = parser.add_argument_group("clips").add_argument
-    clips("--image-size", type=_whole(2), nargs=2, default=[64, 64], metavar=("H", "W"), help="default 64 64")
-    clips("--clip-length", type=_clip_length, default=16, metavar="N", help="frames (default 16); 'video': whole videos")
+    clips("--image-size", type=_whole(2), nargs=2, metavar=("H", "W"), help=f"default 64 64; {DIGITS}: 32 32")
+    clips("--clip-length", type=_clip_length, metavar="N", help=f"frames (default 16; {DIGITS}: 8); 'video': whole videos")
     clips("--clip-stride", type=_whole(1), metavar="N", help="frames between the beginnings of two clips (default: the clip length)")
     clips("--frame-stride", type=_whole(1), default=1, metavar="N", help="take every N-th frame (default 1); lengths count taken frames")
     clips("--resize", choices=["crop", "stretch"], default="crop", help="crop (default): to the aspect; stretch: the centre square")
@@ -147,7 +147,8 @@ def _source(args: argparse.Namespace) -> tuple[Path, str, str]:
 
 
 def _rules(args: argparse.Namespace, digits: bool) -> ClipRules:
-    height, width = args.image_size
+    height, width = args.image_size or ((32, 32) if digits else (64, 64))
+    length = (8 if digits else 16) if args.clip_length is None else args.clip_length
     codec = args.codec
     if codec == "auto":
         codec = "npy" if max(height, width) <= NPY_LIMIT else "mp4"
@@ -159,8 +160,8 @@ def _rules(args: argparse.Namespace, digits: bool) -> ClipRules:
         decoder = "pyav" if digits or ffmpeg_program() is None else "ffmpeg"
     return ClipRules(
         size=(height, width),
-        clip_length=args.clip_length,
-        clip_stride=args.clip_stride or args.clip_length,
+        clip_length=length,
+        clip_stride=args.clip_stride or length,
         frame_stride=args.frame_stride,
         codec=codec,
         decoder=decoder,

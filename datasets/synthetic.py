@@ -51,7 +51,7 @@ def draw_video(config: DigitsConfig, number: int) -> np.ndarray:
         glyph = _glyph(digit, max(4, round(side * (rng.uniform(0.5, 0.62) if i == 0 else rng.uniform(0.35, 0.45)))))
         room = np.maximum(np.array(config.size) - glyph.shape, 1)
         position = rng.uniform(0, room)
-        angle, speed = rng.uniform(0, 2 * np.pi), side * rng.uniform(0.03, 0.07)
+        angle, speed = rng.uniform(0, 2 * np.pi), side * rng.uniform(0.02, 0.04)
         velocity = speed * np.array([np.sin(angle), np.cos(angle)])
         for t, frame in enumerate(frames):
             # Reflection at both borders: a triangle wave of the free movement.

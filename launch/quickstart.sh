@@ -8,8 +8,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-.venv/bin/python}
-OUT=${OUT:-quickstart}
 DATA=${DATA:-}
+OUT=${OUT:-quickstart${DATA:+/$(basename "$DATA")}}
 PROCESSES=${PROCESSES:-2}
 CONFIG=configs/cmd/tiny.yaml
 SIZE="32 32"
@@ -28,7 +28,7 @@ torchrun() { "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$
 mkdir -p "$OUT"
 if [ -n "$DATA" ]; then
   say "Videos of $DATA -> shards"
-  SHARDS=$OUT/shards-$(basename "$DATA")
+  SHARDS=$OUT/shards
   "$PYTHON" preprocess.py shards "$DATA" --out "$SHARDS" --image-size $SIZE --clip-length $LENGTH
   HELD_OUT=$SHARDS
 else
@@ -49,16 +49,16 @@ run_of() { # newest run folder of a stage
 }
 
 say "Autoencoder"
-train train_ae.py
+train train_ae.py --max-steps 1300
 AE=$(run_of cmd-autoencoder)/export
 say "Content model: the content frame of a clip"
-train train_content_diffusion.py --ae "$AE"
+train train_content_diffusion.py --ae "$AE" --max-steps 1800
 say "Motion model: the motion of a content frame"
-train train_motion_diffusion.py --ae "$AE"
+train train_motion_diffusion.py --ae "$AE" --max-steps 1300
 
 say "Reconstruction of held-out clips"
 torchrun evaluate.py reconstruct --ae "$AE" --data-path "$HELD_OUT" --out "$OUT/reconstruction.json"
 say "Generated clips"
-torchrun sample.py --run "$RUNS" --num-samples 20 --gif --out "$OUT/samples"
+torchrun sample.py --run "$RUNS" --num-samples 20 --guidance-scale 1.5 --steps 50 --gif --out "$OUT/samples"
 "$PYTHON" -m launch.report "$RUNS" --samples "$OUT/samples" --figures "$OUT/reconstruction.json" --out "$OUT/report.html"
 say "Done: open $OUT/report.html"

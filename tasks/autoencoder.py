@@ -83,11 +83,14 @@ class CMDAutoencoderTask:
         frame = rng.integers("loss-frame", clips.shape[2])
         if phase == "disc":
             return self._discriminator_loss(networks, clips, frame)
-        recon = networks["ae"](clips)[0].float()
+        recon, content, _ = networks["ae"](clips)
+        recon = recon.float()
         if self.vae is not None:
             terms = {"l2": (self.config.loss.latent_l2, mse(clips, recon))}
         else:
             terms = self._pixel_terms(networks, clips, recon, frame)
+            if self.config.loss.content_mean > 0:
+                terms["content_mean"] = (self.config.loss.content_mean, mse(clips.mean(dim=2), content.float()))
             if len(self.phases(self._step(rng))) > 1:
                 terms |= self._adversarial_terms(networks, clips, recon, frame)
         total = sum((weight * value.sum() for weight, value in terms.values()), torch.zeros((), device=recon.device))
@@ -161,7 +164,8 @@ class CMDAutoencoderTask:
     def _discriminator_loss(self, networks: Networks, clips: Tensor, frame: Tensor) -> LossOutput:
         """Loss of both discriminators; no gradient reaches the autoencoder."""
         with torch.no_grad():
-            recon = networks["ae"](clips)[0].float()
+            recon, content, _ = networks["ae"](clips)
+        recon = recon.float()
         real = networks["disc"](pick_frame(clips, frame), clips)
         fake = networks["disc"](pick_frame(recon, frame), recon)
         kind = self.config.loss.adversarial.loss

@@ -68,6 +68,9 @@ class ReconstructionLossConfig:
     """pixel mode: factor of the mean absolute error."""
     l2: float = 0.0
     """pixel mode: factor of the mean squared error."""
+    content_mean: float = 0.0
+    """pixel mode: factor of the squared distance of the content frame from the plain mean of the frames. Without it an autoencoder hides
+    motion in fine patterns of the content frame, which a content model finds hard to learn."""
     latent_l2: float = 1.0
     """latent mode: factor of the mean squared error, the only term there."""
     perceptual: PerceptualConfig = dataclasses.field(default_factory=PerceptualConfig)
@@ -89,7 +92,8 @@ class CMDAutoencoderConfig(RunConfig):
     loss: ReconstructionLossConfig = dataclasses.field(default_factory=ReconstructionLossConfig)
 
     def validate(self) -> None:
-        """Raises ConfigError on a combination that cannot work."""
+        """Raises ConfigError on settings and combinations that cannot work."""
+        super().validate()
         model, loss = self.model, self.loss
         if min(model.dim, model.depth, model.heads, model.patch_size, model.embed_dim) < 1:
             raise ConfigError("model: dim, depth, heads, patch_size and embed_dim must be at least 1")
