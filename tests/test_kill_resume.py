@@ -1,0 +1,63 @@
+"""A training command killed at any moment, and the same command again: the export has the bytes of a run that was left alone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import ROOT, environment, torchrun
+
+SETTINGS = ["--config", "configs/cmd/tiny.yaml", "--model.dim", "16", "--model.depth", "1", "--global-batch-size", "4"]
+SETTINGS += ["--num-workers", "0", "--preview-every", "0", "--eval-every", "0", "--no-tensorboard"]
+SETTINGS += ["--max-steps", "60", "--ckpt-every", "2", "--keep-last", "2"]
+
+
+def arguments(shards: Path, results: Path) -> list[str]:
+    return ["train_ae.py", *SETTINGS, "--data-path", str(shards), "--results-dir", str(results)]
+
+
+def kill_when(due: Callable[[], bool], command: list[str], delay: float = 0.0) -> None:
+    """Start the command under torchrun, and kill its process group `delay` seconds after `due` turned true."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command]
+    child = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    limit = time.monotonic() + 300
+    try:
+        while not due():
+            assert child.poll() is None, child.communicate()[0]
+            assert time.monotonic() < limit
+            time.sleep(0.002)
+        time.sleep(delay)
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+
+
+@pytest.mark.slow
+def test_killed_at_three_moments_and_started_again(tmp_path: Path) -> None:
+    shards, killed, whole = tmp_path / "shards", tmp_path / "killed", tmp_path / "whole"
+    flags = ["--num-videos", "8", "--image-size", "16", "16", "--clip-length", "8", "--workers", "1", "--out", str(shards)]
+    made = [sys.executable, "preprocess.py", "shards", "--dataset-name", "synthetic-digits", *flags]
+    subprocess.run(made, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=300)
+
+    def checkpoints(pattern: str) -> list[Path]:
+        return list(killed.glob(f"*/checkpoints/{pattern}"))
+
+    command = arguments(shards, killed)
+    kill_when(lambda: bool(checkpoints(".step_0000002.tmp/*")), command)  # while the first checkpoint is written
+    kill_when(lambda: len(checkpoints("step_*")) > 1, command, delay=0.05)
+    reached = max(place.name for place in checkpoints("step_*"))
+    kill_when(lambda: bool(list(killed.glob("*/export/*.safetensors"))), command)  # while the export is written
+    assert "step_0000002" < reached < "step_0000060"
+
+    for results in (killed, whole):
+        done = torchrun(arguments(shards, results), timeout=300)
+        assert done.returncode == 0, done.stdout
+    (folder,) = killed.iterdir()
+    for name in ("model.safetensors", "ema.safetensors", "config.yaml"):
+        assert (folder / "export" / name).read_bytes() == (whole / folder.name / "export" / name).read_bytes()
+    assert sorted(place.name for place in (folder / "checkpoints").iterdir()) == ["step_0000058", "step_0000060"]
