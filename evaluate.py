@@ -78,7 +78,7 @@ class ReconstructConfig:
 
 def reconstruct(launch: Launch) -> None:
     """The subcommand of that name."""
-    config = load_config({"cmd": ReconstructConfig}, launch.argv, prog="evaluate.py reconstruct")
+    config = load_config({"cmd": ReconstructConfig}, launch.argv, prog="evaluate.py reconstruct", description=launch.about)
     config.validate()
     if launch.print_config or launch.dry_run:
         print(dump_yaml(to_dict(config)), end="")
@@ -120,7 +120,7 @@ def measure_reconstruction(config: ReconstructConfig, env: Env) -> dict[str, Any
                 sums[name] = sums.get(name, 0.0) + values.double().sum().item()
             bar.update(len(samples))
             if env.stop:
-                raise Stopped
+                raise Stopped(agreed=False)
     missing = config.perceptual != "none" and distance is None
     return _summary(config, shards, pipeline, missing, total, _reduced(sums, len(mine), total))
 
@@ -202,9 +202,12 @@ COMMANDS: dict[str, Callable[[Launch], None]] = {"reconstruct": reconstruct}
 
 def main() -> None:
     """Choose the subcommand."""
-    launch = parse_launch("evaluate.py", __doc__ or "")
+    launch = parse_launch(__doc__ or "")
     name = launch.argv[0] if launch.argv else ""
     if name in ("-h", "--help"):
+        print(
+            f"usage: evaluate.py {'|'.join(COMMANDS)} [OPTIONS]\n\n{launch.about}\n`evaluate.py COMMAND --help` lists the settings of each."
+        )
         return
     if name not in COMMANDS:
         raise ConfigError(f"evaluate.py {name or '(nothing)'}: a command is wanted first: {', '.join(COMMANDS)}")

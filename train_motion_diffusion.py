@@ -19,8 +19,8 @@ PROG = "train_motion_diffusion.py"
 
 def main() -> None:
     """Command line -> config -> task -> `fit`."""
-    launch = parse_launch(PROG, __doc__ or "")
-    config = load_config({"cmd": CMDMotionConfig}, launch.argv, prog=PROG)
+    launch = parse_launch(__doc__ or "")
+    config = load_config({"cmd": CMDMotionConfig}, launch.argv, prog=PROG, description=launch.about)
     config.validate()
     if launch.print_config:
         print(dump_yaml(to_dict(config)), end="")

@@ -28,10 +28,15 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved. The engine raises it on every rank, once the ranks agree."""
+    """The run was asked to stop and has saved what it had to."""
 
     received: signal.Signals | None = None
     """The signal that this rank received; None on ranks that only followed the others."""
+
+    def __init__(self, *, agreed: bool = True) -> None:
+        """`agreed`: all ranks raise it at the same place, as the engine does; else this one leaves without meeting the others."""
+        super().__init__("stopped by a signal")
+        self.agreed = agreed
 
 
 class StopFlag:
@@ -50,6 +55,15 @@ class StopFlag:
 
     def __bool__(self) -> bool:
         return self.is_set()
+
+
+class _History:
+    """What this process has done."""
+
+    initialised = False
+
+
+_history = _History()
 
 
 @dataclass(frozen=True)
@@ -80,8 +94,8 @@ class Env:
 def distributed(timeout: float) -> Iterator[Env]:
     """The process group of the run, for the time of the block; one process without torchrun gets a group of one.
 
-    `timeout`: seconds after which a collective that a rank does not join is an error. On a clean end (also `Stopped`) the
-    ranks meet in a barrier first: a group torn down while a peer still uses it aborts the peer. After an error there is no
+    `timeout`: seconds after which a collective that a rank does not join is an error. On a clean end (also an agreed `Stopped`)
+    the ranks meet in a barrier first: a group torn down while a peer still uses it aborts the peer. After an error there is no
     meeting: the process should end at once, which frees the peers (see `launch.run.run_main`).
     Raises UserError for a master address that cannot be resolved or reached and for a missing GPU.
     """
@@ -94,18 +108,19 @@ def distributed(timeout: float) -> Iterator[Env]:
         yield env
     except Stopped as stopped:
         stopped.received = env.stop.received
-        _leave()
+        if stopped.agreed or env.world_size == 1:
+            _leave(env)
         raise
     except SystemExit as end:
         if end.code in (None, 0, EXIT_STOPPED):
-            _leave()
+            _leave(env)
         raise
     except BaseException:
         if env.world_size == 1:
             dist.destroy_process_group()
         raise
     else:
-        _leave()
+        _leave(env)
     finally:
         for number, handler in restore.items():
             signal.signal(number, handler)
@@ -173,7 +188,13 @@ def _read_environment() -> Env:
     return Env(rank, world_size, local_rank, local_world_size, torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl")
 
 
+def had_process_group() -> bool:
+    """Whether this process has been in a process group, or still is."""
+    return _history.initialised
+
+
 def _initialise(env: Env, timeout: float) -> None:
+    _history.initialised = True
     if env.device.type == "cuda":
         torch.cuda.set_device(env.device)
     limit = timedelta(seconds=timeout)
@@ -194,8 +215,9 @@ def _initialise(env: Env, timeout: float) -> None:
         ) from None
 
 
-def _leave() -> None:
-    dist.barrier()
+def _leave(env: Env) -> None:
+    # NCCL would guess the device of a rank that has used it for nothing yet.
+    dist.barrier(device_ids=[env.device.index] if env.device.type == "cuda" else None)
     dist.destroy_process_group()
 
 
@@ -205,7 +227,7 @@ def _install_handlers(stop: StopFlag) -> dict[signal.Signals, Any]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if os.getpid() != owner:
-            # A forked loader process inherits the handler. Ctrl-C and USR1 reach it too, but it must serve until its parent is done.
+            # A forked process inherits the handler. What stops its parent may reach it too, but only SIGTERM is meant for it.
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return

@@ -3,12 +3,15 @@
 Exit status: 0 done; 1 error; 2 wrong configuration; 75 stopped by a signal and saved; 130 interrupted.
 """
 
+import errno
+import logging
 import os
 import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -16,11 +19,11 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from launch.env import EXIT_STOPPED, Env, Stopped, check_master
+from launch.env import EXIT_STOPPED, Env, Stopped, check_master, had_process_group
 from utils.errors import ConfigError, UserError
 
-LAUNCH_HELP = """launcher options (given to the script itself; under torchrun they are ignored):
-  --nnodes N             nodes of the run; with --nproc_per_node this starts the script through torchrun (default 1)
+LAUNCH_HELP = """Launcher options, given to the script itself (under torchrun they are ignored):
+  --nnodes N             nodes of the run (default 1); this or the next flag starts torchrun
   --nproc_per_node G     processes per node: a number, or `gpu` for one per GPU (default 1)
   --node_rank R          which of several nodes this is, from 0
   --master_addr HOST     name or address of node 0, known to every node
@@ -46,17 +49,19 @@ class Launch:
     local_world_size: int
     dry_run: bool
     print_config: bool
+    about: str
+    """What --help says of the script before it lists the settings."""
 
     def env(self) -> Env:
         """Rank 0 of the run that was asked for, without a process group: for --dry-run."""
         return Env(0, self.world_size, 0, self.local_world_size, torch.device("cpu"), "gloo")
 
 
-def parse_launch(prog: str, description: str, argv: list[str] | None = None) -> Launch:
+def parse_launch(description: str, argv: list[str] | None = None) -> Launch:
     """Take the launcher flags off the command line (`sys.argv[1:]`); start again through torchrun when they ask for it.
 
     Does not return in that case. Under torchrun (RANK is set), and for --help, --dry-run and --print-config, nothing is started.
-    Raises ConfigError for a value that cannot be.
+    `description`: what the script is. Raises ConfigError for a value that cannot be.
     """
     given, rest = _split(sys.argv[1:] if argv is None else argv)
     dry_run, print_config = "dry_run" in given, "print_config" in given
@@ -69,11 +74,10 @@ def parse_launch(prog: str, description: str, argv: list[str] | None = None) -> 
     else:
         local = _processes(given.get("nproc_per_node", "1"))
         world_size = local * _number(given, "nnodes", 1)
-    if wants_help:
-        print(f"usage: {prog} [launcher options] [options]\n\n{description}\n\n{LAUNCH_HELP}", flush=True)
-    elif "RANK" not in os.environ and not (dry_run or print_config) and ("nnodes" in given or "nproc_per_node" in given):
+    starts = "nnodes" in given or "nproc_per_node" in given
+    if starts and "RANK" not in os.environ and not (wants_help or dry_run or print_config):
         _start_torchrun(given, local, rest)
-    return Launch(rest, world_size, local, dry_run, print_config)
+    return Launch(rest, world_size, local, dry_run, print_config, f"{description.strip()}\n\n{LAUNCH_HELP}")
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
@@ -81,20 +85,22 @@ def run_main(main: Callable[[], None]) -> NoReturn:
 
     The line is `error: ...`, with `[rank N]` from other ranks than 0. Of the processes of one torchrun agent the first to fail
     prints; a rank that only lost its peer, or fails the same way, is silent. Other exceptions are ours and keep their traceback.
+    As torchrun does not hand on the status of its workers, status 75 also creates the file named by KINOFORM_STOPPED_FILE, if set.
     """
+    status = 0
     try:
         main()
     except Stopped as stop:
-        sys.exit(130 if stop.received == signal.SIGINT else EXIT_STOPPED)
+        status = 130 if stop.received == signal.SIGINT else EXIT_STOPPED
+        if status == EXIT_STOPPED and os.environ.get("KINOFORM_STOPPED_FILE"):
+            Path(os.environ["KINOFORM_STOPPED_FILE"]).touch()
     except SystemExit as end:
-        if end.code not in (None, 0, EXIT_STOPPED):
-            _end(end.code if isinstance(end.code, int) else _report(UserError(str(end.code))))
-        raise
+        status = _report(UserError(end.code)) if isinstance(end.code, str) else int(end.code or 0)
     except KeyboardInterrupt:
-        _end(130)
+        status = 130
     except BaseException as error:  # also torch's CheckpointException, which is no Exception
-        _end(_report(error))
-    sys.exit(0)
+        status = _report(_mendable(error) or error)
+    _end(status)
 
 
 def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -142,10 +148,21 @@ def _start_torchrun(given: dict[str, str], local: int, rest: list[str]) -> NoRet
         check_master(given["master_addr"], port)
         where = [f"--node-rank={node_rank}", f"--master-addr={given['master_addr']}", f"--master-port={port}"]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={local}", *where, "--max-restarts=0"]
+    command.append("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # passed on; its default leaves out SIGUSR1 and dies of it
     # A restart inside torchrun can meet the addresses of dead peers in the agents' shared store.
     environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **os.environ}
     # The lone -- keeps torchrun from reading flags of the script as abbreviations of its own (--run).
     os.execve(sys.executable, [*command, "--", sys.argv[0], *rest], environment)
+
+
+def _mendable(error: BaseException) -> UserError | None:
+    """The line for what the machine, not the code, is short of; None for other errors."""
+    if isinstance(error, torch.OutOfMemoryError):
+        cure = "a larger --accumulation, --activation-checkpointing block, --parallel fsdp on more GPUs or a smaller --global-batch-size"
+        return UserError(f"out of GPU memory ({str(error).split('. ')[0]}): try {cure}; --dry-run shows what the state takes")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return UserError(f"{error}: make room, or write elsewhere, and start the same command again to go on from the last checkpoint")
+    return None
 
 
 def _report(error: BaseException) -> int:
@@ -180,9 +197,15 @@ def _first_to_fail() -> bool:
 
 
 def _end(status: int) -> NoReturn:
-    """End now. With peers alive there is no orderly teardown: a collective of theirs may be waiting for this process."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if dist.is_initialized():
-        os._exit(status)
-    sys.exit(status)
+    """End with a status; after a process group without the interpreter's teardown.
+
+    Where the group is still there, peers may be waiting for this process in a collective. Where it is not, torch 2.15 aborts now
+    and then while the interpreter takes its threads down, long after the work is done.
+    """
+    if not had_process_group():
+        sys.exit(status)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(status)

@@ -24,7 +24,7 @@ class CMDSampleConfig:
     """Which of the toolkit's systems."""
     run: str = flag("", "results-dir")
     """Results folder of the training runs: the newest finished content model, its autoencoder and its motion model are taken.
-    (Under torchrun on Python 3.11 write --results-dir, or a lone -- before sample.py: torchrun takes --run for one of its own.)"""
+    The same as a bare first argument, which is what works under torchrun too (it may take --run for one of its own flags)."""
     ae: str = ""
     """Autoencoder in place of that in --run: an export or run folder, or an official checkpoint (.pt)."""
     content: str = ""

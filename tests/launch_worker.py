@@ -1,8 +1,10 @@
 """A script as the entry scripts are, for the launch tests: `launch_worker.py CASE [RANK]`; RANK: who misbehaves (default: all)."""
 
+import errno
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -31,6 +33,12 @@ def misbehave(case: str, env: Env) -> None:
     if case == "signalled":
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
+    if case == "alone":
+        raise Stopped(agreed=False)
+    if case == "threaded":
+        threading.Thread(target=time.sleep, args=(600,)).start()
+    if case == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file")
     if case == "interrupted":
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -45,7 +53,7 @@ def train(case: str, who: str, env: Env) -> None:
         if flag.item():
             say(f"rank {env.rank} stopped at step {step}")
             raise Stopped
-        if case == "fine" and step == 10:
+        if case in ("fine", "threaded") and step == 10:
             return
         if case == "patient" and step == 0:
             say(f"{os.getpid()}")
@@ -53,7 +61,7 @@ def train(case: str, who: str, env: Env) -> None:
 
 
 def main() -> None:
-    launch = parse_launch("launch_worker.py", "A test.")
+    launch = parse_launch("A test.")
     case, who = [*launch.argv, ""][:2]
     if case == "settings":
         raise ConfigError("--lr fast: not a number")

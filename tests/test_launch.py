@@ -53,13 +53,33 @@ def test_one_process_without_a_launcher() -> None:
         ("settings", 2, "error: --lr fast: not a number"),
         ("mistake", 1, "error: the file of rank 0 is missing"),
         ("signalled", 75, None),
+        ("alone", 75, None),
         ("interrupted", 130, None),
+        (
+            "full",
+            1,
+            "error: [Errno 28] No space left on device: 'some/file': make room, or write elsewhere, and start the same command "
+            "again to go on from the last checkpoint",
+        ),
     ],
 )
 def test_exit_status_and_line_of_one_process(case: str, expected: int, line: str | None) -> None:
     status, _, _, err = finish(start(WORKER, case))
     assert status == expected
     assert err.splitlines() == ([line] if line else [])
+
+
+def test_the_end_does_not_wait_for_threads() -> None:
+    """Python's teardown would; it is also where torch 2.15 aborts now and then."""
+    status, out, _, err = finish(start(WORKER, "threaded"))
+    assert status == 0 and "rank 0 of 1" in out, err
+
+
+def test_a_rank_may_leave_without_the_others() -> None:
+    began = time.monotonic()
+    status, _, _, err = finish(start(*PAIR, WORKER, "alone", "1"))
+    assert status == 1 and re.search(r"exitcode\s*: 75", err) and "Traceback" not in err.split("torch.distributed.elastic")[0], err
+    assert time.monotonic() - began < 40
 
 
 def test_a_bug_keeps_its_traceback() -> None:
@@ -164,13 +184,13 @@ def test_the_script_starts_two_nodes_itself() -> None:
 
 def test_launcher_flags_are_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    launch = parse_launch("p", "d", ["--lr", "1", "--nnodes=2", "--nproc-per-node", "4", "--dry-run", "--local-rank=0", "--model.depth=2"])
+    launch = parse_launch("d", ["--lr", "1", "--nnodes=2", "--nproc-per-node", "4", "--dry-run", "--local-rank=0", "--model.depth=2"])
     assert launch.argv == ["--lr", "1", "--model.depth=2"]
     assert (launch.world_size, launch.local_world_size, launch.dry_run, launch.print_config) == (8, 4, True, False)
     assert launch.env().world_size == 8
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    launch = parse_launch("p", "d", ["--nnodes", "7", "--master_addr", "nowhere.invalid", "x"])
+    launch = parse_launch("d", ["--nnodes", "7", "--master_addr", "nowhere.invalid", "x"])
     assert (launch.argv, launch.world_size) == (["x"], 3)
 
 
@@ -188,7 +208,7 @@ def test_launcher_flags_are_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_launcher_flags_that_cannot_be(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UserError, match=re.escape(message)):
-        parse_launch("p", "d", arguments)
+        parse_launch("d", arguments)
 
 
 def test_master_that_cannot_be_resolved_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:

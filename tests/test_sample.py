@@ -54,7 +54,7 @@ def test_one_file_a_sample_a_grid_and_the_settings(samples: Path) -> None:
 def test_processes_and_batches_change_no_byte(samples: Path, results: Path, tmp_path: Path, processes: int, batch: int) -> None:
     """7 samples do not divide by the processes: none is lost, none is made twice."""
     out = tmp_path / "out"
-    arguments = ["sample.py", "--results-dir", str(results), "--out", str(out), "--batch-size", str(batch), *SETTINGS]
+    arguments = ["sample.py", str(results), "--out", str(out), "--batch-size", str(batch), *SETTINGS]
     done = torchrun(arguments, processes)
     assert done.returncode == 0, done.stdout
     assert contents(out) == contents(samples)
@@ -98,6 +98,7 @@ def test_other_settings_are_not_mixed_in(samples: Path, results: Path) -> None:
     [
         (["sample.py"], 2, "--run"),
         (["sample.py", "--run", "nowhere"], 1, "no such folder"),
+        (["sample.py", "nowhere", "--steps", "2"], 1, "--run nowhere: no such folder"),
         (["sample.py", "--run", "{results}", "--classes", "nine", "--out", "{tmp}"], 1, "no such class"),
         (["sample.py", "--run", "{results}", "--smapler", "ddim"], 2, "--sampler"),
         (["evaluate.py", "reconstruckt"], 2, "reconstruct"),

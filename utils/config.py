@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import os
 import sys
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -28,7 +27,7 @@ T = TypeVar("T")
 Values = dict[str, tuple[Any, str]]
 """Dotted path -> (value, where it was written)."""
 
-_HOW_TO_SET = """Settings come from the dataclasses' defaults, then from each --config FILE (YAML) in order, then from the flags below.
+_HOW_TO_SET = """Settings: the defaults, then each --config FILE (YAML) in order, then the flags below.
 Dashes and underscores are the same; --group.name=value and group.name=value work too."""
 
 STAGE_SCRIPTS = {"autoencoder": "train_ae.py", "content": "train_content_diffusion.py", "motion": "train_motion_diffusion.py"}
@@ -209,9 +208,9 @@ def _print_help(schema: type[T], defaults: T, prog: str, description: str) -> No
         raise SystemExit(0)
     import tyro  # needed for help only
 
-    lines = [*description.splitlines(), *_HOW_TO_SET.splitlines()]
-    # tyro keeps the line breaks before lines that do not begin with a letter.
-    about = "\n".join(textwrap.fill(line, 98, initial_indent="  ", subsequent_indent="  ") for line in lines)
+    lines = [*description.splitlines(), "", *_HOW_TO_SET.splitlines()]
+    # tyro keeps the line breaks before lines that do not begin with a letter, and doubles those of empty ones.
+    about = "\n".join(f"  {line}" for line in lines)
     shown = _with_aliases(schema, defaults, tyro.conf.arg)
     try:
         tyro.cli(shown, prog=prog, description=about, args=["--help"])
