@@ -20,9 +20,9 @@ class DataConfig:
     image_size: tuple[int, int] = flag((0, 0), "image-size")
     """Height and width; 0 0: as stored. Anything else must be what the shards hold."""
     num_workers: int = flag(4, "num-workers")
-    """Loader processes per rank; 0: load in the training process."""
+    """Loader processes per rank (threads where clips are stored uncompressed); 0: load in the training process."""
     prefetch: int = 4
-    """Batches each worker keeps ready."""
+    """Batches that each worker process, or all threads together, keep ready."""
     flip: bool = flag(False, "flip")
     """Mirror half of the clips left to right."""
 
@@ -37,6 +37,9 @@ def resolve(data: DataConfig, shards: ShardSet) -> DataConfig:
         )
     if data.n_frames < 0:
         raise ConfigError(f"--n-frames {data.n_frames} is negative: use 0 for the whole stored clip")
+    for name in ("num_workers", "prefetch"):
+        if getattr(data, name) < 0:
+            raise ConfigError(f"data.{name} {getattr(data, name)} is negative: use 0 or more")
     if data.n_frames == 0 and not shards.meta["clip_length"]:
         raise ConfigError(f"{shards.folder} holds whole videos of various lengths: say --n-frames (at most {shards.clip_length})")
     if tuple(data.image_size) not in ((0, 0), shards.size):

@@ -6,6 +6,7 @@ by worker processes, because decoding holds the interpreter's lock too long for 
 
 import itertools
 import os
+import signal
 import zlib
 from collections import deque
 from collections.abc import Iterator
@@ -140,15 +141,15 @@ class ClipSource(Dataset[Batch | UserError]):
     def batches(self, first_step: int) -> Iterator[Batch]:
         """Micro-batches from `first_step` on, without end, in pinned memory when there is a GPU."""
         numbers = itertools.count(first_step * self.order.accumulation)
-        threads = self.shards.codec == "npy" or self.data.num_workers == 0
-        for item in self._from_threads(numbers) if threads else self._from_processes(numbers):
+        items: Iterator[Batch | UserError] = map(self._pinned, numbers)
+        if self.data.num_workers:
+            items = self._from_threads(numbers) if self.shards.codec == "npy" else self._from_processes(numbers)
+        for item in items:
             if isinstance(item, UserError):
                 raise item
             yield item
 
     def _from_threads(self, numbers: Iterator[int]) -> Iterator[Batch | UserError]:
-        if self.data.num_workers == 0:
-            yield from map(self._pinned, numbers)
         # Reading runs at memory speed: more threads than this only contend.
         with ThreadPoolExecutor(min(self.data.num_workers, MAX_THREADS), thread_name_prefix="clips") as pool:
             waiting: deque[Future[Batch | UserError]] = deque()
@@ -175,9 +176,19 @@ class ClipSource(Dataset[Batch | UserError]):
             num_workers=self.data.num_workers,
             prefetch_factor=max(1, self.data.prefetch),
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_parent,
         )
         yield from loader
 
     def describe(self, index: int) -> str:
         """Shard and key of the sample at a position, for reports."""
         return self.shards.describe(int(self.order.samples(np.array([index]))[0]))
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """A launcher signals the whole process group: the training process still needs its samples to end the step and save.
+
+    Workers end when their parent does, which they look at every few seconds.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

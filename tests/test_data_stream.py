@@ -2,8 +2,12 @@
 
 import io
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 import tarfile
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -209,3 +213,25 @@ def test_a_set_that_is_not_whole_is_refused_in_one_line(shards: ShardSet, tmp_pa
 def test_a_video_folder_is_answered_with_the_command_to_run(source: Path) -> None:
     with pytest.raises(UserError, match=rf"python preprocess.py shards {source} --out {source}-shards"):
         ShardSet.open(source)
+
+
+def test_loader_processes_leave_signals_to_their_parent(source: Path, tmp_path: Path) -> None:
+    """torchrun and Ctrl-C signal the whole process group: the step that is at work must still get its samples."""
+    before = multiprocessing.active_children()
+    stream = clip_source(make(source, tmp_path / "set", codec="mp4"), workers=1, prefetch=1).batches(0)
+    next(stream)
+    (worker,) = (child for child in multiprocessing.active_children() if child not in before)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(worker.pid, number)
+    time.sleep(0.2)
+    for _ in range(4):
+        next(stream)
+    stream.close()
+    worker.join(10)
+    assert not worker.is_alive()
+
+
+@pytest.mark.parametrize("setting", ["num_workers", "prefetch"])
+def test_negative_numbers_are_refused(shards: ShardSet, setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"data.{setting} -1 is negative"):
+        resolve(DataConfig(**{setting: -1}), shards)
