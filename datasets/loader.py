@@ -7,6 +7,7 @@ by worker processes, because decoding holds the interpreter's lock too long for 
 import itertools
 import os
 import signal
+import threading
 import zlib
 from collections import deque
 from collections.abc import Iterator
@@ -176,7 +177,7 @@ class ClipSource(Dataset[Batch | UserError]):
             num_workers=self.data.num_workers,
             prefetch_factor=max(1, self.data.prefetch),
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_leave_signals_to_parent,
+            worker_init_fn=_obey_parent_only,
         )
         yield from loader
 
@@ -185,10 +186,22 @@ class ClipSource(Dataset[Batch | UserError]):
         return self.shards.describe(int(self.order.samples(np.array([index]))[0]))
 
 
-def _leave_signals_to_parent(worker: int) -> None:
-    """A launcher signals the whole process group: the training process still needs its samples to end the step and save.
+def _obey_parent_only(worker: int) -> None:
+    """In a loader process: signals of a launcher or a terminal, which reach all processes of a run, are left to the parent.
 
-    Workers end when their parent does, which they look at every few seconds.
+    It still needs its samples to end the step and save. SIGTERM from the parent itself ends the process, as multiprocessing expects.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+    if not hasattr(signal, "sigwaitinfo"):  # macOS: no way to tell who sent it
+        for number in numbers - {signal.SIGTERM}:
+            signal.signal(number, signal.SIG_IGN)
+        return
+
+    def serve() -> None:
+        while True:
+            info = signal.sigwaitinfo(numbers)
+            if info.si_signo == signal.SIGTERM and info.si_pid == os.getppid():
+                os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    threading.Thread(target=serve, name="signals", daemon=True).start()
