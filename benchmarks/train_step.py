@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--size", choices=list(SIZES), default="release" if cuda else "small", help="release with a GPU, else small")
     parser.add_argument("--batch-size", type=int, default=0, help="clips per step; default: by size and stage")
     parser.add_argument("--steps", type=int, default=10 if cuda else 1, help="steps per round")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of all variants, of which the median counts (default 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of all variants, of which the median counts (default 3)")
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="wrapping of the trained network (default ddp)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     args = parser.parse_args()

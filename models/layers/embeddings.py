@@ -4,6 +4,7 @@ import math
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 PosGrid = Literal["true", "release"]
@@ -125,4 +126,4 @@ class PatchEmbed(nn.Module):
 def unpatchify(x: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     """(B, rows * columns, patch * patch * C) with features ordered (p_row, p_col, channel) -> (B, C, rows * patch, columns * patch)."""
     x = x.unflatten(2, (patch, patch, -1)).unflatten(1, grid)  # (B, rows, columns, p, p, C)
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    return rearrange(x, "b r c p q d -> b d (r p) (c q)")
