@@ -14,7 +14,7 @@ from diffusion import DiffusionConfig, GaussianDiffusion
 from engine.task import Batch, LossOutput, Network
 from pipelines.image_vae import ImageVae, vae_of
 from pipelines.loading import Loaded, load_autoencoder
-from tasks.clips import ClipInfo, Networks, VaeConfig, input_clips
+from tasks.clips import ClipInfo, Networks, VaeConfig, input_clips, units
 from utils.config import flag
 from utils.errors import ConfigError
 from utils.rng import SampleRng
@@ -65,7 +65,7 @@ class FirstStage:
 
     def networks(self) -> dict[str, Network]:
         """Frozen networks by name."""
-        nets = {"ae": Network(self.ae.module, "frozen", methods=("encode", "decode"))}
+        nets = {"ae": Network(self.ae.module, "frozen", units=units, methods=("encode", "decode"))}
         if self.vae is not None:
             nets["vae"] = Network(self.vae, "frozen", methods=("encode", "decode"))
         return nets
