@@ -30,6 +30,7 @@ from engine.staging import Arena
 from engine.state import State, expected_tensors, make_optimizer_tensors, model_tensors, numbers, optimizer_tensors
 from launch.env import Env
 from utils.errors import UserError
+from utils.files import atomic_write_bytes
 
 __all__ = ["Checkpointer", "State", "latest"]
 
@@ -138,7 +139,7 @@ class Checkpointer:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
                 if (self._run / "config.yaml").is_file():
-                    shutil.copyfile(self._run / "config.yaml", temporary / "config.yaml")
+                    atomic_write_bytes(temporary / "config.yaml", (self._run / "config.yaml").read_bytes())
             except OSError as error:
                 outcome = [str(error)]
         dist.broadcast_object_list(outcome, src=0, group=self._group, device=torch.device("cpu"))
@@ -157,6 +158,8 @@ class Checkpointer:
     def _finish(self, write: Callable[[], Any], temporary: Path, record: dict[str, Any]) -> None:
         """In the thread, on every rank: wait for the files, take their digests, let rank 0 commit, agree on the outcome."""
         try:
+            if self._env.device.type == "cuda":
+                torch.cuda.set_device(self._env.device)  # a new thread begins on GPU 0, which may be another rank's
             error = ""
             files: dict[str, dict[str, Any]] = {}
             try:

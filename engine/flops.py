@@ -81,7 +81,7 @@ def count_flops(task: Task, networks: Mapping[str, Network], phase: str, batch_s
     batch = {**task.batch_spec(batch_size), "index": index}
     counter = FlopCounterMode(display=False)
     try:
-        with counter, torch.random.fork_rng():
+        with counter, torch.random.fork_rng(devices=[]):
             task.loss(phase, modules, batch, SampleRng(0, index, "meta")).total.backward()
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

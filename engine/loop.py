@@ -1,5 +1,6 @@
 """A training run, from its folder to its export: `fit`."""
 
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
         if pictures:
             recorder.preview(progress["step"], preview(task, team, shown, config, env))
 
-    with Recorder(run.folder, log, is_main=env.is_main, step=first, total=total) as recorder:
+    with closing(feed), Recorder(run.folder, log, is_main=env.is_main, step=first, total=total) as recorder:
         recorder.say(f"{run.folder}: from step {first} to {total}, {env.world_size} process(es) on {env.device.type}")
         for step in range(first, total):
             batches = feed.step()

@@ -48,7 +48,7 @@ class Meter:
     def turn(self, phase: str, sums: Sums, norm: Tensor, finite: Tensor, rate: float, samples: int) -> None:
         """Add one optimiser turn. Sums of a turn that was left out do not count."""
         values = torch.cat([sums.values, sums.counts, norm.double().view(1), torch.ones_like(sums.values[:1])])
-        values = torch.where(finite, values, 0.0)
+        values = values.masked_fill(~finite, 0.0)  # torch.where would copy the number to the GPU and wait
         self._sums[phase] = self._sums[phase] + values if phase in self._sums else values
         self._names[phase] = sums.names
         self._rates[phase] = rate

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from utils.errors import UserError
+
 _ALIGNMENT = 64
 
 
@@ -21,7 +23,7 @@ class Arena:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, tensors: Mapping[str, Tensor]) -> None:
-        """Make the buffer large enough for such tensors, its pages touched (and pinned)."""
+        """Make the buffer large enough for such tensors, its pages touched (and pinned). Raises UserError when that is refused."""
         needed = sum(_room(_local(tensor)) for tensor in tensors.values())
         if needed <= len(self._buffer):
             return
@@ -69,5 +71,10 @@ def _like(tensor: Tensor, local: Tensor) -> Tensor:
 def _pin(buffer: Tensor) -> None:
     """Page-lock a buffer in place: torch's own pinned allocator rounds up to a power of two."""
     runtime = torch.cuda.cudart()
-    runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
+    status = int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
+    if status:
+        raise UserError(
+            f"{buffer.nbytes / 2**30:.2f} GiB of host memory for background checkpoints cannot be page-locked "
+            f"({torch.cuda.CudaError(status)}): free memory on this node, or give --no-ckpt-background"
+        )
     weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False

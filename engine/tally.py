@@ -82,7 +82,7 @@ class Guard:
 
     def end_step(self, step: int, finite: Tensor, turns: list[Sums]) -> None:
         """Record the outcome of step `step`: `finite` is false when any of its turns was left out."""
-        self._row = torch.where(finite, 0.0, self._row + 1)
+        self._row = (self._row + 1).masked_fill(finite, 0.0)  # torch.where would copy the number to the GPU and wait
         self.skipped += ~finite
         bad = torch.stack([turn.bad for turn in turns]).amax(0)
         packed = torch.cat([turns[-1].stop.view(1), self._row.view(1), bad])
