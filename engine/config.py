@@ -5,6 +5,16 @@ from pathlib import Path
 from typing import Literal
 
 from utils.config import flag
+from utils.errors import ConfigError
+
+_LOWEST = {
+    "train": {"global_batch_size": 1, "accumulation": 1, "epochs": 1, "max_steps": 0, "max_bad_steps": 0},
+    "optim": {"lr": 0, "eps": 0, "weight_decay": 0, "clip_norm": 0, "warmup_steps": 0, "final_lr_ratio": 0},
+    "parallel": {"shard_size": 0, "timeout": 1},
+    "checkpoint": {"every": 0, "keep_last": 0},
+    "log": {"every": 0, "preview_every": 0, "eval_every": 0, "eval_batches": 0},
+}
+"""Group -> setting -> the least that it may be."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,7 @@ class TrainConfig:
     resume: str = flag("auto", "resume", bare="auto")
     """auto: go on with this run when the results folder has it; none: always a new run; or the folder of a run or of one checkpoint."""
     max_bad_steps: int = flag(20, "max-bad-steps")
-    """Stop after this many steps in a row whose loss or gradient is not finite (each is skipped and counted)."""
+    """Stop after this many steps in a row whose loss or gradient is not finite (each is skipped and counted); 0: never."""
 
 
 @dataclass(frozen=True)
@@ -108,3 +118,15 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    def validate(self) -> None:
+        """Raises ConfigError for a number that cannot be. Stages add what they know."""
+        for group, settings in _LOWEST.items():
+            for name, lowest in settings.items():
+                value = getattr(getattr(self, group), name)
+                if not value >= lowest:  # NaN too
+                    raise ConfigError(f"{group}.{name} {value}: at least {lowest}")
+        shares = {"optim.betas": self.optim.betas, "ema.decay": (self.ema.decay,)}
+        for name, values in shares.items():
+            if not all(0 <= value < 1 for value in values):
+                raise ConfigError(f"{name} {' '.join(map(str, values))}: 0 or more, and below 1")

@@ -69,7 +69,8 @@ class CMDContentConfig(RunConfig):
     """Accepted as on the release's command line, where it does nothing."""
 
     def validate(self) -> None:
-        """Raises ConfigError on a combination that cannot work."""
+        """Raises ConfigError on settings and combinations that cannot work."""
+        super().validate()
         check_settings("ContentDiT", self.model.name, self.condition, self.preview, self.diffusion)
 
 

@@ -71,7 +71,8 @@ class CMDMotionConfig(RunConfig):
     """Accepted as on the release's command line, where it does nothing."""
 
     def validate(self) -> None:
-        """Raises ConfigError on a combination that cannot work."""
+        """Raises ConfigError on settings and combinations that cannot work."""
+        super().validate()
         check_settings("MotionDiT", self.model.name, self.condition, self.preview, self.diffusion)
 
 

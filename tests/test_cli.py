@@ -5,14 +5,18 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from engine.config import RunConfig
 from tasks.autoencoder_config import CMDAutoencoderConfig
 from tasks.content import CMDContentConfig
 from tasks.motion import CMDMotionConfig
 from utils.config import load_config, load_yaml, to_dict
+from utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "configs" / "cmd" / "tiny.yaml")
@@ -55,6 +59,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_help_documents_every_flag(script: str) -> None:
     done = command(script, "--help")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage:") == 1
     assert max(map(len, done.stdout.splitlines())) <= 140
     words = " ".join(re.sub("[\u2502|]", " ", done.stdout).split())
     launcher = "--nnodes --nproc_per_node --node_rank --master_addr --master_port --dry-run --print-config --config"
@@ -139,6 +144,23 @@ def test_a_mistake_is_one_line_on_two_ranks(shards: str, tmp_path: Path, argv: l
     ended = {line.split(":")[-1].split("(")[0].strip() for line in done.stderr.splitlines() if line.strip().startswith("exitcode")}
     assert "0" not in ended, "no rank may end as if all were well"
     assert not list((tmp_path / "runs").glob("*/checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    ("group", "change", "message"),
+    [
+        ("train", {"accumulation": 0}, "train.accumulation 0: at least 1"),
+        ("train", {"max_steps": -1}, "train.max_steps -1: at least 0"),
+        ("optim", {"lr": float("nan")}, "optim.lr nan: at least 0"),
+        ("optim", {"betas": (0.9, 1.0)}, "optim.betas 0.9 1.0: 0 or more, and below 1"),
+        ("ema", {"decay": 1.5}, "ema.decay 1.5: 0 or more, and below 1"),
+    ],
+)
+@pytest.mark.parametrize("schema", STAGES.values())
+def test_numbers_that_cannot_be_are_refused(schema: type[RunConfig], group: str, change: dict[str, Any], message: str) -> None:
+    config = schema()
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        replace(config, **{group: replace(getattr(config, group), **change)}).validate()
 
 
 @pytest.mark.slow
