@@ -69,6 +69,15 @@ def test_exit_status_and_line_of_one_process(case: str, expected: int, line: str
     assert err.splitlines() == ([line] if line else [])
 
 
+def test_a_stop_leaves_the_file_that_a_batch_script_looks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "stopped"
+    monkeypatch.setenv("KINOFORM_STOPPED_FILE", str(place))
+    assert finish(start(WORKER, "interrupted"))[0] == 130
+    assert not place.exists()
+    assert finish(start(WORKER, "signalled"))[0] == 75
+    assert place.exists()
+
+
 def test_the_end_does_not_wait_for_threads() -> None:
     """Python's teardown would; it is also where torch 2.15 aborts now and then."""
     status, out, _, err = finish(start(WORKER, "threaded"))
