@@ -48,7 +48,7 @@ def draw_video(config: DigitsConfig, number: int) -> np.ndarray:
     frames = np.zeros((config.frames, *config.size), dtype=np.uint8)
     for i in range(config.digits):
         digit = number % 10 if i == 0 else int(rng.integers(10))
-        glyph = _glyph(digit, max(4, round(side * (rng.uniform(0.5, 0.62) if i == 0 else rng.uniform(0.35, 0.45)))))
+        glyph = _glyph(digit, max(4, round(side * (rng.uniform(0.62, 0.7) if i == 0 else rng.uniform(0.35, 0.45)))))
         room = np.maximum(np.array(config.size) - glyph.shape, 1)
         position = rng.uniform(0, room)
         angle, speed = rng.uniform(0, 2 * np.pi), side * rng.uniform(0.02, 0.04)
