@@ -121,6 +121,20 @@ def test_two_processes_agree_with_a_plain_loop(tmp_path: Path) -> None:
         check_against_reference(Path(folder))
 
 
+@pytest.mark.slow
+def test_bf16_agrees_between_ddp_and_fsdp(tmp_path: Path) -> None:
+    modes = {name: {"mode": mode, "precision": "bf16"} for name, mode in (("ddp", "ddp"), ("fsdp", "fsdp"))}
+    ddp, fsdp = (Path(folder) for folder in run(train_all, folder=str(tmp_path), modes=modes)[0].values())
+    losses = [[line["loss"] for line in lines(folder)] for folder in (ddp, fsdp)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    exact = reference(5)[0]
+    assert losses[0] == pytest.approx(exact, rel=0.05) and losses[0] != pytest.approx(exact, rel=1e-6), "bf16 is at work, and harmless"
+    weights = [load_file(folder / "export/model.safetensors") for folder in (ddp, fsdp)]
+    for key, value in weights[0].items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, weights[1][key], rtol=0, atol=2e-5)
+
+
 def test_adversarial_turns_keep_their_gradients_apart(tmp_path: Path) -> None:
     losses, _, weights, _, critic = reference(5, gan=True)
     config = toy_config(tmp_path)
