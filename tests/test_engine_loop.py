@@ -24,7 +24,7 @@ from toy_task import Critic, Net, ToySource, ToyTask, toy_config
 from engine.loop import fit
 from engine.optim import learning_rate
 from engine.tally import Tally
-from engine.task import Batch, LossOutput
+from engine.task import Batch, LossOutput, Network
 from engine.team import Team
 from launch.env import Env, Stopped, distributed
 from utils.errors import ConfigError, UserError
@@ -133,6 +133,31 @@ def test_bf16_agrees_between_ddp_and_fsdp(tmp_path: Path) -> None:
     for key, value in weights[0].items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, weights[1][key], rtol=0, atol=2e-5)
+
+
+class OneBlock(ToyTask):
+    """A task with one compiled unit: one compilation is slow enough."""
+
+    def networks(self) -> dict[str, Network]:
+        nets = super().networks()
+        nets["net"].units = lambda net: [net.blocks[0]]
+        self.unit = nets["net"].module.blocks[0]
+        return nets
+
+
+@pytest.mark.slow
+def test_a_compiled_unit_changes_only_rounding(tmp_path: Path) -> None:
+    found = {}
+    with distributed(60) as env:
+        for compiled in ("off", "on"):
+            config = toy_config(tmp_path / compiled, compile=compiled, max_steps=3)
+            task = OneBlock(config)
+            found[compiled] = fit(task, ToySource(config, 0, 1), config, env)
+            assert (task.unit._compiled_call_impl is not None) == (compiled == "on")
+    losses = [[line["loss"] for line in lines(folder)] for folder in found.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    off, on = (load_file(folder / "export/model.safetensors") for folder in found.values())
+    assert off.keys() == on.keys(), "names in files do not tell of the compiler"
 
 
 def test_adversarial_turns_keep_their_gradients_apart(tmp_path: Path) -> None:
