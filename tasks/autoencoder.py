@@ -164,8 +164,7 @@ class CMDAutoencoderTask:
     def _discriminator_loss(self, networks: Networks, clips: Tensor, frame: Tensor) -> LossOutput:
         """Loss of both discriminators; no gradient reaches the autoencoder."""
         with torch.no_grad():
-            recon, content, _ = networks["ae"](clips)
-        recon = recon.float()
+            recon = networks["ae"](clips)[0].float()
         real = networks["disc"](pick_frame(clips, frame), clips)
         fake = networks["disc"](pick_frame(recon, frame), recon)
         kind = self.config.loss.adversarial.loss

@@ -1,27 +1,23 @@
 """CMD's content stage: a DiT that generates content frames (CMD section 3.2; spec systems/cmd.md section 6)."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from datasets.config import DataConfig
 from datasets.loader import ClipSource
-from diffusion import DiffusionConfig
 from diffusion import build as build_process
-from engine.config import OptimConfig, RunConfig
 from engine.task import Batch, LossOutput, Network
 from launch.env import Env
 from models.transformers.dit import ContentDiT
 from pipelines.sampling import Sampling, sample
-from tasks.clips import ClipInfo, Networks, VaeConfig, empty_batch, open_clips, units
+from tasks.clips import ClipInfo, Networks, empty_batch, open_clips, units
 from tasks.diffusion_task import (
-    AutoencoderSourceConfig,
     Condition,
-    ConditionConfig,
+    DenoiserRunConfig,
+    DenoiserSizeConfig,
     FirstStage,
-    PreviewConfig,
     check_settings,
     denoising_loss,
     measured,
@@ -34,39 +30,18 @@ from utils.rng import SampleRng
 
 
 @dataclasses.dataclass(frozen=True)
-class ContentModelConfig:
+class ContentModelConfig(DenoiserSizeConfig):
     name: str = flag("ContentDiT-L/2", "motion-model-config", "model-name")
     """Size: ContentDiT-{S,B,L,XL}/{2,4,8}."""
-    patch_size: int = 0
-    """Side of the patches; 0: of the named size."""
-    hidden_size: int = 0
-    """Width of the transformer; 0: of the named size."""
-    depth: int = 0
-    """Its blocks; 0: of the named size."""
-    num_heads: int = 0
-    """Its attention heads; 0: of the named size."""
-    pos_grid: Literal["true", "release"] = "true"
-    """Position table: of the true grid, or the release's (which scrambles grids that are not square)."""
 
 
 @dataclasses.dataclass(frozen=True)
-class CMDContentConfig(RunConfig):
+class CMDContentConfig(DenoiserRunConfig):
     """Trains CMD's content model."""
 
-    system: str = "cmd"
-    """Which of the toolkit's systems."""
     stage: str = "content"
     """Which of its stages."""
-    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    ae: AutoencoderSourceConfig = dataclasses.field(default_factory=AutoencoderSourceConfig)
-    vae: VaeConfig = dataclasses.field(default_factory=VaeConfig)
     model: ContentModelConfig = dataclasses.field(default_factory=ContentModelConfig)
-    condition: ConditionConfig = dataclasses.field(default_factory=ConditionConfig)
-    diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
-    preview: PreviewConfig = dataclasses.field(default_factory=PreviewConfig)
-    final: bool = flag(False, "final")
-    """Accepted as on the release's command line, where it does nothing."""
 
     def validate(self) -> None:
         """Raises ConfigError on settings and combinations that cannot work."""

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 import models
+from datasets.config import DataConfig
 from diffusion import DiffusionConfig, GaussianDiffusion
+from engine.config import RunConfig
 from engine.task import Batch, LossOutput, Network
 from pipelines.image_vae import ImageVae, vae_of
 from pipelines.loading import Loaded, load_autoencoder
@@ -54,6 +56,38 @@ class PreviewConfig:
     """DDIM steps of a preview."""
     guidance: float = flag(4.0, "preview-guidance")
     """Guidance scale of a preview; 1: none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiserSizeConfig:
+    """Changes to a named size. A stage's own adds `name`."""
+
+    patch_size: int = 0
+    """Side of the patches; 0: of the named size."""
+    hidden_size: int = 0
+    """Width of the transformer; 0: of the named size."""
+    depth: int = 0
+    """Its blocks; 0: of the named size."""
+    num_heads: int = 0
+    """Its attention heads; 0: of the named size."""
+    pos_grid: Literal["true", "release"] = "true"
+    """Position tables: of the true grid, or the release's (which scrambles grids that are not square)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiserRunConfig(RunConfig):
+    """What both stages set. A stage's own adds `stage` and `model`."""
+
+    system: str = "cmd"
+    """Which of the toolkit's systems."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    ae: AutoencoderSourceConfig = dataclasses.field(default_factory=AutoencoderSourceConfig)
+    vae: VaeConfig = dataclasses.field(default_factory=VaeConfig)
+    condition: ConditionConfig = dataclasses.field(default_factory=ConditionConfig)
+    diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
+    preview: PreviewConfig = dataclasses.field(default_factory=PreviewConfig)
+    final: bool = flag(False, "final")
+    """Accepted as on the release's command line, where it does nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
