@@ -13,6 +13,10 @@ import torch
 
 from launch.env import Env, distributed
 
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""cpu: processor time of this process over all its threads; with one thread, the wall time of a machine that does nothing else."""
+
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -39,24 +43,24 @@ def processes() -> Iterator[Env]:
         yield env
 
 
-def now(device: torch.device) -> float:
-    """Seconds of a steady clock, once the device has done all it was given."""
+def now(device: torch.device, clock: Clock = time.perf_counter) -> float:
+    """Seconds on a clock, once the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return clock()
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
+def seconds(work: Callable[[], object], device: torch.device, clock: Clock = time.perf_counter) -> float:
     """Seconds that `work` takes."""
-    started = now(device)
+    started = now(device, clock)
     work()
-    return now(device) - started
+    return now(device, clock) - started
 
 
-def alternate(variants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
+def alternate(variants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, clock: Clock) -> dict[str, float]:
     """Median seconds of each variant over `rounds`; the variants take turns, so that a busy machine slows all of them alike."""
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, work in variants.items():
-            taken[name].append(seconds(work, device))
+            taken[name].append(seconds(work, device, clock))
     return {name: statistics.median(values) for name, values in taken.items()}

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from benchmarks.common import alternate, machine, processes, seconds
+from benchmarks.common import CLOCKS, alternate, machine, processes, seconds
 from engine.config import EmaConfig, OptimConfig, ParallelConfig, RunConfig
 from engine.tally import Tally
 from engine.task import Batch, Task
@@ -130,7 +130,8 @@ def compare(stage: str, size: Size, args: argparse.Namespace, env: Env) -> None:
         for _ in range(args.steps):
             trainer.step()
 
-    medians = alternate({name: functools.partial(several, trainer) for name, trainer in trainers.items()}, args.rounds, env.device)
+    rounds = {name: functools.partial(several, trainer) for name, trainer in trainers.items()}
+    medians = alternate(rounds, args.rounds, env.device, CLOCKS[args.clock])
     weights = sum(p.numel() for p in next(iter(task.networks().values())).module.parameters())
     print(f"{stage}: {weights / 1e6:.1f} M parameters, {count} clips {size.n_frames}x{size.image_size[0]}x{size.image_size[1]} a step")
     for name, median in medians.items():
@@ -149,15 +150,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10 if cuda else 1, help="steps per round")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of all variants, of which the median counts (default 3)")
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="wrapping of the trained network (default ddp)")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: processor time, for a busy machine without a GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     args = parser.parse_args()
     if args.device == "cuda" and not cuda:
         parser.error("--device cuda: torch sees no GPU here")
+    if args.device == "cuda" and args.clock == "cpu":
+        parser.error("--clock cpu: a GPU's work is not seen by the processor's clock")
     torch.set_float32_matmul_precision("high")  # as in training
     with processes() as env:
         env = dataclasses.replace(env, device=torch.device(args.device)) if args.device == "cpu" else env
         print(machine(env.device))
-        print(f"size {args.size}, {args.parallel}, median of {args.rounds} alternating rounds of {args.steps} step(s)", flush=True)
+        how = f"median {args.clock} time of {args.rounds} alternating rounds of {args.steps} step(s)"
+        print(f"size {args.size}, {args.parallel}; {how}", flush=True)
         for stage in args.stages:
             compare(stage, SIZES[args.size], args, env)
 
