@@ -53,17 +53,17 @@ class Size:
 SIZES = {
     "tiny": Size(
         AutoencoderModelConfig(dim=16, depth=1, heads=2),
-        ContentModelConfig("ContentDiT-S/4", hidden_size=16, depth=1, num_heads=2),
-        MotionModelConfig("MotionDiT-S/4", hidden_size=16, depth=1, num_heads=2),
+        ContentModelConfig(name="ContentDiT-S/4", hidden_size=16, depth=1, num_heads=2),
+        MotionModelConfig(name="MotionDiT-S/4", hidden_size=16, depth=1, num_heads=2),
         image_size=(16, 16),
         n_frames=4,
         batch=(2, 2, 2),
     ),
     "small": Size(
-        AutoencoderModelConfig(depth=2), ContentModelConfig("ContentDiT-S/2"), MotionModelConfig("MotionDiT-S/2"), batch=(1, 2, 2)
+        AutoencoderModelConfig(depth=2), ContentModelConfig(name="ContentDiT-S/2"), MotionModelConfig(name="MotionDiT-S/2"), batch=(1, 2, 2)
     ),
-    "release": Size(AutoencoderModelConfig(), ContentModelConfig("ContentDiT-L/2"), MotionModelConfig("MotionDiT-B/2")),
-    "paper": Size(AutoencoderModelConfig(), ContentModelConfig("ContentDiT-XL/2"), MotionModelConfig("MotionDiT-L/2")),
+    "release": Size(AutoencoderModelConfig(), ContentModelConfig(name="ContentDiT-L/2"), MotionModelConfig(name="MotionDiT-B/2")),
+    "paper": Size(AutoencoderModelConfig(), ContentModelConfig(name="ContentDiT-XL/2"), MotionModelConfig(name="MotionDiT-L/2")),
 }
 
 
