@@ -87,7 +87,7 @@ def test_the_end_does_not_wait_for_threads() -> None:
 def test_a_rank_may_leave_without_the_others() -> None:
     began = time.monotonic()
     status, _, _, err = finish(start(*PAIR, WORKER, "alone", "1"))
-    assert status == 1 and re.search(r"exitcode\s*: 75", err) and "Traceback" not in err.split("torch.distributed.elastic")[0], err
+    assert status == 1 and re.search(r"exitcode\s*: 75", err) and 'launch_worker.py", line' not in err, err
     assert time.monotonic() - began < 40
 
 
