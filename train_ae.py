@@ -28,7 +28,7 @@ def main() -> None:
         return
     if launch.dry_run:
         env = launch.env()
-        task, source, _ = build(config, env)
+        task, source, _ = build(config.for_planning(), env)
         print(report(task, source, config, env), end="")
         return
     with distributed(config.parallel.timeout) as env:

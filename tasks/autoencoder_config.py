@@ -91,6 +91,11 @@ class CMDAutoencoderConfig(RunConfig):
     vae: VaeConfig = dataclasses.field(default_factory=VaeConfig)
     loss: ReconstructionLossConfig = dataclasses.field(default_factory=ReconstructionLossConfig)
 
+    def for_planning(self) -> "CMDAutoencoderConfig":
+        """The same for a dry run: perceptual weights that are missing leave their network out of the count, with a warning."""
+        perceptual = dataclasses.replace(self.loss.perceptual, on_missing="warn-and-disable")
+        return dataclasses.replace(self, loss=dataclasses.replace(self.loss, perceptual=perceptual))
+
     def validate(self) -> None:
         """Raises ConfigError on settings and combinations that cannot work."""
         super().validate()

@@ -103,11 +103,13 @@ def test_print_config_goes_back_in(script: str, tmp_path: Path) -> None:
     assert (config.optim.lr, config.data.path) == (3e-7, "some where")
 
 
-def test_dry_run_reports_and_starts_nothing(shards: str, tmp_path: Path) -> None:
-    done = command(
-        "train_ae.py", *SMALL, "--data-path", shards, "--results-dir", str(tmp_path / "runs"), "--nproc_per_node", "2", "--dry-run"
-    )
+def test_dry_run_reports_and_starts_nothing(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It needs no perceptual weights, and says that they are missing."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    flags = ("--data-path", shards, "--results-dir", str(tmp_path / "runs"), "--perceptual", "lpips-vgg", "--nproc_per_node", "2")
+    done = command("train_ae.py", *SMALL, *flags, "--dry-run")
     assert done.returncode == 0, done.stderr
+    assert "vgg16-397923af.pth" in done.stderr
     for word in ("parameters", "memory per gpu", "optimizer", "steps per epoch", "checkpoint"):
         assert word in done.stdout.lower(), done.stdout
     assert not (tmp_path / "runs").exists()
