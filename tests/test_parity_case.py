@@ -67,6 +67,15 @@ def test_what_was_not_looked_at_fails(tmp_path):
     assert all(name in str(error.value) for name in ("3 problems", "out/y: not used", "field dim", "field ae.depth"))
 
 
+def test_what_is_not_recorded_is_passed_over(tmp_path):
+    case = write_case(tmp_path)
+    case.input("x")
+    case.expect("absent", torch.ones(1))
+    case.expect_grad("absent", None)
+    case.expect("y", torch.tensor([1.0, 100.0]))
+    case.finish()
+
+
 def test_gradient_norms(tmp_path):
     case = write_case(tmp_path, {"grad_norm/a": torch.tensor([5.0]), "grad_norm/b": torch.tensor([1.0])})
     case.expect_grad_norms({"a": torch.tensor([3.0, 4.0])})

@@ -19,6 +19,7 @@ from models.transformers.motion_dit import MotionDiT, MotionDiTConfig
 from tests.parity import cmd_stages  # noqa: F401 - registers its checks
 from tests.parity.adapters_dit import (
     check_content,
+    check_labels,
     check_network,
     dit_fields,
     expect_grad_norms,
@@ -76,7 +77,6 @@ class _ReleaseLoss:
         widths = {"ndf": case.config("disc_ndf", 64), "n_layers": case.config("disc_num_layers", 3)}
         self.disc = Discriminators(DiscriminatorConfig(channels=self.x.shape[1], **widths))
         self.state = case.state()
-        assert self.x.shape == (case.config("batch"), self.x.shape[1], case.config("frames"), *pair(case.config("size")))
 
     def restored(self) -> Discriminators:
         """The discriminators as in the file."""
@@ -108,9 +108,16 @@ class _ReleaseLoss:
 
 @adapter("cmd", "aeloss")
 def check_autoencoder_loss(case: Case) -> None:
+    shape = case.input("x").shape
+    assert shape == (case.config("batch"), shape[1], case.config("frames"), *pair(case.config("size")))
     if case.config("mode", "pixel") == "latent":
+        recon = case.input("recon").requires_grad_()
+        value = reconstruction.mse(case.input("x"), recon).mean()
+        value.backward()
         for name in case.names("out/"):
-            case.compare(name, reconstruction.mse(case.input("x"), case.input("recon")).mean().reshape(1), LOSS)
+            case.compare(name, value.reshape(1), LOSS)
+        for name in case.names("grad/"):
+            case.compare(name, recon.grad, LOSS)
         return
     loss = _ReleaseLoss(case)
     recon = case.input("recon")
@@ -153,9 +160,11 @@ def check_lpips(case: Case) -> None:
     case.expect("value", value.reshape(-1, 1, 1, 1))
     value.sum().backward()
     case.expect_grad("b", b.grad)
-    features = distance.net.net(distance.net.scaling_layer(a))
-    case.expect("relu1_2_a_mean", features[0].mean((2, 3)))
-    case.expect("relu5_3_a", features[4])
+    for side, image in (("a", a), ("b", b)):
+        features = distance.net.net(distance.net.scaling_layer(image))
+        for stage, feature in zip(("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3"), features, strict=True):
+            case.expect(f"{stage}_{side}", feature)
+            case.expect(f"{stage}_{side}_mean", feature.mean((2, 3)))
 
 
 # ---- diffusion models
@@ -169,21 +178,25 @@ def check_content_model(case: Case) -> None:
 @adapter("cmd", "motion")
 def check_motion_model(case: Case) -> None:
     keyframe = {"keyframe_size": pair(case.config("keyframe_size")), "keyframe_channels": case.config("keyframe_channel", 3)}
-    config = MotionDiTConfig(**dit_fields(case), **keyframe, keyframe_patch_size=case.config("keyframe_patch_size"))
-    model = MotionDiT(config).eval()
+    labels = {"num_classes": case.config("num_classes", 0), "class_dropout_prob": case.config("class_dropout_prob", 0.1)}
+    conditional = case.has("state/y_embedder.embedding_table.weight")  # the release takes labels and ignores them
+    options = keyframe | (labels if conditional else {})
+    model = MotionDiT(MotionDiTConfig(**dit_fields(case), **options, keyframe_patch_size=case.config("keyframe_patch_size"))).eval()
     load_checked(case, model, import_motion, export_motion)
+    inputs = {name: case.input(name) for name in ("x", "t", "keyframe")}
     if case.has("in/y"):
-        case.input("y")  # the release takes labels and ignores them
-    check_network(case, model, {name: case.input(name) for name in ("x", "t", "keyframe")}, export_motion)
+        label = case.input("y")
+        inputs |= {"y": label} if conditional else {}
+    check_network(case, model, inputs, export_motion)
+    check_labels(case, model)
 
 
 @adapter("cmd", "posembed")
 def check_position_tables(case: Case) -> None:
-    widths = dict(case.fields)
     for name in case.names("out/"):
         kind, _, size = name.removeprefix("out/").partition("_")
         rows, _, columns = size.partition("x")
-        width = widths.get(f"{kind}_{size}") or widths[f"true_{size}"]
+        width = case.config(f"{kind}_{size}", None) or case.config(f"true_{size}")
         case.expect(f"{kind}_{size}", sincos_2d(width, (int(rows), int(columns or rows)), "release" if kind == "release" else "true"), 1e-6)
 
 

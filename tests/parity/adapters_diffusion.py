@@ -22,8 +22,9 @@ SCHEDULES = {name: name for name in NAMED + EXPLICIT} | {"cosine": "squaredcos_c
 def process(case: Case) -> GaussianDiffusion:
     """The process of a loss or sampling case. Its config names types in the release's words, or the release's switches."""
     steps = case.config("diffusion_steps", 1000)
-    betas = beta_schedule(case.config("noise_schedule", "linear"), steps)
-    kept = space_timesteps(steps, case.config("respacing", "") or "")
+    name = case.config("noise_schedule", "linear")
+    betas = beta_schedule(SCHEDULES.get(name, name), steps, case.config("beta_start", None), case.config("beta_end", None))
+    kept = space_timesteps(steps, _plain(case.config("respacing", "")))
     mean_type = case.config("mean_type", "START_X" if case.config("predict_xstart", False) else "EPSILON")
     fixed = "FIXED_SMALL" if case.config("sigma_small", False) else "FIXED_LARGE"
     var_type = case.config("var_type", "LEARNED_RANGE" if case.config("learn_sigma", True) else fixed)
@@ -48,10 +49,11 @@ def analytic_model(diffusion: GaussianDiffusion, x: Tensor, t: Tensor) -> Tensor
 
 @adapter("diffusion", "tables")
 def check_tables(case: Case) -> None:
-    lengths = case.config("lengths")
-    for label in case.config("schedules"):
+    lengths, schedules = case.config("lengths"), case.config("schedules")
+    for label in sorted({name.split("/")[1] for name in case.names("out/")}):
         stored = case.tensor(f"out/{label}/betas")
         assert len(stored) in lengths, f"{label} has {len(stored)} betas, not one of {lengths}"
+        assert any(label.startswith(name) for name in schedules), f"{label} is none of {schedules}"
         _compare_tables(case, f"out/{label}/", _labelled_schedule(label, stored), None)
     respacings = [_plain(spec) for spec in case.config("respacings", [])]
     for name in case.names("out/"):
@@ -125,6 +127,7 @@ def check_bpd(case: Case) -> None:
     diffusion = process(case)
     noise, clip = case.input("noise"), case.config("clip_denoised", True)
     ours = diffusion.bpd_loop(partial(analytic_model, diffusion), case.input("x_start"), noise=noise.__getitem__, clip_denoised=clip)
+    ours |= {"timestep_map": torch.tensor(diffusion.timestep_map)}
     for name in case.names("out/"):
         case.compare(name, ours[name.removeprefix("out/")], ARRAYS)
 
@@ -186,7 +189,7 @@ def _without_noise(*args: Any, noise: Any = None, **options: Any) -> Tensor:
 
 
 def _start(case: Case) -> str:
-    return next(name for name in ("x_0", "x0", "x_start", "x_T") if case.has(f"in/{name}"))
+    return next(name for name in ("x_0", "x0", "x_start", "x_T", "x") if case.has(f"in/{name}"))
 
 
 # ---- timestep sampling

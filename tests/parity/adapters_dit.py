@@ -79,13 +79,10 @@ def expect_grad_norms(case: Case, model: torch.nn.Module, export: Export = dict,
 
 def check_network(case: Case, model: torch.nn.Module, inputs: dict[str, Tensor], export: Export) -> None:
     """Output, step embedding, loss = sum of squares, and all gradients of a DiT called with `inputs`."""
-    differentiable = {
-        name: value.requires_grad_() for name, value in inputs.items() if value.is_floating_point() and case.has(f"grad/{name}")
-    }
+    differentiable = {name: value.requires_grad_() for name, value in inputs.items() if value.is_floating_point()}
     out = model(**inputs)
     case.expect("out", out, tolerance())
-    if case.has("out/t_emb"):
-        case.expect("t_emb", model.t_embedder(inputs["t"]), tolerance())
+    case.expect("t_emb", model.t_embedder(inputs["t"]), tolerance())
     loss = out.square().sum()
     case.expect("loss", loss.reshape(1), tolerance())
     loss.backward()
@@ -102,28 +99,31 @@ def check_content(case: Case, load: Callable[[State], State], export: Export) ->
     model = ContentDiT(config).eval()
     load_checked(case, model, load, export)
     check_network(case, model, {name: case.input(name) for name in ("x", "t", "y")}, export)
+    check_labels(case, model)
+
+
+def check_labels(case: Case, model: Any) -> None:
+    """What a case records of a label condition beside the plain output: labels that are dropped, and guidance."""
     if case.has("in/force_drop"):
         case.expect("label_emb_forced", model.y_embedder(case.input("y"), case.input("force_drop") == 1))
+    scale = case.config("cfg_scale", None)
     if case.has("in/cfg_x"):
-        check_guidance(case, model, case.config("cfg_scale"))
-    else:
-        case.config("cfg_scale", None)
+        check_guidance(case, model, scale)
 
 
 @torch.no_grad()
-def check_guidance(case: Case, model: ContentDiT, scale: float) -> None:
+def check_guidance(case: Case, model: Any, scale: float) -> None:
     """Both channel rules. The release doubles the batch and feeds the first half twice; both halves get the guided channels."""
     x, t, y = case.input("cfg_x"), case.input("cfg_t"), case.input("cfg_y")
     n = len(x) // 2
     x, null = x[:n], y[n:]
     assert torch.equal(t[:n], t[n:]) and bool((null == model.config.num_classes).all())
+    kept = {"keyframe": case.input("cfg_keyframe")[:n]} if case.has("in/cfg_keyframe") else {}
     rules = {"cfg_three_channels": case.config("cfg_channels", RELEASE_GUIDED), "cfg_all_channels": None}
     for name, channels in rules.items():
-        if not case.has(f"out/{name}"):
-            continue
-        first = ClassifierFreeGuidance(model, scale, {"y": model.config.num_classes}, channels)(x, t[:n], y=y[:n])
+        first = ClassifierFreeGuidance(model, scale, {"y": model.config.num_classes}, channels)(x, t[:n], y=y[:n], **kept)
         guided = min(channels or x.shape[1], x.shape[1])
-        second = torch.cat([first[:, :guided], model(x, t[n:], null)[:, guided:]], dim=1)
+        second = torch.cat([first[:, :guided], model(x, t[n:], y=null, **kept)[:, guided:]], dim=1)
         case.expect(name, torch.cat([first, second]), tolerance())
 
 

@@ -82,13 +82,15 @@ def _stage(case: Case, z_c: Tensor, z_m: Tensor) -> tuple[Any, Callable[..., Sta
     """Model, importer, exporter, clean sample and conditions of the stage that the case trains."""
     size = {"hidden_size": case.config("hidden"), "depth": case.config("depth"), "num_heads": case.config("heads")}
     size["pos_grid"] = case.config("pos_grid", "true")  # the tables are in the state
-    y, classes = case.input("y"), case.config("num_classes")
-    patches = {name: case.config(f"{name}_patch") for name in ("motion", "content", "keyframe")}
+    y, classes = case.input("y"), case.config("num_classes", 0)
+    patches = {name: case.config(f"{name}_patch", 2) for name in ("motion", "content", "keyframe")}
     stage = case.config("stage")
     if stage == "content":
-        config = DiTConfig(tuple(z_c.shape[2:]), z_c.shape[1], patches["content"], **size, num_classes=classes)
-        drop = {"drop": case.input("force_drop") == 1} if case.has("in/force_drop") else {}
-        return ContentDiT(config), import_content, export_content, z_c, {"y": y} | drop
+        null = len(case.tensor("state/net/y_embedder.embedding_table.weight")) > classes
+        dropout = case.config("class_dropout_prob", 0.1 if null else 0.0)
+        config = DiTConfig(tuple(z_c.shape[2:]), z_c.shape[1], patches["content"], **size, num_classes=classes, class_dropout_prob=dropout)
+        given = {"y": y, "drop": case.input("force_drop") == 1} if case.has("in/force_drop") else {"y": y}
+        return ContentDiT(config), import_content, export_content, z_c, given
     assert stage == "motion", f"unknown stage {stage}"
     keyframe = {"keyframe_size": tuple(z_c.shape[2:]), "keyframe_channels": z_c.shape[1], "keyframe_patch_size": patches["keyframe"]}
     config = MotionDiTConfig(tuple(z_m.shape[2:]), z_m.shape[1], patches["motion"], **size, **keyframe)
@@ -174,7 +176,7 @@ def _option(case: Case, stage: str, name: str, default: Any = None) -> Any:
 
 def _sample(case: Case, stage: str, model: Any, x_T: Tensor, noise: Tensor | None, clip: bool, conditions: dict[str, Tensor]) -> Tensor:
     """One stage by the sampler of the case; `clip` is the release's choice for it."""
-    diffusion = build(DiffusionConfig(respacing=_option(case, stage, "respacing", "")))
+    diffusion = build(DiffusionConfig(respacing=str(_option(case, stage, "respacing", ""))))
     options = {"clip_denoised": _option(case, stage, "clip_denoised", clip), "model_kwargs": conditions}
     draws = None if noise is None else noise.__getitem__
     sampler, eta = _option(case, stage, "sampler"), _option(case, stage, "eta", 0.0)
