@@ -122,6 +122,13 @@ def test_motion_condition_is_optional_and_drops_apart_from_the_content_frame():
     assert not any("y_embedder" in name or "cond_embedder" in name for name in motion().state_dict())
 
 
+def test_release_tables_are_for_the_latent_alone():
+    model = motion(input_size=(4, 16), patch_size=2, keyframe_size=(8, 16), keyframe_patch_size=4, pos_grid="release")
+    width = model.config.hidden_size
+    assert torch.equal(model.pos_embed[0], sincos_2d(width, (4, 4)))
+    assert torch.equal(model.keyframe_pos_embed[0], sincos_2d(width, (2, 4)))
+
+
 def test_every_trained_parameter_has_a_gradient():
     model = motion(num_classes=5, cond_dim=4).train()
     out = model(

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from models.layers.attention import SelfAttention
 from models.layers.rotary import Tables, grid_tables, time_tables
-from utils.config import flag
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,13 @@ class CMDAEConfig:
     """Channels of the clips: 3, or the image VAE's latent channels."""
     n_frames: int = 16
     """Frames per clip."""
-    embed_dim: int = flag(8, "embed-dim")
+    embed_dim: int = 8
     """Channels of the motion latent."""
     depth: int = 8
     """Layers of the encoder, and of the decoder."""
     heads: int = 8
     """Attention heads."""
-    mode: Literal["pixel", "latent"] = flag("pixel", "mode")
+    mode: Literal["pixel", "latent"] = "pixel"
     """pixel: clips are pixels in [-1, 1]; latent: clips are latents of an image VAE, of any range."""
     rotary: Literal["axial", "none"] = "axial"
     """axial: rotary positions on time and on rows and columns; none: no position information, as in the CMD release's weights."""

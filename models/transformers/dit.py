@@ -35,7 +35,7 @@ class DiTConfig:
     class_dropout_prob: float = 0.1
     """Share of conditions dropped in training. Above 0 there is a null condition; for labels it is the row num_classes of the table."""
     pos_grid: PosGrid = "true"
-    """true: positions of the real token grid; release: of a square of as many tokens, as the CMD release built them."""
+    """true: positions of the input's real token grid; release: of a square of as many tokens, as the CMD release built them."""
     cond_dim: int = 0
     """Width of the vector condition (a text feature); 0: none."""
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from models.layers.embeddings import PatchEmbed, position_parameter
 from models.transformers.dit import ContentDiT, DiTConfig, init_dit
-from utils.config import flag
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class MotionDiTConfig(DiTConfig):
     """Height and width of the content frame."""
     keyframe_channels: int = 3
     """Channels of the content frame."""
-    keyframe_patch_size: int = flag(4, "keyframe-patch-size")
+    keyframe_patch_size: int = 4
     """Side of a patch of the content frame."""
 
     def __post_init__(self) -> None:
@@ -43,7 +42,7 @@ class MotionDiT(ContentDiT):
     def __init__(self, config: MotionDiTConfig) -> None:
         super().__init__(config)
         self.keyframe_embedder = PatchEmbed(config.keyframe_channels, config.hidden_size, config.keyframe_patch_size)
-        self.keyframe_pos_embed = position_parameter(config.hidden_size, config.keyframe_grid, config.pos_grid)
+        self.keyframe_pos_embed = position_parameter(config.hidden_size, config.keyframe_grid, "true")  # the release's too
         init_dit(self.keyframe_embedder)
 
     def forward(  # type: ignore[override]
