@@ -67,13 +67,14 @@ class CMDPipeline:
         third = load_motion(motion, first.config, weights) if motion else None
         trained_on = next((part.card["ae"]["weights"] for part in (second, third) if part is not None and "ae" in part.card), ae_weights)
         if trained_on != ae_weights:
-            first = load_autoencoder(ae, trained_on)
+            first = load_autoencoder(ae, trained_on, n_frames=n_frames, image_size=image_size)
         return cls(first, second, third, vae_of(first.card, vae, scale_factor), device=device, precision=precision)
 
     @property
     def num_classes(self) -> int:
-        """Classes that can be asked for; 0: the models are not conditioned on a class."""
-        return max((part.config.num_classes for part in (self.content, self.motion) if part is not None), default=0)
+        """Classes that can be asked for, known to each model that is conditioned on a class; 0: none is."""
+        known = (part.config.num_classes for part in (self.content, self.motion) if part is not None)
+        return min((number for number in known if number), default=0)
 
     @property
     def classes(self) -> list[str]:

@@ -12,7 +12,9 @@ from pipelines.cmd import CMDPipeline
 from pipelines.loading import load_autoencoder, load_content
 from pipelines.runs import find_family
 from pipelines.sampling import Sampling, respaced, sample
-from tests.cmd_family import CLIPS, autoencoder_task, content_task, export, family, motion_task
+from tasks.content import CMDContentConfig, CMDContentTask
+from tasks.diffusion_task import open_first_stage
+from tests.cmd_family import CLIPS, autoencoder_task, config, content_task, export, family, motion_task
 from utils.errors import ConfigError, UserError
 from utils.rng import SampleRng
 
@@ -135,6 +137,26 @@ def test_unconditional_models_need_no_label(runs: dict[str, Path], tmp_path: Pat
     pipeline = CMDPipeline.from_exports(runs["ae"], content, motion)
     assert pipeline.num_classes == 0
     assert torch.equal(pipeline.generate([0], content=CONTENT, motion=MOTION), pipeline.generate([0], [2], content=CONTENT, motion=MOTION))
+
+
+def test_a_class_must_be_known_to_both_models(runs: dict[str, Path], tmp_path: Path) -> None:
+    motion = export(motion_task(runs["ae"], "--num-classes", "5"), tmp_path / "motion")
+    pipeline = CMDPipeline.from_exports(runs["ae"], runs["content"], motion)
+    assert pipeline.num_classes == 3
+    with pytest.raises(UserError, match="no class 4"):
+        pipeline.generate([0], [4], content=CONTENT, motion=MOTION)
+
+
+def test_models_trained_on_an_official_autoencoder(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Its checkpoint does not say the clip size; what was told must hold however often it is read."""
+    module = load_autoencoder(export(autoencoder_task("--model.rotary", "none", "--model.heads", "8"), tmp_path / "ae")).module
+    path = tmp_path / "autoenc.pt"
+    torch.save({"autoenc": official.export_autoencoder(module.state_dict())}, path)
+    setting = config(CMDContentConfig, "--ae", str(path))
+    first = open_first_stage(setting.ae, setting.vae, CLIPS)
+    content = export(CMDContentTask(setting, CLIPS, first), tmp_path / "content")
+    pipeline = CMDPipeline.from_exports(path, content, n_frames=4, image_size=(16, 24))
+    assert pipeline.ae.sha256 == first.ae.sha256 and pipeline.ae.config.image_size == (16, 24)
 
 
 def test_official_checkpoints_are_read_like_exports(tmp_path: Path) -> None:
