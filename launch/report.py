@@ -17,6 +17,12 @@ from utils.errors import UserError
 from utils.files import atomic_write_bytes
 
 STAGES = (("autoencoder", "Autoencoder"), ("content", "Content model"), ("motion", "Motion model"))
+CAPTIONS = {
+    "reconstruction": "held-out clips, each above its reconstruction",
+    "content_frame": "their content frames",
+    "content_samples": "generated content frames",
+    "motion_samples": "held-out clips, each above a generated motion of its content frame",
+}
 MEDIA_TYPES = {".gif": "image/gif", ".png": "image/png"}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c1e21; }
@@ -101,7 +107,7 @@ def stage_section(title: str, run: Path) -> str:
     newest: dict[str, Path] = {}
     for path in sorted(path for suffix in MEDIA_TYPES for path in samples.glob(f"*{suffix}")):
         newest[path.stem.split("_", 2)[-1]] = path
-    shown = "".join(picture(path, name, 160) for name, path in newest.items())
+    shown = "".join(picture(path, CAPTIONS.get(name, name), 280) for name, path in newest.items())
     return f"<h2>{title}</h2>{shown}<div>{curves}</div><details><summary>Last figures</summary>{table(last.items())}</details>"
 
 
