@@ -72,8 +72,9 @@ class ReconstructConfig:
             raise ConfigError("which autoencoder? give --ae FOLDER, the run or export folder of train_ae.py")
         if not self.data_path:
             raise ConfigError("measured on what? give --data-path FOLDER, a shard set made by preprocess.py")
-        if self.batch_size < 1:
-            raise ConfigError(f"--batch-size {self.batch_size}: at least 1")
+        for name, lowest in (("batch_size", 1), ("n_frames", 1), ("max_clips", 0)):
+            if getattr(self, name) < lowest:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {lowest}")
 
 
 def reconstruct(launch: Launch) -> None:

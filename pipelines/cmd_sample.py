@@ -82,9 +82,10 @@ class CMDSampleConfig:
         """Raises ConfigError on settings that cannot work."""
         if not self.run and not (self.ae and self.content and self.motion):
             raise ConfigError("what to sample from? give --run FOLDER (the --results-dir of training), or --ae, --content and --motion")
-        for name in ("num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1")
+        for name in ("num_samples", "batch_size", "steps", "content_steps", "motion_steps", "n_frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: at least 1")
         if not 0 <= self.eta <= 1:
             raise ConfigError(f"--eta {self.eta}: between 0 and 1")
         if self.fps < 0:

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from utils.errors import UserError
+from utils.errors import ConfigError, UserError
 from utils.files import sha256_file
 
 
@@ -60,6 +60,8 @@ def load_image_vae(path: str, scale_factor: float, chunk: int = 16) -> ImageVae:
         raise UserError(
             f"latent mode needs an image VAE: --vae FOLDER with a diffusers AutoencoderKL (config.json and weights), not '{path}'"
         )
+    if chunk < 1:
+        raise ConfigError(f"vae.chunk {chunk}: at least 1 frame at a time")
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:

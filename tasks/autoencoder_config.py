@@ -110,5 +110,11 @@ class CMDAutoencoderConfig(RunConfig):
             raise ConfigError("the adversarial loss is for --mode pixel; latent mode trains with the squared error alone")
         if model.mode == "latent" and loss.latent_l2 <= 0:
             raise ConfigError(f"loss.latent_l2 is {loss.latent_l2}: in latent mode it is the only loss and must be positive")
+        factors = {name: getattr(loss, name) for name in ("l1", "l2", "content_mean")} | {"perceptual.weight": loss.perceptual.weight}
+        for name, value in factors.items():
+            if not value >= 0:  # NaN too
+                raise ConfigError(f"loss.{name} {value}: 0 or more")
+        if min(loss.adversarial.ndf, loss.adversarial.n_layers) < 1:
+            raise ConfigError("loss.adversarial: ndf and n_layers must be at least 1")
         if model.mode == "pixel" and not (loss.l1 or loss.l2 or (loss.perceptual.kind != "none" and loss.perceptual.weight)):
             raise ConfigError("loss: l1, l2 and the perceptual loss are all off, nothing is left to train on")

@@ -236,5 +236,7 @@ def check_settings(family: str, name: str, condition: ConditionConfig, preview: 
         raise ConfigError(f"condition.dropout {condition.dropout}: a share in [0, 1) is wanted")
     if condition.num_classes < -1:
         raise ConfigError(f"--num-classes {condition.num_classes}: -1 (those of the shard set), 0 (no classes) or their number")
+    if preview.samples < 1:
+        raise ConfigError(f"preview.samples {preview.samples}: at least 1")
     if not 1 <= preview.steps <= diffusion.steps:
         raise ConfigError(f"preview.steps {preview.steps}: between 1 and diffusion.steps = {diffusion.steps}")

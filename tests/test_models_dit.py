@@ -164,6 +164,8 @@ def test_bfloat16_weights_take_float32_inputs():
         (content, {"input_size": (5, 6)}, "patch_size"),
         (content, {"hidden_size": 30}, "hidden_size"),
         (motion, {"keyframe_size": (8, 10)}, "keyframe_patch_size"),
+        (content, {"patch_size": -2}, "patch_size -2: at least 1"),
+        (motion, {"keyframe_patch_size": 0}, "keyframe_patch_size 0"),
     ],
 )
 def test_impossible_settings(build, changes, message):

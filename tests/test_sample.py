@@ -102,6 +102,7 @@ def test_other_settings_are_not_mixed_in(samples: Path, results: Path) -> None:
         (["sample.py", "--run", "{results}", "--classes", "nine", "--out", "{tmp}"], 1, "no such class"),
         (["sample.py", "--run", "{results}", "--smapler", "ddim"], 2, "--sampler"),
         (["evaluate.py", "reconstruckt"], 2, "reconstruct"),
+        (["evaluate.py", "reconstruct", "--ae", "a", "--data-path", "b", "--max-clips", "-3"], 2, "--max-clips -3"),
         (["evaluate.py", "reconstruct", "--ae", "{results}/000-cmd-autoencoder"], 2, "--data-path"),
         (["evaluate.py", "reconstruct", "--ae", "{results}/000-cmd-autoencoder", "--data-path", "{results}"], 1, "index.json"),
     ],

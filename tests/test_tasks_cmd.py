@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from engine.task import Batch, Network, Task
+from pipelines.cmd_sample import CMDSampleConfig
 from pipelines.image_vae import ImageVae
 from pipelines.loading import load_autoencoder, load_content, load_motion
 from tasks.autoencoder import CMDAutoencoderConfig, CMDAutoencoderTask
@@ -93,6 +94,10 @@ def test_release_flags_reach_their_settings() -> None:
         (CMDContentConfig, ["--motion-model-config", "DiT-Q/2"], "nearest"),
         (CMDMotionConfig, ["--condition.dropout", "1"], "dropout"),
         (CMDMotionConfig, ["--preview.steps", "2000"], "1000"),
+        (CMDMotionConfig, ["--preview.samples", "0"], "at least 1"),
+        (CMDAutoencoderConfig, ["--loss.l1", "-1"], "loss.l1 -1.0: 0 or more"),
+        (CMDAutoencoderConfig, ["--loss.adversarial.ndf", "0"], "at least 1"),
+        (CMDSampleConfig, ["--run", "r", "--steps", "0"], "--steps 0: at least 1"),
     ],
 )
 def test_impossible_settings_are_refused(schema: type, argv: list[str], message: str) -> None:

@@ -40,6 +40,9 @@ class DiTConfig:
     """Width of the vector condition (a text feature); 0: none."""
 
     def __post_init__(self) -> None:
+        for name in ("in_channels", "patch_size", "hidden_size", "depth", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: at least 1")
         h, w = self.input_size
         if h % self.patch_size or w % self.patch_size or min(h, w) < self.patch_size:
             raise ValueError(f"input_size {h} x {w} is not a multiple of patch_size {self.patch_size}")

@@ -24,6 +24,8 @@ class MotionDiTConfig(DiTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.keyframe_patch_size < 1:
+            raise ValueError(f"keyframe_patch_size {self.keyframe_patch_size}: at least 1")
         h, w = self.keyframe_size
         if h % self.keyframe_patch_size or w % self.keyframe_patch_size:
             raise ValueError(f"content frame {h} x {w} is not a multiple of keyframe_patch_size {self.keyframe_patch_size}")
