@@ -28,7 +28,7 @@ LAUNCH_HELP = """Launcher options, given to the script itself (under torchrun th
   --node_rank R          which of several nodes this is, from 0
   --master_addr HOST     name or address of node 0, known to every node
   --master_port PORT     free port on node 0 (default 29500)
-  --dry-run              print the configuration, sizes and memory per GPU, and stop
+  --dry-run              print the configuration, of a training run also sizes and memory per GPU, and stop
   --print-config         print the resolved configuration as YAML, and stop
 """
 
