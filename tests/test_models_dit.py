@@ -165,6 +165,7 @@ def test_bfloat16_weights_take_float32_inputs():
         (content, {"hidden_size": 30}, "hidden_size"),
         (motion, {"keyframe_size": (8, 10)}, "keyframe_patch_size"),
         (content, {"patch_size": -2}, "patch_size -2: at least 1"),
+        (content, {"pos_grid": "release"}, "not 2 x 3; use pos_grid 'true'"),
         (motion, {"keyframe_patch_size": 0}, "keyframe_patch_size 0"),
     ],
 )

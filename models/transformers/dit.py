@@ -3,6 +3,7 @@
 Letters: B batch, N tokens, D width, C channels. State names are the official ones.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -48,6 +49,9 @@ class DiTConfig:
             raise ValueError(f"input_size {h} x {w} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads} and of 4")
+        rows, columns = self.grid
+        if self.pos_grid == "release" and math.isqrt(rows * columns) ** 2 != rows * columns:
+            raise ValueError(f"pos_grid 'release' needs a square number of tokens, not {rows} x {columns}; use pos_grid 'true'")
 
     @property
     def grid(self) -> tuple[int, int]:
