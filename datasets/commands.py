@@ -44,6 +44,11 @@ def _share(text: str) -> float:
     return value
 
 
+def _cores() -> int:
+    """Cores that this process may use; all of them where the system does not say (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _clip_length(text: str) -> int:
     return 0 if text == "video" else _whole(1)(text)
 
@@ -86,7 +91,7 @@ def add_shards_arguments(parser: argparse.ArgumentParser) -> None:
     store("--shard-size", type=_whole(1), default=512, metavar="N", help="clips per shard (default 512)")
     store("--shard-mib", type=_whole(1), default=1024, metavar="MIB", help="a shard is also closed at this size (default 1024)")
     store("--decoder", choices=["auto", "ffmpeg", "pyav"], default="auto", help="auto: the ffmpeg program where there is one, else PyAV")
-    store("--workers", type=_whole(1), default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: all cores)")
+    store("--workers", type=_whole(1), default=_cores(), metavar="N", help="processes (default: all cores)")
     store("--seed", type=int, default=0, help="order of the videos in the shards; also draws the moving digits (default 0)")
     store("--overwrite", action="store_true", help="delete the shard set that --out holds first")
     digits = parser.add_argument_group(DIGITS).add_argument

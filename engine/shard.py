@@ -109,8 +109,9 @@ def compiles(parallel: ParallelConfig, env: Env) -> bool:
 def precision_policy(parallel: ParallelConfig, device: torch.device) -> MixedPrecisionPolicy:
     """Weights travel and compute in bf16 on a GPU and are reduced in fp32.
 
-    Activations keep the types that autocast gives them, so all parallel modes do the same arithmetic. CPU autocast leaves norms
-    alone, which refuse bf16 weights with fp32 input: there the weights stay fp32 and autocast alone does the work.
+    Activations keep the types that autocast gives them, as under DDP (which keeps the small fp32 weights of norms and biases, that
+    are rounded to bf16 here). CPU autocast leaves norms alone, which refuse bf16 weights with fp32 input: there the weights stay
+    fp32 and autocast alone does the work.
     """
     if parallel.precision == "fp32" or device.type != "cuda":
         return MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
