@@ -86,7 +86,7 @@ def build_on_meta(task: Task) -> dict[str, Network]:
     try:
         with torch.device("meta"):
             networks = task.networks()
-    except (NotImplementedError, RuntimeError):
+    except RuntimeError:
         # A constructor that computes tables with tensors cannot run on meta ones.
         networks = task.networks()
     for network in networks.values():
