@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import machine
-from datasets.build import SetInfo, build
-from datasets.clips import ClipRules
 from datasets.config import DataConfig
 from datasets.loader import ClipSource
+from datasets.prepare.build import SetInfo, build
+from datasets.prepare.clips import ClipRules
 from datasets.shards import ShardSet
-from datasets.sources import SourceOptions, list_videos
+from datasets.sources.base import SourceOptions, list_videos
 from datasets.synthetic import DigitsConfig, make_digits
 
 TARGET = 0.5

@@ -15,12 +15,12 @@ import pytest
 import torch
 import webdataset
 
-from datasets.build import SetInfo, build
-from datasets.clips import ClipRules
 from datasets.config import DataConfig, resolve
 from datasets.loader import ClipSource
+from datasets.prepare.build import SetInfo, build
+from datasets.prepare.clips import ClipRules
 from datasets.shards import ShardSet
-from datasets.sources import SourceOptions, list_videos
+from datasets.sources.base import SourceOptions, list_videos
 from tests.videos import write_tree
 from utils.errors import ConfigError, UserError
 

@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 import preprocess
-from datasets.clips import ClipRules, transform
+from datasets.prepare.clips import ClipRules, transform
 from datasets.shards import ShardSet
-from datasets.sources import Video
+from datasets.sources.base import Video
 from datasets.video import decode, probe
 from tests.videos import folder_bytes, noise_frames, write_tree, write_video
 from utils.errors import ConfigError, UserError

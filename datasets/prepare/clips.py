@@ -9,10 +9,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from datasets.prepare.writer import Sample, dump_json, npy_bytes, sums_text
 from datasets.shards import IMAGE_SUFFIXES
-from datasets.sources import Video, natural_key
+from datasets.sources.base import Video, natural_key
 from datasets.video import VideoError, centre_crop, decode, probe, resize
-from datasets.writer import Sample, dump_json, npy_bytes, sums_text
 from utils.media import encode_mp4
 
 CHUNK = 16

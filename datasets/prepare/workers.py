@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from datasets.clips import ClipRules, samples
-from datasets.sources import Video
+from datasets.prepare.clips import ClipRules, samples
+from datasets.prepare.writer import Sample
+from datasets.sources.base import Video
 from datasets.video import VideoError
-from datasets.writer import Sample
 from utils.errors import UserError
 
 

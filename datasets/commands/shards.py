@@ -1,4 +1,4 @@
-"""The subcommands of preprocess.py. Each is a pair: arguments and what to do with them; COMMANDS names them."""
+"""`preprocess.py shards`: videos -> shards."""
 
 import argparse
 import os
@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from datasets.build import WORK, SetInfo, build
-from datasets.clips import ClipRules
-from datasets.report import REPORT, Tally, table
+from datasets.prepare.build import WORK, SetInfo, build
+from datasets.prepare.clips import ClipRules
+from datasets.prepare.report import REPORT, Tally, table
+from datasets.prepare.writer import remove_set
 from datasets.shards import INDEX
-from datasets.sources import SOURCES, Listing, SourceOptions, detect, list_videos
+from datasets.sources.base import SOURCES, Listing, SourceOptions, detect, list_videos
 from datasets.synthetic import LICENCE, DigitsConfig, make_digits
 from datasets.video import ffmpeg_program
-from datasets.writer import remove_set
 from utils.errors import ConfigError, UserError
 
 DIGITS = "synthetic-digits"
@@ -208,8 +208,3 @@ class _Progress:
         if self.bar.disable and (time.monotonic() - self.last > 10):
             self.last = time.monotonic()
             print(f"{videos} of {self.total} videos, {tally.clips} clips in finished shards", file=sys.stderr, flush=True)
-
-
-COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]] = {
-    "shards": ("videos -> shards; goes on where it was stopped", add_shards_arguments, run_shards),
-}

@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets.clips import MP4_CRF, ClipRules
-from datasets.report import Tally, read_report, write_report
+from datasets.prepare.clips import MP4_CRF, ClipRules
+from datasets.prepare.report import Tally, read_report, write_report
+from datasets.prepare.workers import prepare_all, read_spool
+from datasets.prepare.writer import Sample, ShardWriter, dump_json, finished_shard, remove_set, shard_entry
 from datasets.shards import FORMAT, INDEX, SCHEMA
-from datasets.sources import Listing, Video
-from datasets.workers import prepare_all, read_spool
-from datasets.writer import Sample, ShardWriter, dump_json, finished_shard, remove_set, shard_entry
+from datasets.sources.base import Listing, Video
 from utils.errors import UserError
 from utils.files import atomic_write_bytes
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets.sources import Listing
+from datasets.sources.base import Listing
 from utils.files import atomic_write_bytes
 
 REPORT = "report.json"

@@ -1,0 +1,1 @@
+"""Folder layouts -> lists of source videos."""
