@@ -21,14 +21,13 @@ from pathlib import Path
 import av
 import ffmpeg
 import numpy as np
-import torch
-import torch.nn.functional as F
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
-from torch import Tensor
 
 TIMEOUT = 3600.0
 """Seconds after which the decoding of one file by ffmpeg is given up."""
+MAX_PIXELS = 1 << 25
+"""Pixels of a frame that are decoded at most where nothing else is said: 8K (7680x4320)."""
 
 
 class VideoError(ValueError):
@@ -230,38 +229,3 @@ def decode_window(payload: bytes, start: int, n_frames: int) -> np.ndarray:
     except (FFmpegError, ArithmeticError, IndexError, TypeError) as error:
         raise ValueError(str(error)) from None
     raise ValueError(f"{len(frames)} of {n_frames} frames from frame {start} on")
-
-
-def centre_crop(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The largest centred part of (..., h, w, c) with the aspect of `size` = (height, width); offsets rounded down."""
-    h, w = frames.shape[-3:-1]
-    # The side that fits stays whole; integer arithmetic keeps the other exact.
-    if h * size[1] <= w * size[0]:
-        height, width = h, max(1, h * size[1] // size[0])
-    else:
-        height, width = max(1, w * size[0] // size[1]), w
-    top, left = (h - height) // 2, (w - width) // 2
-    return frames[..., top : top + height, left : left + width, :]
-
-
-def resize(frames: np.ndarray, size: tuple[int, int], *, antialias: bool = True) -> np.ndarray:
-    """Bilinear resize of uint8 (t, h, w, c) to (t, *size, c), pixel centres aligned at half pixels (align_corners off)."""
-    if frames.shape[1:3] == tuple(size):
-        return np.ascontiguousarray(frames)
-    x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
-    x = F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False, antialias=antialias)
-    return x.permute(0, 2, 3, 1).contiguous().numpy()
-
-
-def square_crop(frames: np.ndarray) -> np.ndarray:
-    """Centre square of the shorter side of (..., h, w, c), offset floor((long - short) / 2)."""
-    return centre_crop(frames, (1, 1))
-
-
-def release_cmd_transform(frames: np.ndarray, resolution: tuple[int, int]) -> Tensor:
-    """uint8 (f, h, w, c) -> float (c, f, *resolution) in [-1, 1] exactly as CMD's released training data (spec: cmd, preproc).
-
-    Scaled first, then the centre square, then bilinear without antialiasing; a target that is not square stretches the square.
-    """
-    x = torch.from_numpy(np.ascontiguousarray(square_crop(frames))).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-    return F.interpolate(x, size=tuple(resolution), mode="bilinear", align_corners=False).transpose(0, 1).contiguous()

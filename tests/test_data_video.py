@@ -7,18 +7,14 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-import torch
 
 from datasets.video import (
     VideoError,
-    centre_crop,
     decode,
     decode_window,
     ffmpeg_command,
     ffmpeg_program,
     probe,
-    release_cmd_transform,
-    resize,
 )
 from tests.videos import noise_frames, write_video
 from utils.media import encode_mp4
@@ -154,32 +150,6 @@ def test_a_window_past_the_end_is_an_error() -> None:
         decode_window(encode_mp4(noise_frames(20), 25), 10, 16)
     with pytest.raises(ValueError):
         decode_window(b"\0" * 100, 0, 1)
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"), [((1, 1), (48, 48)), ((2, 1), (48, 24)), ((1, 4), (16, 64)), ((48, 64), (48, 64)), ((3, 5), (38, 64))]
-)
-def test_centre_crop_keeps_the_largest_part_of_an_aspect(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    frames = np.broadcast_to(np.arange(48)[:, None, None], (48, 64, 3))
-    out = centre_crop(frames, size)
-    assert out.shape[:2] == expected
-    assert out[0, 0, 0] == (48 - expected[0]) // 2
-
-
-def test_antialias_averages_and_plain_bilinear_does_not() -> None:
-    stripes = np.zeros((1, 64, 64, 3), np.uint8)
-    stripes[:, :, ::4] = 255
-    smooth, sharp = (resize(stripes, (8, 8), antialias=antialias) for antialias in (True, False))
-    assert smooth[:, :, 1:-1].std() < 12 and abs(smooth.mean() - 64) < 3
-    assert abs(sharp.astype(int).mean() - 64) > 20
-
-
-def test_release_transform_scales_crops_and_stretches() -> None:
-    frames = noise_frames(4, (60, 80))
-    out = release_cmd_transform(frames, (32, 48))
-    square = torch.from_numpy(frames[:, :, 10:70].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
-    expected = torch.nn.functional.interpolate(square, size=(32, 48), mode="bilinear", align_corners=False).transpose(0, 1)
-    assert out.shape == (3, 4, 32, 48) and torch.equal(out, expected)
 
 
 def test_the_system_has_a_decoder_program_or_says_so() -> None:

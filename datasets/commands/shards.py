@@ -18,6 +18,7 @@ from datasets.prepare.writer import remove_set
 from datasets.shards import INDEX
 from datasets.sources.base import SOURCES, Listing, SourceOptions, detect, list_videos
 from datasets.synthetic import LICENCE, DigitsConfig, make_digits
+from datasets.transforms import RESIZE_MODES
 from datasets.video import ffmpeg_program
 from utils.errors import ConfigError, UserError
 
@@ -78,7 +79,7 @@ def add_shards_arguments(parser: argparse.ArgumentParser) -> None:
     clips("--clip-length", type=_clip_length, metavar="N", help=f"frames (default 16; {DIGITS}: 8); 'video': whole videos")
     clips("--clip-stride", type=_whole(1), metavar="N", help="frames between the beginnings of two clips (default: the clip length)")
     clips("--frame-stride", type=_whole(1), default=1, metavar="N", help="take every N-th frame (default 1); lengths count taken frames")
-    clips("--resize", choices=["crop", "stretch"], default="crop", help="crop (default): to the aspect; stretch: the centre square")
+    clips("--resize", choices=RESIZE_MODES, default="crop", help="crop (default): the largest part of the aspect")
     clips("--antialias", action=argparse.BooleanOptionalAction, default=True, help="filter before making smaller (default: yes)")
     clips("--on-short", choices=["skip", "pad"], default="skip", help="short videos: skip (default), or repeat the last frame")
     clips("--min-frames", type=_whole(1), default=1, metavar="N", help="with --clip-length video: leave out shorter ones (default 1)")

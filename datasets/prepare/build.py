@@ -101,8 +101,8 @@ def _build(
     writer = _SetWriter(out, info)
     progress(writer.first_video, writer.total)
     for number, prepared, spool in prepare_all(listing.videos, writer.first_video, rules, listing.classes, spools, workers):
-        for clip, (sample, fps) in enumerate(read_spool(prepared, spool)):
-            writer.add(number, clip, sample, fps)
+        for clip, (sample, facts) in enumerate(read_spool(prepared, spool)):
+            writer.add(number, clip, sample, facts.fps)
         spool.unlink()
         if prepared.skipped:
             writer.part.skipped.append(prepared.skipped)

@@ -9,10 +9,12 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from datasets.prepare.filters import FilterRules, Rejection, motion
 from datasets.prepare.writer import Sample, dump_json, npy_bytes, sums_text
 from datasets.shards import IMAGE_SUFFIXES
 from datasets.sources.base import Video, natural_key
-from datasets.video import VideoError, centre_crop, decode, probe, resize
+from datasets.transforms import Centre, ResizeMode, resize_clip
+from datasets.video import VideoError, decode, probe
 from utils.media import encode_mp4
 
 CHUNK = 16
@@ -30,12 +32,21 @@ class ClipRules:
     clip_stride: int = 16
     """Frames between the beginnings of two clips, counted after `frame_stride`."""
     frame_stride: int = 1
-    """Every how many frames of the source one is taken."""
+    """Every how many frames of the source, or of the frames at `fps`, one is taken."""
+    fps: float = 0.0
+    """Frames per second that are taken, by their time stamps; 0: all frames of the source."""
+    rule: Literal["consecutive", "linspace", "spread"] = "consecutive"
+    """Which frames a clip has: see `datasets.frames`."""
+    scenes: Literal["ignore", "split"] = "ignore"
+    """split: no clip crosses a cut."""
+    filters: FilterRules = FilterRules()
     codec: Literal["npy", "mp4"] = "npy"
     decoder: Literal["ffmpeg", "pyav"] = "ffmpeg"
-    resize: Literal["crop", "stretch"] = "crop"
-    """crop: the largest centred part with the aspect of `size`; stretch: centre square, then `size` (CMD's release)."""
+    resize: ResizeMode = "crop"
+    """See `datasets.transforms.resize_clip`."""
     antialias: bool = True
+    centre: Centre = "floor"
+    """Which way a crop leans when it cannot be in the middle."""
     on_short: Literal["skip", "pad"] = "skip"
     """A video shorter than one clip: leave it out, or repeat its last frame."""
     min_frames: int = 1
@@ -44,6 +55,24 @@ class ClipRules:
     """Clips taken from one video, from its beginning; 0: all."""
     frames_fps: float = 25.0
     """Frame rate of frame folders."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the writer and the report want to know of a clip beside its sample."""
+
+    fps: float
+    """Frame rate of the clip."""
+    source_size: tuple[int, int]
+    """Height and width of the source, upright."""
+    source_fps: float
+    source_seconds: float
+    motion: float
+    """Mean absolute difference of neighbouring frames, 0 to 1."""
+    scene: int
+    """Number of cuts before the clip in its video."""
+    fingerprint: str
+    """Hash of what the clip shows: see `datasets.prepare.duplicates`; empty: it shows nothing to tell it by."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +86,7 @@ class Clip:
 
 def transform(frames: np.ndarray, rules: ClipRules) -> np.ndarray:
     """Crop and resize uint8 (t, h, w, 3) as the rules say."""
-    aspect = rules.size if rules.resize == "crop" else (1, 1)
-    return resize(centre_crop(frames, aspect), rules.size, antialias=rules.antialias)
+    return resize_clip(frames, rules.size, rules.resize, antialias=rules.antialias, centre=rules.centre)
 
 
 def cut_clips(frames: Iterator[np.ndarray], rules: ClipRules) -> Iterator[Clip]:
@@ -115,19 +143,23 @@ def read_frames(folder: Path) -> Generator[np.ndarray, None, None]:
         yield frame
 
 
-def samples(video: Video, rules: ClipRules, class_name: str | None) -> Iterator[tuple[Sample, float]]:
-    """(sample, its frame rate) for each clip of a video. VideoError when the video cannot be used; what came before is then void."""
+def samples(video: Video, rules: ClipRules, class_name: str | None, rejected: list[Rejection]) -> Iterator[tuple[Sample, Facts]]:
+    """(sample, what is known of it) for each clip of a video; clips that the filters leave out go to `rejected`.
+
+    VideoError when the video cannot be used; what came before is then void.
+    """
     if video.is_frames:
-        frames, source_fps = read_frames(video.path), rules.frames_fps
+        frames, source_fps, size, seconds = read_frames(video.path), rules.frames_fps, (0, 0), 0.0
     else:
         info = probe(video.path)
-        frames, source_fps = decode(video.path, info, rules.decoder), info.fps
+        frames, source_fps, size = decode(video.path, info, rules.decoder), info.fps, (info.height, info.width)
+        seconds = info.frames / info.fps
     fps = round(source_fps / rules.frame_stride, 3)
     empty = True
     with closing(frames):
         for clip in cut_clips(frames, rules):
             empty = False
-            yield _sample(video, clip, rules, class_name, fps), fps
+            yield _sample(video, clip, rules, class_name, fps), Facts(fps, size, source_fps, seconds, motion(clip.frames), 0, "")
     if empty:
         wanted = (rules.clip_length or rules.min_frames) * rules.frame_stride
         remedy = "; --on-short pad repeats the last one" if rules.clip_length else ""

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from datasets.prepare.clips import ClipRules, samples
+from datasets.prepare.clips import ClipRules, Facts, samples
+from datasets.prepare.filters import Rejection
 from datasets.prepare.writer import Sample
 from datasets.sources.base import Video
 from datasets.video import VideoError
@@ -26,28 +27,30 @@ from utils.errors import UserError
 class Prepared:
     """Clips of one video, waiting in a spool file: for each its sample without payloads and (extension, size) of its members."""
 
-    rows: list[tuple[Sample, list[tuple[str, int]], float]]
+    rows: list[tuple[Sample, list[tuple[str, int]], Facts]]
     skipped: tuple[str, str, str] | None = None
+    rejected: tuple[Rejection, ...] = ()
 
 
 def prepare(video: Video, rules: ClipRules, class_name: str | None, spool: Path) -> Prepared:
     """Decodes a video and writes the members of its clips to `spool`. A video that cannot be used gives the reason instead."""
     rows = []
+    rejected: list[Rejection] = []
     try:
         with spool.open("wb") as file:
-            for sample, fps in samples(video, rules, class_name):
+            for sample, facts in samples(video, rules, class_name, rejected):
                 sizes = [(extension, file.write(payload)) for extension, payload in sample.members.items()]
-                rows.append((replace(sample, members={}), sizes, fps))
+                rows.append((replace(sample, members={}), sizes, facts))
     except VideoError as error:
         return Prepared([], (video.name, error.reason, str(error)))
-    return Prepared(rows)
+    return Prepared(rows, rejected=tuple(rejected))
 
 
-def read_spool(prepared: Prepared, spool: Path) -> Iterator[tuple[Sample, float]]:
-    """(sample, its frame rate) for each clip of a video, read back from its spool file."""
+def read_spool(prepared: Prepared, spool: Path) -> Iterator[tuple[Sample, Facts]]:
+    """(sample, what is known of it) for each clip of a video, read back from its spool file."""
     with spool.open("rb") as file:
-        for sample, sizes, fps in prepared.rows:
-            yield replace(sample, members={extension: file.read(size) for extension, size in sizes}), fps
+        for sample, sizes, facts in prepared.rows:
+            yield replace(sample, members={extension: file.read(size) for extension, size in sizes}), facts
 
 
 def _start_worker(stop: Connection) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.video import release_cmd_transform
+from datasets.transforms import resize_clip
 from losses import reconstruction
 from losses.adversarial import discriminator_loss, feature_matching, generator_loss
 from losses.perceptual import lpips_distance
@@ -27,6 +27,7 @@ from tests.parity.adapters_dit import (
     pair,
 )
 from tests.parity.case import Case, adapter
+from tests.parity.data_cases import resize_settings
 
 LOSS = 1e-6
 """Loss terms, relative."""
@@ -202,4 +203,6 @@ def check_position_tables(case: Case) -> None:
 
 @adapter("cmd", "preproc")
 def check_transform(case: Case) -> None:
-    case.expect("clip", release_cmd_transform(case.input("frames").numpy(), pair(case.config("resolution"))), 1e-6)
+    frames = case.input("frames").float() / 127.5 - 1
+    clip = resize_clip(frames.numpy(), pair(case.config("resolution")), **resize_settings("cmd"))
+    case.expect("clip", torch.from_numpy(clip).permute(3, 0, 1, 2), 1e-6)
