@@ -20,7 +20,7 @@ from datasets.loader import ClipSource
 from datasets.prepare.build import SetInfo, build
 from datasets.prepare.clips import ClipRules
 from datasets.shards import ShardSet
-from datasets.sources.base import SourceOptions, list_videos
+from datasets.sources import SourceOptions, list_videos
 from tests.videos import write_tree
 from utils.errors import ConfigError, UserError
 
