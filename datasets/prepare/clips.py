@@ -3,7 +3,6 @@
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -11,8 +10,7 @@ from PIL import Image
 
 from datasets.prepare.filters import FilterRules, Rejection, motion
 from datasets.prepare.writer import Sample, dump_json, npy_bytes, sums_text
-from datasets.shards import IMAGE_SUFFIXES
-from datasets.sources.base import Video, natural_key
+from datasets.sources.base import Video
 from datasets.transforms import Centre, ResizeMode, resize_clip
 from datasets.video import VideoError, decode, probe
 from utils.media import encode_mp4
@@ -127,9 +125,12 @@ def _chunks(frames: Iterator[np.ndarray], stride: int) -> Iterator[np.ndarray]:
         yield np.stack(kept)
 
 
-def read_frames(folder: Path) -> Generator[np.ndarray, None, None]:
-    """Pictures of a folder in natural order, uint8 (h, w, 3). VideoError for one that is damaged or of another size than the first."""
-    paths = sorted((path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES), key=lambda path: natural_key(path.name))
+def read_frames(video: Video) -> Generator[np.ndarray, None, None]:
+    """Pictures of a frame video in order, uint8 (h, w, 3). VideoError for one that is damaged or of another size than the first."""
+    try:
+        paths = video.frame_paths()
+    except OSError as error:
+        raise VideoError("unreadable", f"{error.strerror}") from None
     shape: tuple[int, ...] = ()
     for path in paths:
         try:
@@ -149,7 +150,7 @@ def samples(video: Video, rules: ClipRules, class_name: str | None, rejected: li
     VideoError when the video cannot be used; what came before is then void.
     """
     if video.is_frames:
-        frames, source_fps, size, seconds = read_frames(video.path), rules.frames_fps, (0, 0), 0.0
+        frames, source_fps, size, seconds = read_frames(video), video.fps or rules.frames_fps, (0, 0), 0.0
     else:
         info = probe(video.path)
         frames, source_fps, size = decode(video.path, info, rules.decoder), info.fps, (info.height, info.width)
