@@ -132,7 +132,7 @@ def test_a_shard_damaged_after_a_kill_is_made_again(videos: Path, tmp_path: Path
     plan = json.loads((tmp_path / "half" / "index.json").read_text())["plan"]
     (tmp_path / "half" / "index.json").unlink()
     (tmp_path / "half" / ".work").mkdir()
-    (tmp_path / "half" / ".work" / "plan").write_text(plan)
+    (tmp_path / "half" / ".work" / "plan").write_text(json.dumps({"plan": plan, "parts": 1}))
     data = bytearray((tmp_path / "half" / "shard-00001.tar").read_bytes())
     data[5000] ^= 1
     (tmp_path / "half" / "shard-00001.tar").write_bytes(data)

@@ -1,7 +1,7 @@
-"""Source videos -> shard set: workers prepare clips in parallel, one writer puts them into shards in a fixed order.
+"""Source videos -> shard set: the videos are cut into parts, tasks make the parts, whoever finds them all made writes index.json.
 
-What a shard holds depends on the list of videos and the rules only, not on the number of workers or on restarts: a finished shard
-notes where the next one begins, so after a kill at any moment the same call goes on there and ends with the same bytes.
+What a set holds depends on the list of videos, the rules and the number of parts only: not on the number of tasks, machines and
+workers, on the order in which they come, or on restarts.
 """
 
 import fcntl
@@ -11,21 +11,21 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets.prepare.clips import MP4_CRF, ClipRules
-from datasets.prepare.report import Tally, read_report, write_report
-from datasets.prepare.workers import prepare_all, read_spool
-from datasets.prepare.writer import Sample, ShardWriter, dump_json, finished_shard, remove_set, shard_entry
-from datasets.shards import FORMAT, INDEX, SCHEMA
-from datasets.sources.base import Listing, Video
+from datasets.prepare.copies import Copies
+from datasets.prepare.parts import WORK, Cut, Part, cut_parts, locked, make_part
+from datasets.prepare.report import Tally, write_report
+from datasets.prepare.sheet import write_sheet
+from datasets.prepare.writer import dump_json
+from datasets.shards import FORMAT, INDEX, SCHEMA, sidecar_name
+from datasets.sources.base import Listing
 from utils.errors import UserError
 from utils.files import atomic_write_bytes
-
-WORK = ".work"
 
 
 @dataclass(frozen=True)
@@ -39,47 +39,70 @@ class SetInfo:
     seed: int = 0
     shard_samples: int = 512
     shard_bytes: int = 1 << 30
+    dedupe: int | None = None
+    """Distance of fingerprints up to which a clip is a duplicate of one of another video, and left out; None: all are kept."""
+    parts: int = 1
+    """Parts that are made independently of each other."""
+
+    @property
+    def cut(self) -> Cut:
+        return Cut(self.shard_samples, self.shard_bytes, self.dedupe)
 
 
-def build(listing: Listing, rules: ClipRules, info: SetInfo, out: Path, *, workers: int, progress: Callable[[int, Tally], None]) -> Tally:
-    """Writes the shard set, going on after the finished shards that are there. `progress` hears (videos done, counts) after each video.
+@dataclass(frozen=True)
+class Task:
+    """Which parts are made here: of `count` tasks, number `index` makes the parts index, index + count, ..."""
 
-    Returns the counts, at once when the set is complete. UserError when `out` holds another set, is being written by another
-    process, cannot be written, or no clip comes out.
+    index: int = 0
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a call of `build`."""
+
+    made: Tally
+    """Counts of this task's parts."""
+    missing: int = 0
+    """Parts that other tasks have not finished yet; 0: the set is complete."""
+    was_complete: bool = False
+
+
+Progress = Callable[[int, Tally], None]
+
+
+def build(
+    listing: Listing, rules: ClipRules, info: SetInfo, out: Path, *, workers: int, progress: Progress, task: Task | None = None
+) -> Outcome:
+    """Makes this task's parts of the shard set, going on after what is there. `progress` hears (videos done, counts) after each video.
+
+    The task that finds all parts made writes report, contact sheet and index. UserError when `out` holds another set, a part is being
+    made by another process, `out` cannot be written, or no clip comes out.
     """
     plan = plan_digest(listing, rules, info)
+    task = task or Task()
     try:
-        if _complete(out, plan):
-            tally = read_report(out)
+        made = Tally()
+        if was_complete := _complete(out, plan):
+            missing = 0
         else:
-            (out / WORK).mkdir(parents=True, exist_ok=True)
-            with _locked(out):
-                tally = _build(listing, rules, info, out, plan, workers, progress)
-        shutil.rmtree(out / WORK, ignore_errors=True)
-        return tally
+            _claim(out, plan, info.parts)
+            parts = cut_parts(out, len(listing.videos), info.parts)
+            _make_parts(parts[task.index :: task.count], listing, rules, info, workers, progress, made)
+            missing = _finish(parts, listing, rules, info, out, plan)
+        if not missing:
+            shutil.rmtree(out / WORK, ignore_errors=True)
+        return Outcome(made, missing, was_complete)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}; mend that and run the same command again, it goes on") from None
 
 
 def plan_digest(listing: Listing, rules: ClipRules, info: SetInfo) -> str:
     """Hash of all that decides the content of the set: sources with their sizes, rules, and how shards are cut."""
-    sources = [(video.name, video.label, video.caption, _source_size(video)) for video in listing.videos]
-    return hashlib.sha256(dump_json([SCHEMA, sources, listing.classes, listing.missing, asdict(rules), asdict(info)])).hexdigest()
-
-
-def _source_size(video: Video) -> int:
-    return sum(1 for _ in video.path.iterdir()) if video.is_frames else video.path.stat().st_size
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Holds the folder for this process; the lock goes with the process, however it ends."""
-    with (out / WORK / "lock").open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another preprocess.py is writing to {out}") from None
-        yield
+    digest = hashlib.sha256(dump_json([SCHEMA, listing.classes, listing.missing, listing.rejected, asdict(rules), asdict(info)]))
+    for video in listing.videos:
+        digest.update(dump_json([video.name, video.label, video.caption, video.fps, video.content_id()]))
+    return digest.hexdigest()
 
 
 def _complete(out: Path, plan: str) -> bool:
@@ -94,91 +117,109 @@ def _complete(out: Path, plan: str) -> bool:
     return True
 
 
-def _build(
-    listing: Listing, rules: ClipRules, info: SetInfo, out: Path, plan: str, workers: int, progress: Callable[[int, Tally], None]
-) -> Tally:
-    spools = _claim(out, plan)
-    writer = _SetWriter(out, info)
-    progress(writer.first_video, writer.total)
-    for number, prepared, spool in prepare_all(listing.videos, writer.first_video, rules, listing.classes, spools, workers):
-        for clip, (sample, facts) in enumerate(read_spool(prepared, spool)):
-            writer.add(number, clip, sample, facts.fps)
-        spool.unlink()
-        if prepared.skipped:
-            writer.part.skipped.append(prepared.skipped)
-        progress(number + 1, writer.total)
-    total = writer.finish(len(listing.videos))
-    total.skipped += [(name, "missing", "named in the list, not in the folder") for name in listing.missing]
-    write_report(out, total, listing)
-    if not total.clips:
-        reasons = Counter(reason for _, reason, _ in total.skipped)
-        why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        raise UserError(f"no clip could be made of {len(listing.videos)} videos ({why}): see {out / 'report.json'}")
-    atomic_write_bytes(out / INDEX, _index(listing, rules, info, writer.entries, total, plan))
-    return total
-
-
-def _claim(out: Path, plan: str) -> Path:
-    """Notes the plan, or checks that the unfinished set has the same one. Returns an empty folder for this process's spool files."""
+def _claim(out: Path, plan: str, parts: int) -> None:
+    """Notes the plan, or checks that the unfinished set has the same one. Several tasks may do so at the same time."""
+    (out / WORK).mkdir(parents=True, exist_ok=True)
     noted = out / WORK / "plan"
+    # In this order: shards of this set appear after its plan.
+    foreign = next(out.glob("shard-*"), None) is not None
     if not noted.exists():
-        if next(out.glob("shard-*"), None):
+        if foreign and not (out / INDEX).exists():
             raise UserError(f"{out} holds shards that another program or version left: choose another --out, or --overwrite")
-        atomic_write_bytes(noted, plan.encode())
-    elif noted.read_text() != plan:
+        mine = noted.with_name(f"plan-{os.uname().nodename}-{os.getpid()}")
+        atomic_write_bytes(mine, dump_json({"plan": plan, "parts": parts}))
+        with suppress(FileExistsError):
+            os.link(mine, noted)  # unlike a renaming it never replaces the plan of a task that was faster
+        mine.unlink()
+    try:
+        found = json.loads(noted.read_bytes())
+        other_parts = found["parts"] if found["parts"] != parts else 0
+    except (ValueError, KeyError, TypeError):
+        found, other_parts = {"plan": ""}, 0
+    if other_parts:
+        raise UserError(f"{out} holds an unfinished set in {other_parts} parts, not {parts}: say --parts {other_parts} to go on with it")
+    if found["plan"] != plan:
         raise UserError(f"{out} holds an unfinished set of other videos or with other settings: choose another --out, or --overwrite")
-    # A killed run's workers may live for a moment and write into the old folder: it goes, and theirs fail with it.
-    for old in (out / WORK).glob("spool-*"):
-        shutil.rmtree(old, ignore_errors=True)
-    spools = out / WORK / f"spool-{os.getpid()}"
-    spools.mkdir()
-    return spools
 
 
-class _SetWriter:
-    """Puts clips into shards as they come, closes a shard when it is full, and begins after the shards that are whole already."""
+def _make_parts(
+    parts: list[Part], listing: Listing, rules: ClipRules, info: SetInfo, workers: int, progress: Progress, made: Tally
+) -> None:
+    before = 0
 
-    def __init__(self, out: Path, info: SetInfo) -> None:
-        self.out, self.info = out, info
-        self.entries: list[dict[str, Any]] = []
-        """The finished shards' rows of index.json."""
-        self.total, self.part = Tally(), Tally()
-        self.shard: ShardWriter | None = None
-        self.first_video = self.first_clip = 0
-        while (table := finished_shard(out, len(self.entries))) is not None:
-            self._finished(table)
-            self.first_video, self.first_clip = table["progress"]["next"]
-        remove_set(out, keep=len(self.entries))
+    def advance(videos: int, tally: Tally) -> None:
+        progress(before + videos, tally)
 
-    def _finished(self, table: dict[str, Any]) -> None:
-        self.entries.append(shard_entry(self.out, len(self.entries), table))
-        self.total.add(Tally.from_dict(table["progress"]["tally"]))
-
-    def add(self, video: int, clip: int, sample: Sample, fps: float) -> None:
-        """The next clip in order of (video, clip); those of finished shards are passed over."""
-        if (video, clip) < (self.first_video, self.first_clip):
-            return
-        if self.shard is None:
-            self.shard = ShardWriter(self.out, len(self.entries))
-        self.shard.add(sample)
-        self.part.add(Tally(int(clip == 0), 1, Counter({str(fps): 1}), Counter({str(sample.label): 1})))
-        if self.shard.samples >= self.info.shard_samples or self.shard.nbytes >= self.info.shard_bytes:
-            self._close(video, clip + 1)
-
-    def _close(self, video: int, clip: int) -> None:
-        assert self.shard is not None
-        self._finished(self.shard.close({"next": [video, clip], "tally": self.part.to_dict()}))
-        self.part, self.shard = Tally(), None
-
-    def finish(self, videos: int) -> Tally:
-        """Closes the last shard. Returns the counts of the whole set."""
-        if self.shard is not None:
-            self._close(videos, 0)
-        self.total.add(self.part)
-        return self.total
+    for part in parts:
+        with locked(part):
+            done = part.done()
+            if done is not None:
+                made.add(Tally.from_dict(done["tally"]))
+            elif not (part.out / INDEX).exists():  # else another task found all parts made, and has taken the marker away
+                made.add(make_part(part, listing, rules, info.cut, workers, advance))
+        before += part.last - part.first
+        progress(before, made)
 
 
-def _index(listing: Listing, rules: ClipRules, info: SetInfo, shards: list[dict[str, Any]], total: Tally, plan: str) -> bytes:
+@contextmanager
+def _finishing(out: Path) -> Iterator[None]:
+    """One task after the other. Without locks on the file system two may do the same work, with the same bytes."""
+    with (out / WORK / "finish").open("wb") as lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _finish(parts: list[Part], listing: Listing, rules: ClipRules, info: SetInfo, out: Path, plan: str) -> int:
+    """Writes what stands over the shards, once all parts are made. Returns how many are not."""
+    (out / WORK).mkdir(exist_ok=True)
+    with _finishing(out):
+        done = [part.done() for part in parts]
+        if (out / INDEX).exists():
+            return 0
+        made = [part for part in done if part is not None]
+        if len(made) < len(parts):
+            return len(parts) - len(made)
+        entries, total = [entry for part in made for entry in part["entries"]], Tally()
+        for part in made:
+            total.add(Tally.from_dict(part["tally"]))
+        total.skipped += [(name, "missing", "named in the list, not in the folder") for name in listing.missing] + listing.rejected
+        dropped = _dropped(out, entries, info)
+        count = sum(map(len, dropped.values()))
+        write_report(out, total, listing, count)
+        if not total.clips:
+            reasons = Counter(reason for _, reason, _ in total.skipped)
+            reasons += total.rejected
+            why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            raise UserError(f"no clip could be made of {len(listing.videos)} videos ({why}): see {out / 'report.json'}")
+        write_sheet(out, entries, rules.codec, listing.classes)
+        atomic_write_bytes(out / INDEX, _index(listing, rules, info, entries, total, plan, dropped))
+    return 0
+
+
+def _dropped(out: Path, entries: list[dict[str, Any]], info: SetInfo) -> dict[str, list[int]]:
+    """Shard -> rows of the clips that repeat one of another part; those of the same part were never stored."""
+    if info.dedupe is None or info.parts == 1:
+        return {}
+    copies, dropped = Copies(info.dedupe), {}
+    for entry in entries:
+        table = json.loads((out / sidecar_name(entry["name"])).read_bytes())
+        clips = zip(table["key"], table["progress"]["fingerprints"], strict=True)
+        rows = [row for row, (key, fingerprint) in enumerate(clips) if copies.is_copy(key, fingerprint)]
+        if rows:
+            dropped[entry["name"]] = rows
+    return dropped
+
+
+def _index(
+    listing: Listing,
+    rules: ClipRules,
+    info: SetInfo,
+    shards: list[dict[str, Any]],
+    total: Tally,
+    plan: str,
+    dropped: dict[str, list[int]],
+) -> bytes:
     codec: dict[str, Any] = {"name": rules.codec}
     if rules.codec == "mp4":
         codec |= {"encoder": "libx264", "crf": MP4_CRF, "pixels": "yuv420p", "tune": "fastdecode"}
@@ -192,9 +233,10 @@ def _index(listing: Listing, rules: ClipRules, info: SetInfo, shards: list[dict[
         "size": rules.size,
         "codec": codec,
         "transform": {key: value for key, value in asdict(rules).items() if key not in ("codec", "size", "clip_length")},
-        "samples": total.clips,
+        "samples": total.clips - sum(map(len, dropped.values())),
         "videos": total.videos,
         "plan": plan,
         "shards": shards,
+        "dropped": dropped,
     }
     return json.dumps(index, indent=1, sort_keys=True).encode() + b"\n"

@@ -1,29 +1,73 @@
-"""What preprocessing did: counts, and every file that was left out with the reason."""
+"""What preprocessing did: counts, histograms, and every file that was left out with the reason. All of it counters of few bins."""
 
 import json
+from bisect import bisect_right
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datasets.prepare.clips import Facts
 from datasets.sources.base import Listing
+from utils.errors import UserError
 from utils.files import atomic_write_bytes
 
 REPORT = "report.json"
 
+EDGES: dict[str, tuple[float, ...]] = {
+    "seconds of a source": (0, 1, 2, 3, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 7200),
+    "frame rate of a source": (0, 5, 8, 10, 12, 15, 20, 24, 25, 26, 30, 31, 50, 51, 60, 61, 120),
+    "shorter side of a source": (0, 64, 128, 240, 360, 480, 720, 1080, 1440, 2160),
+    "clips of a video": (0, 1, 2, 3, 4, 5, 10, 20, 50, 100, 200, 500, 1000),
+    "motion of a clip": (0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+}
+"""Histogram -> lower edges of its bins; the last bin has no end."""
+
+
+def bin_of(histogram: str, value: float) -> str:
+    """The bin that a value falls into, as text: its lower edge."""
+    edges = EDGES[histogram]
+    return f"{edges[max(0, bisect_right(edges, value) - 1)]:g}"
+
 
 @dataclass
 class Tally:
-    """Counts of one shard or of the whole set."""
+    """Counts of one shard, of a part or of the whole set. Its size does not grow with the number of clips."""
 
     videos: int = 0
+    """Videos of which a clip was taken."""
     clips: int = 0
     fps: Counter[str] = field(default_factory=Counter)
     """Frame rate -> clips."""
     labels: Counter[str] = field(default_factory=Counter)
     """Label -> clips."""
+    rejected: Counter[str] = field(default_factory=Counter)
+    """Reason -> clips left out of videos that were used otherwise."""
+    histograms: dict[str, Counter[str]] = field(default_factory=dict)
+    """Name in EDGES -> bin -> count."""
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
     """(video, reason, detail)."""
+
+    def count_clip(self, label: int, facts: Facts) -> None:
+        """A clip that is stored."""
+        self.clips += 1
+        self.fps[str(facts.fps)] += 1
+        self.labels[str(label)] += 1
+        self._count("motion of a clip", facts.motion)
+
+    def count_video(self, clips: list[Facts], rejected: list[str], kept: int) -> None:
+        """A video that could be read: all its clips, why others were left out, and how many of the clips are stored."""
+        self.videos += int(kept > 0)
+        self.rejected.update(rejected)
+        self._count("clips of a video", kept)
+        for facts in clips[:1]:
+            self._count("seconds of a source", facts.source_seconds)
+            self._count("frame rate of a source", facts.source_fps)
+            self._count("shorter side of a source", min(facts.source_size))
+
+    def _count(self, histogram: str, value: float) -> None:
+        self.histograms.setdefault(histogram, Counter())[bin_of(histogram, value)] += 1
 
     def add(self, other: "Tally") -> None:
         """Adds another count to this one."""
@@ -31,18 +75,23 @@ class Tally:
         self.clips += other.clips
         self.fps.update(other.fps)
         self.labels.update(other.labels)
+        self.rejected.update(other.rejected)
+        for name, bins in other.histograms.items():
+            self.histograms.setdefault(name, Counter()).update(bins)
         self.skipped += other.skipped
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        counts = {"videos": self.videos, "clips": self.clips, "fps": dict(self.fps), "labels": dict(self.labels)}
-        return counts | {"skipped": list(self.skipped)}
+        counters = {"fps": self.fps, "labels": self.labels, "rejected": self.rejected, "histograms": self.histograms}
+        return {"videos": self.videos, "clips": self.clips, "skipped": list(self.skipped)} | counters
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Tally":
         """Takes back what `to_dict` gave, also by way of JSON."""
         skipped = [(name, reason, detail) for name, reason, detail in values["skipped"]]
-        return cls(values["videos"], values["clips"], Counter(values["fps"]), Counter(values["labels"]), skipped)
+        fps, labels, rejected = (Counter(values[name]) for name in ("fps", "labels", "rejected"))
+        histograms = {name: Counter(bins) for name, bins in values["histograms"].items()}
+        return cls(values["videos"], values["clips"], fps, labels, rejected, histograms, skipped)
 
     @property
     def common_fps(self) -> float:
@@ -50,33 +99,63 @@ class Tally:
         return min((-count, float(fps)) for fps, count in self.fps.items())[1]
 
 
-def write_report(folder: Path, tally: Tally, listing: Listing) -> None:
-    """report.json: the counts, clips of each class, and the skipped files by reason."""
+def write_report(folder: Path, tally: Tally, listing: Listing, dropped: int = 0) -> None:
+    """report.json: counts, clips of each class, histograms, and what was left out by reason. `dropped`: stored clips that are not used."""
     reasons = defaultdict(list)
     for name, reason, detail in sorted(tally.skipped):
         reasons[reason].append({"file": name, "detail": detail})
-    classes = {name: tally.labels.get(str(label), 0) for label, name in enumerate(listing.classes)}
-    found = len(listing.videos) + len(listing.missing)
-    report = {"videos": found, "used": tally.videos, "clips": tally.clips, "clips_per_class": classes, "clips_per_fps": tally.fps}
-    text = json.dumps(report | {"skipped": reasons, "tally": tally.to_dict()}, indent=1, sort_keys=True)
-    atomic_write_bytes(folder / REPORT, text.encode() + b"\n")
+    rejected = tally.rejected + Counter({"duplicate of a clip in another part": dropped})
+    report = {
+        "videos": len(listing.videos) + len(listing.missing) + len(listing.rejected),
+        "used": tally.videos,
+        "clips": tally.clips - dropped,
+        "clips_per_class": {name: tally.labels.get(str(label), 0) for label, name in enumerate(listing.classes)},
+        "clips_per_fps": tally.fps,
+        "histograms": {name: _in_order(bins) for name, bins in tally.histograms.items()},
+        "rejected_clips": dict(rejected),
+        "skipped": reasons,
+    }
+    atomic_write_bytes(folder / REPORT, json.dumps(report, indent=1, sort_keys=True).encode() + b"\n")
 
 
-def read_report(folder: Path) -> Tally:
-    """The counts of a finished set."""
-    return Tally.from_dict(json.loads((folder / REPORT).read_bytes())["tally"])
+def _in_order(bins: Counter[str]) -> list[tuple[float, int]]:
+    return sorted((float(edge), count) for edge, count in bins.items())
 
 
-def table(tally: Tally, limit: int = 10) -> str:
-    """A table of what was skipped: reason, count, and the first `limit` files of each with their detail."""
-    if not tally.skipped:
-        return "nothing was skipped"
-    reasons = Counter(reason for _, reason, _ in tally.skipped)
-    lines = []
-    for reason, count in reasons.most_common():
-        lines.append(f"skipped {count}: {reason}")
-        rows = sorted((name, detail) for name, why, detail in tally.skipped if why == reason)
-        width = max(len(name) for name, _ in rows[:limit])
-        lines += [f"  {name:<{width}}  {detail}" for name, detail in rows[:limit]]
-        lines += [f"  ... and {count - limit} more in {REPORT}"] if count > limit else []
-    return "\n".join(lines)
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """report.json of a finished set; None where there is none. UserError when it is damaged."""
+    try:
+        report = json.loads((folder / REPORT).read_bytes())
+        summary(report)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / REPORT} is damaged ({error!r}): delete it, the shards do not need it") from None
+    assert isinstance(report, dict)
+    return report
+
+
+def summary(report: dict[str, Any], limit: int = 10) -> str:
+    """The report as text: histograms as bars, and of what was left out each reason, its count and the first `limit` files."""
+    lines = [line for name, bins in sorted(report["histograms"].items()) for line in _bars(name, bins)]
+    classes = Counter(report["clips_per_class"]).most_common()
+    if classes:
+        lines += _bars("clips of a class", classes[:limit])
+        if len(classes) > limit:
+            lines.append(f"  ... and {len(classes) - limit} more classes, the smallest {classes[-1][0]} with {classes[-1][1]}")
+    for reason, count in Counter(report["rejected_clips"]).most_common():
+        lines.append(f"left out {count} clips: {reason}")
+    for reason, rows in sorted(report["skipped"].items(), key=lambda item: (-len(item[1]), item[0])):
+        lines.append(f"skipped {len(rows)}: {reason}")
+        width = max(len(row["file"]) for row in rows[:limit])
+        lines += [f"  {row['file']:<{width}}  {row['detail']}" for row in rows[:limit]]
+        lines += [f"  ... and {len(rows) - limit} more in {REPORT}"] if len(rows) > limit else []
+    return "\n".join(lines + ([] if report["skipped"] else ["nothing was skipped"]))
+
+
+def _bars(name: str, bins: Iterable[tuple[float | str, int]]) -> list[str]:
+    rows = [(f"{edge:g}" if isinstance(edge, float) else str(edge), count) for edge, count in bins]
+    if not rows:
+        return []
+    width, most = max(len(edge) for edge, _ in rows), max(1, *(count for _, count in rows))
+    return [name, *(f"  {edge:>{width}} {count:>9} {'#' * -(-30 * count // most)}" for edge, count in rows)]

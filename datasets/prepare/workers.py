@@ -68,7 +68,7 @@ def _start_worker(stop: Connection) -> None:
 
 
 @contextmanager
-def _worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Spawned workers that are gone at once when the block is left, whatever they were doing."""
     context = multiprocessing.get_context("spawn")
     stop_reader, stop_writer = context.Pipe(duplex=False)
@@ -82,21 +82,21 @@ def _worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def prepare_all(
-    videos: list[Video], first: int, rules: ClipRules, classes: list[str], folder: Path, workers: int
+    videos: list[Video], numbers: range, rules: ClipRules, classes: list[str], folder: Path, workers: int
 ) -> Iterator[tuple[int, Prepared, Path]]:
-    """(number, clips, spool file) of the videos from number `first` on, in order, prepared by `workers` processes a little ahead."""
+    """(number, clips, spool file) of the videos of these numbers, in order, prepared by `workers` processes a little ahead."""
 
     def job(number: int) -> tuple[Video, ClipRules, str | None, Path]:
         video = videos[number]
         return video, rules, classes[video.label] if classes else None, _spool(folder, number)
 
     if workers <= 1:
-        yield from ((number, prepare(*job(number)), _spool(folder, number)) for number in range(first, len(videos)))
+        yield from ((number, prepare(*job(number)), _spool(folder, number)) for number in numbers)
         return
     ahead: deque[tuple[int, Future[Prepared]]] = deque()
-    with _worker_pool(workers) as pool:
+    with worker_pool(workers) as pool:
         try:
-            for number in range(first, len(videos)):
+            for number in numbers:
                 ahead.append((number, pool.submit(prepare, *job(number))))
                 if len(ahead) > 2 * workers:
                     yield ahead[0][0], ahead[0][1].result(), _spool(folder, ahead[0][0])

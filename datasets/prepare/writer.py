@@ -6,6 +6,7 @@ import json
 import os
 import tarfile
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +16,9 @@ import numpy as np
 from datasets.shards import SCHEMA, frame_sums, sidecar_name
 from utils.errors import UserError
 from utils.files import atomic_write_bytes, fsync_path, sha256_file
+
+SET_FILES = ("index.json", "report.json", "sheet.png")
+"""What stands in a set's folder beside the shards."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +69,21 @@ def _table() -> dict[str, list[Any]]:
     return {name: [] for name in ("key", "offset", "nbytes", "crc32", "frames", "label", "sums")}
 
 
+def shard_name(number: int, part: int | None = None) -> str:
+    """File name of shard `number`; of part `part`, where the set is made in several."""
+    return f"shard-{number:05d}.tar" if part is None else f"shard-{part:04d}-{number:05d}.tar"
+
+
 @dataclass
 class ShardWriter:
     """One shard being written. `close` commits it: first the tar, then its offset index; a tar without index is not finished."""
 
     folder: Path
-    number: int
+    name: str
     table: dict[str, list[Any]] = field(default_factory=_table)
 
     def __post_init__(self) -> None:
-        self.path = self.folder / f"shard-{self.number:05d}.tar"
+        self.path = self.folder / self.name
         self.temporary = self.path.with_name(self.path.name + ".tmp")
         self.file = _Hashing(self.temporary.open("wb"))
         # pax headers would hold times; plain ustar with fixed fields gives the same bytes each time.
@@ -102,6 +111,12 @@ class ShardWriter:
                     self.table[name].append(value)
             first = False
 
+    def abandon(self) -> None:
+        """Gives up: what was written so far goes, so that a full disk is not kept full."""
+        with suppress(OSError):
+            self.file.file.close()
+        self.temporary.unlink(missing_ok=True)
+
     def close(self, progress: dict[str, Any]) -> dict[str, Any]:
         """Commits the shard. Returns its offset index, which keeps `progress` (where the next shard begins, what was skipped)."""
         self.tar.close()
@@ -116,31 +131,39 @@ class ShardWriter:
         return table
 
 
-def finished_shard(folder: Path, number: int) -> dict[str, Any] | None:
-    """The offset index of shard `number`, when both files are there and the tar's hash is right; else None."""
-    path = folder / f"shard-{number:05d}.tar"
+def finished_shard(folder: Path, name: str) -> dict[str, Any] | None:
+    """The offset index of a shard, when both files are there and the tar's hash is right; else None."""
     try:
-        table = json.loads((folder / sidecar_name(path.name)).read_bytes())
-        whole = sha256_file(path) == table["tar"]["sha256"]
+        table = json.loads((folder / sidecar_name(name)).read_bytes())
+        whole = sha256_file(folder / name) == table["tar"]["sha256"]
     except (FileNotFoundError, ValueError, KeyError):
         return None
     return table if whole else None
 
 
-def shard_entry(folder: Path, number: int, table: dict[str, Any]) -> dict[str, Any]:
+def shard_entry(folder: Path, name: str, table: dict[str, Any]) -> dict[str, Any]:
     """The row of index.json about a finished shard."""
-    name = f"shard-{number:05d}.tar"
     raw = (folder / sidecar_name(name)).read_bytes()
     return {"name": name, "samples": len(table["key"]), "index_sha256": hashlib.sha256(raw).hexdigest()} | table["tar"]
 
 
-def remove_set(folder: Path, keep: int = 0) -> None:
-    """Deletes what the toolkit wrote into a shard folder, except the first `keep` shards."""
-    kept = {f"shard-{number:05d}{suffix}" for number in range(keep) for suffix in (".tar", ".index.json")}
-    for pattern in ("shard-*.tar", "shard-*.index.json", "*.tmp", "index.json", "report.json"):
+def remove_shards(folder: Path, keep: int, part: int | None = None) -> None:
+    """Deletes the shards of a part (or of a set in one part) from number `keep` on, with what a killed process left of them."""
+    stem = "shard-" if part is None else f"shard-{part:04d}-"
+    kept = {name for number in range(keep) for name in (shard_name(number, part), sidecar_name(shard_name(number, part)))}
+    _remove(folder, (f"{stem}*", f".{stem}*.tmp"), kept)
+
+
+def remove_set(folder: Path) -> None:
+    """Deletes what the toolkit wrote into a shard folder."""
+    _remove(folder, ("shard-*.tar", "shard-*.index.json", "*.tmp", ".*.tmp", *SET_FILES), set())
+
+
+def _remove(folder: Path, patterns: tuple[str, ...], kept: set[str]) -> None:
+    for pattern in patterns:
         for path in folder.glob(pattern):
             if path.name not in kept:
                 try:
-                    path.unlink()
+                    path.unlink(missing_ok=True)
                 except OSError as error:
                     raise UserError(f"cannot delete {path}: {error.strerror}") from None

@@ -1,0 +1,60 @@
+"""`preprocess.py inspect`: what a shard set holds, and a picture of it."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets.prepare.check import read_set
+from datasets.prepare.report import read_report, summary
+from datasets.prepare.sheet import SHEET, write_sheet
+from datasets.prepare.survey import survey
+from datasets.shards import ShardSet
+from utils.errors import ConfigError, UserError
+
+
+def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `preprocess.py inspect`."""
+    parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder of a shard set, of pixels or of latents")
+    parser.add_argument(
+        "--sheet", type=Path, metavar="FILE", help=f"draw the contact sheet into this picture (the set holds one as {SHEET})"
+    )
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    """`preprocess.py inspect`: prints what the set is, and its report, or what its shards show where there is no report."""
+    index = read_set(args.shards)
+    if args.sheet and index["codec"]["name"] == "latent":
+        raise ConfigError(f"--sheet: {args.shards} holds latents, which are no pictures; draw the sheet of the pixel set")
+    print(describe(args.shards, index))
+    report = read_report(args.shards)
+    if report is None:
+        report = survey(ShardSet.open(args.shards))
+        print("there is no report.json: counted from the offset indices, and from the cards of some hundred clips")
+    print(summary(report))
+    if args.sheet:
+        try:
+            print(f"contact sheet: {write_sheet(args.shards, index['shards'], index['codec']['name'], index['classes'], args.sheet)}")
+        except OSError as error:
+            raise UserError(f"cannot draw {args.sheet}: {error}") from None
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise UserError(f"{args.shards} is damaged ({error}): preprocess.py verify {args.shards} lists every fault") from None
+
+
+def describe(folder: Path, index: Mapping[str, Any]) -> str:
+    """The set in a few lines: name, licence, counts, form of a sample, the rules that made it."""
+    shards, (height, width) = index["shards"], index["size"]
+    length = f"{index['clip_length']} frames" if index["clip_length"] else "whole videos"
+    gib = sum(entry["bytes"] for entry in shards) / 2**30
+    dropped = sum(map(len, index.get("dropped", {}).values()))
+    codec = " ".join(str(value) for value in index["codec"].values())
+    lines = [
+        f"{folder}: {index['name']}, layout {index['source']}, split {index['split']}",
+        f"  {index['samples']} samples of {length}, {height}x{width} at {index['fps']:g} fps, {codec}; {len(shards)} shards, {gib:.3g} GiB",
+        f"  {len(index['classes'])} classes, {index['videos']} videos" + (f", {dropped} samples left out as duplicates" if dropped else ""),
+        f"  licence or source: {index['licence'] or 'none noted'}",
+    ]
+    for name in ("transform", "tensors", "autoencoder"):
+        if index.get(name):
+            lines.append(f"  {name}: " + ", ".join(f"{key} {value}" for key, value in index[name].items()))
+    return "\n".join(lines)
