@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from datasets.config import DataConfig, resolve
-from datasets.loader import ClipReader
-from datasets.shards import ShardSet
+from datasets.config import DataConfig, open_shards, resolve
+from datasets.mixture import Collection
+from datasets.reader import ClipReader
 from launch.env import Env, Stopped, distributed
 from launch.run import Launch, parse_launch, run_main
 from losses import perceptual
@@ -95,7 +95,9 @@ def reconstruct(launch: Launch) -> None:
 
 def measure_reconstruction(config: ReconstructConfig, env: Env) -> dict[str, Any]:
     """Figures and protocol; the processes share the clips, each clip is counted once."""
-    shards = ShardSet.open(config.data_path)
+    shards = open_shards(DataConfig(path=(config.data_path,)))
+    if shards.is_latent:
+        raise ConfigError(f"--data-path {config.data_path}: it holds latents; give the shard set of the clips they were made of")
     pipeline = CMDPipeline.from_exports(
         config.ae,
         vae=config.vae,
@@ -109,7 +111,7 @@ def measure_reconstruction(config: ReconstructConfig, env: Env) -> dict[str, Any
     model = pipeline.ae.config
     factor = 1 if pipeline.vae is None else pipeline.vae.factor
     size = (factor * model.image_size[0], factor * model.image_size[1])
-    resolve(DataConfig(path=config.data_path, n_frames=model.n_frames, image_size=size), shards)
+    resolve(DataConfig(path=(config.data_path,), n_frames=model.n_frames, image_size=size), shards)
     total = min(config.max_clips, shards.num_samples) if config.max_clips else shards.num_samples
     distance = _distance(config, env)
     mine = np.arange(total)[env.rank :: env.world_size]
@@ -137,7 +139,7 @@ def _distance(config: ReconstructConfig, env: Env) -> nn.Module | None:
     return None if distance is None else distance.to(env.device)
 
 
-def _clips(shards: ShardSet, samples: np.ndarray, n_frames: int, batch: int, device: torch.device) -> Iterator[tuple[np.ndarray, Tensor]]:
+def _clips(shards: Collection, samples: np.ndarray, n_frames: int, batch: int, device: torch.device) -> Iterator[tuple[np.ndarray, Tensor]]:
     """(numbers, clips b 3 t h w in [-1, 1]): the first frames of each sample."""
     reader = ClipReader(shards, n_frames)
     for start in range(0, len(samples), batch):
@@ -168,7 +170,7 @@ def _reduced(sums: dict[str, float], count: int, total: int) -> dict[str, float]
 
 
 def _summary(
-    config: ReconstructConfig, shards: ShardSet, pipeline: CMDPipeline, missing: bool, total: int, means: dict[str, float]
+    config: ReconstructConfig, shards: Collection, pipeline: CMDPipeline, missing: bool, total: int, means: dict[str, float]
 ) -> dict[str, Any]:
     """Figures first, then how they were measured."""
     return means | {

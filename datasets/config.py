@@ -1,22 +1,32 @@
 """Settings of the training stream."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
+from datasets.mixture import Collection
 from datasets.shards import ShardSet
+from datasets.storage import CacheConfig
 from utils.config import flag
 from utils.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: str = flag("", "data-path")
-    """Shard set to train on: the folder that preprocess.py wrote (it holds index.json)."""
+    path: tuple[str, ...] = flag((), "data-path")
+    """Shard sets to train on: folders that preprocess.py wrote (they hold index.json), URLs of such folders (s3://, gs://, http://...),
+    or `pipe:COMMAND` with {} in place of the file's name."""
+    weights: tuple[float, ...] = flag((), "data-weights")
+    """Share of each shard set in the samples, in any unit; none: all samples of all sets once an epoch."""
     val_path: str = flag("", "val-path")
     """Shard set for evaluation and previews; empty: previews show training clips, no evaluation."""
     dataset_name: str = flag("", "dataset-name")
     """Name of the data set for the records; empty: what the shard set says."""
     n_frames: int = flag(0, "n-frames")
     """Frames per training clip, a random window of the stored clip; 0: the whole stored clip."""
+    frame_interval: int = flag(1, "frame-interval")
+    """Distance of the frames of a clip in the stored clip; 1: consecutive frames."""
+    clip_rule: Literal["consecutive", "linspace"] = flag("consecutive", "clip-rule")
+    """consecutive: every frame_interval-th frame; linspace: frames spread evenly over n_frames x frame_interval, both ends taken."""
     image_size: tuple[int, int] = flag((0, 0), "image-size")
     """Height and width; 0 0: as stored. Anything else must be what the shards hold."""
     num_workers: int = flag(4, "num-workers")
@@ -25,26 +35,90 @@ class DataConfig:
     """Batches that each worker process, or all threads together, keep ready."""
     flip: bool = flag(False, "flip")
     """Mirror half of the clips left to right."""
+    shuffle: Literal["auto", "full", "block"] = "auto"
+    """full: over all samples; block: shards in random order and their samples within a window of shards, so that few shards are needed
+    at a time; auto: block for shards that must be fetched, full for those on disk."""
+    shuffle_shards: int = 16
+    """block: shards of a window. Shards to be fetched: so many are fetched ahead; the cache should hold three times as many."""
+    on_bad_sample: Literal["fail", "skip"] = flag("fail", "on-bad-sample")
+    """A sample that is missing or damaged ends the run, or is reported, counted and replaced by another."""
+    max_bad_share: float = flag(0.01, "max-bad-share")
+    """skip: a larger share of bad samples ends the run all the same (ten bad ones are always allowed, unless this is 0)."""
+    cache_dir: str = flag("", "cache-dir")
+    """Folder for shards that were fetched; empty: ~/.cache/kinoform."""
+    cache_gib: float = flag(64.0, "cache-gib")
+    """Size that the cache is kept below; the shards used longest ago go first."""
+    fetch_timeout: float = 60.0
+    """Seconds without a byte after which fetching a shard is given up and tried again."""
+    fetch_retries: int = 4
+    """How often fetching a shard is tried again."""
 
 
-def resolve(data: DataConfig, shards: ShardSet) -> DataConfig:
-    """Fills `n_frames`, `image_size` and `dataset_name` from the shard set. ConfigError where they ask for what it does not hold."""
-    if data.n_frames > shards.clip_length:
-        stored = "its clips have" if shards.meta["clip_length"] else "its shortest video has"
-        raise ConfigError(
-            f"--n-frames {data.n_frames}: {stored} {shards.clip_length} frames ({shards.folder}): use fewer, "
-            "or another --clip-length in preprocess.py"
-        )
+def open_shards(data: DataConfig) -> Collection:
+    """Opens the shard sets of `data.path`. Raises ConfigError or UserError naming the path."""
+    if not data.path:
+        raise ConfigError("no training data: give --data-path FOLDER, a shard set made by preprocess.py")
+    cache = CacheConfig(data.cache_dir, data.cache_gib, data.fetch_timeout, data.fetch_retries)
+    return Collection.of(*(ShardSet.open(path, cache=cache, on_bad=data.on_bad_sample) for path in data.path))
+
+
+def resolve(data: DataConfig, shards: Collection | ShardSet) -> DataConfig:
+    """Fills what the shard sets decide: `n_frames`, `image_size`, `dataset_name`, `shuffle`.
+
+    ConfigError where the settings ask for what the sets do not hold, or cannot be.
+    """
+    shards = Collection.over(shards)
+    _check_numbers(data)
+    if shards.is_latent:
+        _check_latents(data, shards)
+    else:
+        _check_clips(data, shards)
+    if tuple(data.image_size) not in ((0, 0), shards.size):
+        wanted, stored = (" ".join(map(str, size)) for size in (data.image_size, shards.size))
+        raise ConfigError(f"--image-size {wanted}: {shards.location} holds {stored}; drop it or preprocess with --image-size {wanted}")
+    shuffle = data.shuffle
+    if shuffle == "auto":
+        shuffle = "block" if shards.is_remote else "full"
+    return replace(
+        data,
+        n_frames=data.n_frames or shards.clip_length,
+        image_size=shards.size,
+        dataset_name=data.dataset_name or shards.name,
+        shuffle=shuffle,
+    )
+
+
+def _check_numbers(data: DataConfig) -> None:
     if data.n_frames < 0:
         raise ConfigError(f"--n-frames {data.n_frames} is negative: use 0 for the whole stored clip")
     for name in ("num_workers", "prefetch"):
         if getattr(data, name) < 0:
             raise ConfigError(f"data.{name} {getattr(data, name)} is negative: use 0 or more")
-    if data.n_frames == 0 and not shards.meta["clip_length"]:
-        raise ConfigError(f"{shards.folder} holds whole videos of various lengths: say --n-frames (at most {shards.clip_length})")
-    if tuple(data.image_size) not in ((0, 0), shards.size):
-        wanted, stored = (" ".join(map(str, size)) for size in (data.image_size, shards.size))
-        raise ConfigError(f"--image-size {wanted}: {shards.folder} holds {stored}; drop the flag or preprocess with --image-size {wanted}")
-    return replace(
-        data, n_frames=data.n_frames or shards.clip_length, image_size=shards.size, dataset_name=data.dataset_name or shards.name
-    )
+    for name in ("frame_interval", "shuffle_shards"):
+        if getattr(data, name) < 1:
+            raise ConfigError(f"data.{name} {getattr(data, name)}: use 1 or more")
+    if not 0 <= data.max_bad_share <= 1:
+        raise ConfigError(f"--max-bad-share {data.max_bad_share:g}: it is a share, from 0 to 1")
+
+
+def _check_clips(data: DataConfig, shards: Collection) -> None:
+    if data.n_frames == 0 and not shards.stored_length:
+        raise ConfigError(f"{shards.location} holds videos of various lengths: say --n-frames (at most {shards.clip_length})")
+    frames = data.n_frames or shards.clip_length
+    # linspace takes smaller steps where a clip is short.
+    needed = frames if data.clip_rule == "linspace" else (frames - 1) * data.frame_interval + 1
+    if needed > shards.clip_length:
+        stored = "its clips have" if shards.stored_length else "its shortest video has"
+        wanted = f"--n-frames {frames}" + (f" --frame-interval {data.frame_interval} ({needed} frames)" if needed > frames else "")
+        raise ConfigError(
+            f"{wanted}: {stored} {shards.clip_length} frames ({shards.location}): use fewer, or another --clip-length in preprocess.py"
+        )
+
+
+def _check_latents(data: DataConfig, shards: Collection) -> None:
+    if data.flip:
+        raise ConfigError(f"--flip: {shards.location} holds latents, which cannot be mirrored; drop the flag, or train on the clips")
+    if data.n_frames not in (0, shards.clip_length):
+        raise ConfigError(f"--n-frames {data.n_frames}: {shards.location} holds latents of {shards.clip_length} frames; drop the flag")
+    if data.frame_interval != 1:
+        raise ConfigError(f"--frame-interval {data.frame_interval}: {shards.location} holds latents of chosen frames; drop the flag")

@@ -8,100 +8,46 @@ import itertools
 import os
 import signal
 import threading
-import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.config import DataConfig, resolve
+from datasets.faults import Fault, FaultLog
+from datasets.lookahead import Lookahead
+from datasets.mixture import Collection
 from datasets.order import Order
-from datasets.shards import ShardSet, frame_sums
-from datasets.video import decode_window
+from datasets.reader import ClipReader
+from datasets.shards import ShardSet
 from utils.errors import UserError
 from utils.rng import SampleRng
 
 Batch = dict[str, torch.Tensor]
+Item = tuple[Batch, list[Fault]] | UserError
+"""A micro-batch and the bad samples that were replaced in it; or why there is none."""
 MAX_THREADS = 2
+MAX_ATTEMPTS = 64
+"""Substitutes that are tried for a bad sample."""
 
 
-class ClipReader:
-    """Reads windows of `n_frames` out of a shard set. Opens files when first read, so that it survives fork and pickling."""
+class ClipSource(Dataset[Item]):
+    """This rank's micro-batches of one or more shard sets (`engine.task.BatchSource`).
 
-    def __init__(self, shards: ShardSet, n_frames: int) -> None:
-        self.shards, self.n_frames = shards, n_frames
-        self.files: dict[int, int] = {}
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"files": {}}
-
-    def __del__(self) -> None:
-        for fd in self.files.values():
-            os.close(fd)
-
-    def read(self, samples: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """uint8 (b, t, h, w, c): frames [start, start + t) of each sample. UserError naming shard and key of a bad sample."""
-        out = np.empty((len(samples), self.n_frames, *self.shards.size, 3), dtype=np.uint8)
-        if self.shards.codec == "npy":
-            self._read_raw(samples, starts, out)
-        else:
-            for row, sample, start in zip(out, samples, starts, strict=True):
-                row[:] = self._decode(int(sample), int(start))
-        return out
-
-    def _read_raw(self, samples: np.ndarray, starts: np.ndarray, out: np.ndarray) -> None:
-        shards, frame_bytes = self.shards, out[0, 0].nbytes
-        # Frames end where the member ends; what stands before them is the npy header.
-        offsets = shards.offset[samples] + shards.nbytes[samples] + (starts - shards.frames[samples]) * frame_bytes
-        # Plain numbers and one flat view: this loop holds the interpreter's lock between the reads.
-        clip_bytes, flat = frame_bytes * self.n_frames, out.reshape(-1).data
-        for row, (sample, shard, offset) in enumerate(zip(samples.tolist(), shards.shard[samples].tolist(), offsets.tolist(), strict=True)):
-            file = self.files.get(shard) or self._open(shard)
-            if os.preadv(file, [flat[row * clip_bytes : (row + 1) * clip_bytes]], offset) != clip_bytes:
-                raise UserError(f"{shards.describe(sample)} is cut short: copy the shard again or rerun preprocess.py")
-        sums = frame_sums(out.reshape(len(out), self.n_frames, frame_bytes))
-        rows = (shards.first_sum[samples] + starts)[:, None] + np.arange(self.n_frames)
-        bad = np.flatnonzero((sums != shards.sums[rows]).any(axis=1))
-        if len(bad):
-            raise UserError(f"{shards.describe(samples[bad[0]])} is damaged (checksum): copy the shard again or rerun preprocess.py")
-
-    def _decode(self, sample: int, start: int) -> np.ndarray:
-        shards = self.shards
-        payload = os.pread(self._open(int(shards.shard[sample])), int(shards.nbytes[sample]), int(shards.offset[sample]))
-        if zlib.crc32(payload) != shards.crc32[sample]:
-            raise UserError(f"{shards.describe(sample)} is damaged (crc32): copy the shard again or rerun preprocess.py")
-        try:
-            return decode_window(payload, start, self.n_frames)[:, : shards.size[0], : shards.size[1]]
-        except ValueError as error:
-            raise UserError(f"{shards.describe(sample)} does not decode: {error}; rerun preprocess.py") from None
-
-    def _open(self, shard: int) -> int:
-        if shard not in self.files:
-            path = self.shards.folder / self.shards.meta["shards"][shard]["name"]
-            try:
-                # Two threads may both come here: the one that is late closes its own.
-                file = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise UserError(f"cannot read {path}: {error.strerror}") from None
-            if self.files.setdefault(shard, file) != file:
-                os.close(file)
-        return self.files[shard]
-
-
-class ClipSource(Dataset[Batch | UserError]):
-    """This rank's micro-batches of a shard set (`engine.task.BatchSource`).
-
-    A batch: `video` uint8 (b, c, t, h, w), a view of frames that lie channels last; `label` int64 (b,), 0 when unlabelled;
-    `index` int64 (b,), position in the endless sequence. Rank r has the r-th contiguous part of each global batch, cut into
-    `accumulation` contiguous micro-batches. Raises ConfigError when a global batch does not divide or exceeds the set.
+    A batch: `video` uint8 (b, c, t, h, w), a view of frames that lie channels last, or of latent sets their tensors by name
+    (b, *shape) in the stored type; `label` int64 (b,), 0 when unlabelled; `index` int64 (b,), position in the endless sequence.
+    Rank r has the r-th contiguous part of each global batch, cut into `accumulation` contiguous micro-batches. Raises ConfigError
+    when a global batch does not divide or exceeds the set. Bad samples are errors, or replaced, as `data.on_bad_sample` says.
     """
 
     def __init__(
         self,
-        shards: ShardSet,
+        shards: Collection | ShardSet,
         data: DataConfig,
         *,
         seed: int,
@@ -110,50 +56,107 @@ class ClipSource(Dataset[Batch | UserError]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.shards, self.data, self.seed = shards, resolve(data, shards), seed
+        self.shards = shards = Collection.over(shards)
+        self.data, self.seed = resolve(data, shards), seed
+        blocks = self.data.shuffle == "block"
+        self.ahead = shards.check_cache(self.data.shuffle_shards if blocks else 1)
         self.order = Order(
-            shards.num_samples, seed=seed, global_batch=global_batch_size, accumulation=accumulation, rank=rank, world=world_size
+            shards.sequence(seed, self.data.weights, self.data.shuffle_shards if blocks else 0),
+            global_batch=global_batch_size,
+            accumulation=accumulation,
+            rank=rank,
+            world=world_size,
+            shard=shards.shard if blocks else None,
         )
-        self.reader = ClipReader(shards, self.data.n_frames)
+        self.reader = ClipReader(shards, self.data.n_frames, interval=self.data.frame_interval, rule=self.data.clip_rule)
+        self.faults = FaultLog(shards, self.data.max_bad_share, rank=rank) if self.data.on_bad_sample == "skip" else None
         self.steps_per_epoch = self.order.steps_per_epoch
 
-    def __getitem__(self, number: int) -> Batch | UserError:
+    def __getitem__(self, number: int) -> Item:
         """Micro-batch number `step * accumulation + k`.
 
         A UserError is returned, not raised: a loader process would wrap it in a traceback.
         """
         indices = self.order.indices(*divmod(number, self.order.accumulation))
-        samples = self.order.samples(indices)
         rng = SampleRng(self.seed, torch.from_numpy(indices))
-        slack = torch.from_numpy(self.shards.frames[samples] - self.data.n_frames + 1)
         try:
-            frames = self.reader.read(samples, rng.integers("data/window", slack).numpy())
+            samples, stored, faults = self._read(indices, rng)
         except UserError as error:
             return error
+        batch = self._tensors(stored, rng)
+        batch["label"] = torch.from_numpy(self.shards.label[samples])
+        batch["index"] = torch.from_numpy(indices)
+        return batch, faults
+
+    def _read(self, indices: np.ndarray, rng: SampleRng) -> tuple[np.ndarray, np.ndarray, list[Fault]]:
+        """Samples at these positions, what is stored of them, uint8 (b, rows, bytes), and those that others were put in place of."""
+        samples, out = self.order.samples(indices), self.reader.empty(len(indices))
+        wanted, found = np.arange(len(indices)), list[Fault]()
+        for attempt in range(MAX_ATTEMPTS):
+            windows = rng.integers("data/window", torch.from_numpy(self.reader.windows(samples))).numpy()
+            faults = self.reader.fill(out, wanted, samples[wanted], windows[wanted])
+            if not faults:
+                return samples, out, found
+            if self.faults is None:
+                raise UserError(faults[0][1].text)
+            found += [fault for _, fault in faults]
+            wanted = wanted[[k for k, _ in faults]]
+            for row in wanted.tolist():
+                samples[row] = self.order.substitute(int(indices[row]), attempt)
+        raise UserError(f"no good sample in {MAX_ATTEMPTS} attempts to replace a bad one; the last: {faults[0][1].text}")
+
+    def _tensors(self, stored: np.ndarray, rng: SampleRng) -> Batch:
+        """Stored bytes (b, rows, bytes) as tensors: mirrored clips, or latents by name."""
+        if self.shards.is_latent:
+            return self.reader.split(stored)
+        frames = stored.reshape(len(stored), self.data.n_frames, *self.shards.size, 3)
         if self.data.flip:
             mirrored = (rng.uniform("data/flip") < 0.5).numpy()
             frames[mirrored] = frames[mirrored][:, :, :, ::-1]
-        return {
-            "video": torch.from_numpy(frames).permute(0, 4, 1, 2, 3),
-            "label": torch.from_numpy(self.shards.label[samples]),
-            "index": torch.from_numpy(indices),
-        }
+        return {"video": torch.from_numpy(frames).permute(0, 4, 1, 2, 3)}
 
     def batches(self, first_step: int) -> Iterator[Batch]:
-        """Micro-batches from `first_step` on, without end, in pinned memory when there is a GPU."""
-        numbers = itertools.count(first_step * self.order.accumulation)
-        items: Iterator[Batch | UserError] = map(self._pinned, numbers)
-        if self.data.num_workers:
-            items = self._from_threads(numbers) if self.shards.codec == "npy" else self._from_processes(numbers)
-        for item in items:
-            if isinstance(item, UserError):
-                raise item
-            yield item
+        """Micro-batches from `first_step` on, without end, in pinned memory when there is a GPU.
 
-    def _from_threads(self, numbers: Iterator[int]) -> Iterator[Batch | UserError]:
+        Under `on_bad_sample = "skip"` a UserError ends the stream when more are bad than `max_bad_share`.
+        """
+        numbers = itertools.count(first_step * self.order.accumulation)
+        items: Iterator[Item] = map(self._pinned, numbers)
+        if self.data.num_workers:
+            items = self._from_processes(numbers) if self.shards.packed.any() else self._from_threads(numbers)
+        with ExitStack() as stack:
+            # After the loader's processes: a fork should not meet threads that may hold locks.
+            ahead = stack.enter_context(closing(self._lookahead(first_step))) if self.shards.is_remote else None
+            for number, item in enumerate(items, start=first_step * self.order.accumulation):
+                if isinstance(item, UserError):
+                    raise item
+                batch, faults = item
+                if self.faults is not None:
+                    self.faults.record(len(batch["index"]), faults)
+                if ahead is not None:
+                    ahead.reached(number // self.order.accumulation)
+                yield batch
+
+    def counters(self) -> dict[str, int | frozenset[str]]:
+        """`data/bad_samples`: samples replaced by this rank so far; `data/bad_shards`: names of the bad shards it knows of."""
+        return {} if self.faults is None else self.faults.counters()
+
+    def describe(self, index: int) -> str:
+        """Shard and key of the sample at a position, for reports."""
+        return self.shards.describe(int(self.order.samples(np.array([index]))[0]))
+
+    def _lookahead(self, first_step: int) -> Lookahead:
+        shards = self.shards
+
+        def fetch(shard: int) -> None:
+            os.close(shards.open_shard(shard))
+
+        return Lookahead(self.order, shards.shard, fetch, first_step=first_step, ahead=self.ahead, bad=frozenset(shards.bad))
+
+    def _from_threads(self, numbers: Iterator[int]) -> Iterator[Item]:
         # Reading runs at memory speed: more threads than this only contend.
         with ThreadPoolExecutor(min(self.data.num_workers, MAX_THREADS), thread_name_prefix="clips") as pool:
-            waiting: deque[Future[Batch | UserError]] = deque()
+            waiting: deque[Future[Item]] = deque()
             try:
                 for number in numbers:
                     waiting.append(pool.submit(self._pinned, number))
@@ -163,27 +166,31 @@ class ClipSource(Dataset[Batch | UserError]):
                 for future in waiting:
                     future.cancel()
 
-    def _pinned(self, number: int) -> Batch | UserError:
+    def _pinned(self, number: int) -> Item:
         item = self[number]
         if isinstance(item, UserError) or not torch.cuda.is_available():
             return item
-        return {name: value.pin_memory() for name, value in item.items()}
+        return {name: value.pin_memory() for name, value in item[0].items()}, item[1]
 
-    def _from_processes(self, numbers: Iterator[int]) -> Iterator[Batch | UserError]:
-        loader = DataLoader(
-            self,
-            batch_size=None,
-            sampler=numbers,
-            num_workers=self.data.num_workers,
-            prefetch_factor=max(1, self.data.prefetch),
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_obey_parent_only,
+    def _from_processes(self, numbers: Iterator[int]) -> Iterator[Item]:
+        """The processes start now, not when the first item is asked for."""
+        return iter(
+            DataLoader(
+                self,
+                batch_size=None,
+                sampler=numbers,
+                num_workers=self.data.num_workers,
+                prefetch_factor=max(1, self.data.prefetch),
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=_obey_parent_only,
+                collate_fn=_as_is,
+            )
         )
-        yield from loader
 
-    def describe(self, index: int) -> str:
-        """Shard and key of the sample at a position, for reports."""
-        return self.shards.describe(int(self.order.samples(np.array([index]))[0]))
+
+def _as_is(item: Any) -> Any:
+    """A loader process hands on what `__getitem__` gave."""
+    return item
 
 
 def _obey_parent_only(worker: int) -> None:

@@ -9,7 +9,7 @@ from engine.checkpoint import Checkpointer, State
 from engine.config import RunConfig
 from engine.feed import Feed, fixed_batch
 from engine.flops import count_flops, peak_flops
-from engine.metrics import Meter
+from engine.metrics import Meter, counted
 from engine.outputs import PREVIEW_SAMPLES, evaluate, export, exported_step, preview
 from engine.recorder import Recorder
 from engine.runs import open_run
@@ -103,7 +103,7 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
 
             stop = guard.must_stop(lambda bad, ranks: name_samples(source.describe, bad, ranks, global_batch, env.world_size))
             if stop or done == total or _due(done, log.every):
-                recorder.values(done, progress["samples"], meter.read(done, guard.skipped))
+                recorder.values(done, progress["samples"], meter.read(done, guard.skipped) | counted(source))
             with meter.pause(stop or done == total or _due(done, config.checkpoint.every)) as due:
                 if due:
                     save()

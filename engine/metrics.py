@@ -4,6 +4,7 @@ import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from engine.feed import Feed
 from engine.tally import Sums
+from engine.task import BatchSource, Counting
 from launch.env import Env
 
 GIB = 2**30
@@ -124,6 +126,19 @@ class Meter:
     def _drain(self) -> None:
         if self._env.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def counted(source: BatchSource) -> dict[str, float]:
+    """What a source has counted, over all ranks; every rank calls it. Nothing is exchanged when the source counts nothing."""
+    own = source.counters() if isinstance(source, Counting) else {}
+    if not own:
+        return {}
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    numbers = {name: [part[name] for part in ranks] for name in own}
+    return {
+        name: float(len(frozenset().union(*parts)) if isinstance(parts[0], frozenset) else sum(parts)) for name, parts in numbers.items()
+    }
 
 
 def peak_memory(device: torch.device) -> int:

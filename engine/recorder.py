@@ -131,6 +131,9 @@ def format_line(step: int, total: int, values: Mapping[str, float]) -> str:
         parts.append(f"mfu {values['mfu']:.1%}")
     if values.get("skipped"):
         parts.append(f"skipped {values['skipped']:.0f}")
+    for key, value in values.items():
+        if key.startswith("data/") and value:
+            parts.append(f"{key.removeprefix('data/').replace('_', ' ')} {value:.0f}")
     if values.get("eta_s"):
         parts.append(f"eta {_duration(values['eta_s'])}")
     return " | ".join(parts)

@@ -5,7 +5,7 @@ Both are protocols: a task is a plain class with these methods, it inherits noth
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -89,3 +89,14 @@ class BatchSource(Protocol):
 
     def describe(self, index: int) -> str:
         """Shard and key of the sample at a position, for reports."""
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """A BatchSource that counts something may have this too."""
+
+    def counters(self) -> Mapping[str, int | frozenset[str]]:
+        """Name in the log -> what this rank has counted since it began, or the names of what it has met. The same names on every rank.
+
+        Over all ranks numbers are added up; of names the different ones are counted.
+        """

@@ -5,16 +5,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from datasets.config import DataConfig, resolve
+from datasets.config import DataConfig, open_shards, resolve
 from datasets.loader import ClipSource
-from datasets.shards import ShardSet
+from datasets.mixture import Collection
 from engine.config import RunConfig
 from engine.task import Batch
 from launch.env import Env
 from utils.config import flag
-from utils.errors import ConfigError
+from utils.errors import ConfigError, UserError
 from utils.media import to_float
 from utils.rng import SampleRng
 
@@ -40,6 +41,26 @@ class VaeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StoredLatents:
+    """What shards hold in place of clips: the output of an autoencoder, made by preprocess.py latents."""
+
+    tensors: Mapping[str, tuple[int, ...]]
+    """Name -> shape of one sample's."""
+    dtype: torch.dtype
+    autoencoder: Mapping[str, Any]
+    """What identifies it: system, sha256, path, and its image VAE where there is one."""
+    location: str
+
+    @classmethod
+    def of(cls, shards: Collection) -> "StoredLatents | None":
+        """From open shard sets; None where they hold clips."""
+        if not shards.is_latent:
+            return None
+        dtype = getattr(torch, shards.meta["codec"]["dtype"])
+        return cls(shards.tensors, dtype, shards.meta["autoencoder"], shards.location)
+
+
+@dataclasses.dataclass(frozen=True)
 class ClipInfo:
     """The clips of a shard set as a task needs to know them."""
 
@@ -51,10 +72,12 @@ class ClipInfo:
     """Width of the condition vectors stored beside the clips; 0: none."""
     dataset: str = ""
     digest: str = ""
+    latents: StoredLatents | None = None
+    """What the stream gives in place of the clips' pixels; None: the pixels."""
 
     @classmethod
-    def of(cls, shards: ShardSet, data: DataConfig) -> "ClipInfo":
-        """From an open shard set and its resolved settings."""
+    def of(cls, shards: Collection, data: DataConfig) -> "ClipInfo":
+        """From open shard sets and their resolved settings."""
         return cls(
             n_frames=data.n_frames,
             image_size=data.image_size,
@@ -63,6 +86,7 @@ class ClipInfo:
             cond_dim=int(shards.meta.get("cond_dim", 0)),
             dataset=data.dataset_name or shards.name,
             digest=shards.digest,
+            latents=StoredLatents.of(shards),
         )
 
     def card(self) -> dict[str, object]:
@@ -79,20 +103,42 @@ class ClipInfo:
 
 def open_clips(config: RunConfig, data: DataConfig, env: Env) -> tuple[ClipInfo, ClipSource, ClipSource | None]:
     """The training clips, and the validation clips when `data.val_path` is set. Raises ConfigError or UserError naming the path."""
-    if not data.path:
-        raise ConfigError("no training data: give --data-path FOLDER, a shard set made by preprocess.py")
-    shards = ShardSet.open(data.path)
+    shards = _open(data, env)
     data = resolve(data, shards)
     source = _source(config, data, shards, env, config.train.global_batch_size)
     if not data.val_path:
         return ClipInfo.of(shards, data), source, None
-    held_out = ShardSet.open(data.val_path)
+    held_out = dataclasses.replace(data, path=(data.val_path,), weights=(), flip=False, shuffle="auto", dataset_name="")
+    others = _open(held_out, env)
+    _check_same_kind(shards, others)
     whole = env.world_size * config.train.accumulation
-    batch = min(config.train.global_batch_size, held_out.num_samples) // whole * whole
+    batch = min(config.train.global_batch_size, others.num_samples) // whole * whole
     if batch == 0:
-        raise ConfigError(f"--val-path {data.val_path}: {held_out.num_samples} clips are fewer than ranks x accumulation = {whole}")
-    still = dataclasses.replace(resolve(dataclasses.replace(data, path=data.val_path), held_out), flip=False)
-    return ClipInfo.of(shards, data), source, _source(config, still, held_out, env, batch)
+        raise ConfigError(f"--val-path {data.val_path}: {others.num_samples} clips are fewer than ranks x accumulation = {whole}")
+    return ClipInfo.of(shards, data), source, _source(config, held_out, others, env, batch)
+
+
+def _open(data: DataConfig, env: Env) -> Collection:
+    """The shard sets of `data.path`; UserError when the ranks do not see the same samples, which would draw different batches."""
+    shards = open_shards(data)
+    seen: list[Any] = [None] * env.world_size
+    if env.world_size > 1 and dist.is_initialized():
+        dist.all_gather_object(seen, (shards.digest, shards.num_samples))
+        other = next((rank for rank, what in enumerate(seen) if what != seen[0]), None)
+        if other is not None:
+            counts = f"{seen[0][1]} samples on rank 0, {seen[other][1]} on rank {other}"
+            raise UserError(f"{shards.location} is not the same for all processes ({counts}): copy the set again to the node that differs")
+    return shards
+
+
+def _check_same_kind(shards: Collection, held_out: Collection) -> None:
+    """Raises ConfigError when one holds clips and the other latents, or each those of an autoencoder of its own."""
+    kinds = [str(item.meta["autoencoder"].get("sha256"))[:12] if item.is_latent else "clips" for item in (shards, held_out)]
+    if kinds[0] != kinds[1]:
+        told = [kind if kind == "clips" else f"latents of the autoencoder {kind}..." for kind in kinds]
+        raise ConfigError(
+            f"--val-path {held_out.location} holds {told[1]}, --data-path {shards.location} {told[0]}: both must hold the same kind"
+        )
 
 
 def input_clips(networks: Networks, batch: Batch, rng: SampleRng) -> Tensor:
@@ -107,8 +153,12 @@ def input_clips(networks: Networks, batch: Batch, rng: SampleRng) -> Tensor:
 
 def empty_batch(clips: ClipInfo, batch_size: int) -> Batch:
     """A micro-batch of the stream on the meta device (`index` on the CPU, as always)."""
-    batch = {
-        "video": torch.empty(batch_size, 3, clips.n_frames, *clips.image_size, dtype=torch.uint8, device="meta"),
+    if clips.latents is None:
+        stored = {"video": torch.empty(batch_size, 3, clips.n_frames, *clips.image_size, dtype=torch.uint8, device="meta")}
+    else:
+        dtype = clips.latents.dtype
+        stored = {name: torch.empty(batch_size, *shape, dtype=dtype, device="meta") for name, shape in clips.latents.tensors.items()}
+    batch = stored | {
         "label": torch.empty(batch_size, dtype=torch.int64, device="meta"),
         "index": torch.arange(batch_size),
     }
@@ -117,7 +167,7 @@ def empty_batch(clips: ClipInfo, batch_size: int) -> Batch:
     return batch
 
 
-def _source(config: RunConfig, data: DataConfig, shards: ShardSet, env: Env, global_batch_size: int) -> ClipSource:
+def _source(config: RunConfig, data: DataConfig, shards: Collection, env: Env, global_batch_size: int) -> ClipSource:
     return ClipSource(
         shards,
         data,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets.order import Order, permutation
+from datasets.order import Order, Shuffled, permutation
 from utils.errors import ConfigError
 
 
@@ -31,12 +31,12 @@ def test_ranks_and_micro_batches_cut_one_sequence(data: st.DataObject) -> None:
     batch = world * accumulation * micro
     n = data.draw(st.integers(batch, 5 * batch + 7))
     seed, first = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 12))
-    alone = Order(n, seed=seed, global_batch=batch)
+    alone = Order(Shuffled(n, seed=seed), global_batch=batch)
     for step in range(first, first + 3):
         whole = alone.samples(alone.indices(step, 0))
         parts = []
         for rank in range(world):
-            order = Order(n, seed=seed, global_batch=batch, accumulation=accumulation, rank=rank, world=world)
+            order = Order(Shuffled(n, seed=seed), global_batch=batch, accumulation=accumulation, rank=rank, world=world)
             parts += [order.samples(order.indices(step, k)) for k in range(accumulation)]
         assert np.concatenate(parts).tolist() == whole.tolist()
 
@@ -45,7 +45,7 @@ def test_ranks_and_micro_batches_cut_one_sequence(data: st.DataObject) -> None:
 @settings(max_examples=60, deadline=None)
 def test_an_epoch_of_batches_repeats_nothing_and_drops_less_than_a_batch(n: int, data: st.DataObject) -> None:
     batch = data.draw(st.integers(1, n))
-    order = Order(n, seed=1, global_batch=batch)
+    order = Order(Shuffled(n, seed=1), global_batch=batch)
     for epoch in range(2):
         steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
         seen = np.concatenate([order.samples(order.indices(step, 0)) for step in steps])
@@ -58,4 +58,4 @@ def test_an_epoch_of_batches_repeats_nothing_and_drops_less_than_a_batch(n: int,
 )
 def test_a_batch_that_does_not_fit_names_the_nearest_that_does(n: int, batch: int, parts: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        Order(n, seed=0, global_batch=batch, world=parts)
+        Order(Shuffled(n, seed=0), global_batch=batch, world=parts)

@@ -171,7 +171,11 @@ def _cast_choice(choices: tuple[Any, ...], value: Any, where: str) -> Any:
 
 def _cast_sequence(kind: Any, value: Any, where: str) -> Any:
     args = get_args(kind)
-    items = [v for v in value.strip("[]() ").replace(",", " ").split() if v] if isinstance(value, str) else value
+    if isinstance(value, str):
+        # One text is one item of a sequence of texts: paths and commands hold spaces and commas.
+        items: Any = [value] * bool(value) if args[0] is str else [v for v in value.strip("[]() ").replace(",", " ").split() if v]
+    else:
+        items = value
     if not isinstance(items, list | tuple):
         items = [items]
     fixed = get_origin(kind) is tuple and args[-1] is not Ellipsis

@@ -1,0 +1,290 @@
+"""Several shard sets as one: their samples in one row of columns, their classes merged, and the order that keeps their weights."""
+
+import hashlib
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from math import gcd, isfinite, lcm
+from typing import Any, cast
+
+import numpy as np
+
+from datasets.order import STREAM, Sequence, Shuffled
+from datasets.shards import ShardSet
+from utils.errors import ConfigError
+from utils.rng import hash_indices
+
+MAX_PERIOD = 1 << 16
+"""Samples after which the proportions are met exactly, at most; finer weights are rounded to it."""
+_BLOCK = 4096
+
+
+def quotas(weights: Items[float]) -> tuple[int, ...]:
+    """The smallest whole numbers in the proportion of `weights` (as their decimal digits say): samples of each set in a period.
+
+    A period has MAX_PERIOD samples at most: finer weights are rounded, each set keeping at least one sample. ConfigError for a
+    weight that is not a positive number.
+    """
+    if not all(isfinite(weight) and weight > 0 for weight in weights):
+        raise ConfigError(f"--data-weights {' '.join(map(str, weights))}: each must be a positive number; leave a set out to skip it")
+    exact = [Fraction(repr(float(weight))) for weight in weights]
+    scale = lcm(*(part.denominator for part in exact))
+    parts = [int(part * scale) for part in exact]
+    parts = [part // gcd(*parts) for part in parts]
+    total = sum(parts)
+    if total <= MAX_PERIOD:
+        return tuple(parts)
+    shares = [Fraction(part * MAX_PERIOD, total) for part in parts]
+    whole = [max(1, int(share)) for share in shares]
+    # The largest remainders get what rounding down has left.
+    for number in sorted(range(len(parts)), key=lambda i: int(shares[i]) - shares[i])[: max(0, MAX_PERIOD - sum(whole))]:
+        whole[number] += 1
+    return tuple(whole)
+
+
+class Mixture:
+    """Sets in fixed proportions: every period holds exactly each set's quota, in an order drawn for that period.
+
+    Each set goes through its own permutations without end, whatever the others do.
+    """
+
+    def __init__(self, sets: Items[Shuffled], weights: Items[float], *, seed: int) -> None:
+        self.sets, self.seed = list(sets), seed
+        self.quotas = quotas(weights)
+        self.n = sum(item.n for item in self.sets)
+        self._first = np.cumsum([0, *(item.n for item in self.sets)])
+        self._period = sum(self.quotas)
+        self._periods = max(1, _BLOCK // self._period)
+        self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def places(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(number of the set, position in that set's endless sequence) for positions of the mixture."""
+        blocks, slots = np.divmod(indices, self._period * self._periods)
+        number, position = np.empty_like(indices), np.empty_like(indices)
+        for block in np.unique(blocks):
+            here = blocks == block
+            sets, ranks = self._block(int(block))
+            number[here], position[here] = sets[slots[here]], ranks[slots[here]]
+        return number, position
+
+    def samples(self, indices: np.ndarray, global_batch: int) -> np.ndarray:
+        """As `Sequence` says; no batch is dropped, for the sets' epochs end at different times."""
+        numbers, positions = self.places(indices)
+        out = np.empty_like(indices)
+        for number in np.unique(numbers):
+            here = numbers == number
+            out[here] = self._first[number] + self.sets[number].at(positions[here])
+        return out
+
+    def substitute(self, index: int, global_batch: int, attempt: int) -> int:
+        """As `Sequence` says; of the same set."""
+        numbers, positions = self.places(np.array([index]))
+        number = int(numbers[0])
+        return int(self._first[number]) + self.sets[number].near(int(positions[0]), index, attempt)
+
+    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Set and position in it for each slot of some whole periods, which are drawn at once."""
+        found = self._kept.get(block)
+        if found is None:
+            length = self._period * self._periods
+            keys = hash_indices(self.seed, "data/mixture", np.arange(block * length, (block + 1) * length))
+            turns = np.argsort(keys.reshape(self._periods, self._period), axis=1, kind="stable")
+            sets = np.repeat(np.arange(len(self.sets)), self.quotas)[turns].reshape(-1)
+            ranks = np.empty(length, dtype=np.int64)
+            for number, quota in enumerate(self.quotas):
+                here = sets == number
+                ranks[here] = block * self._periods * quota + np.arange(int(here.sum()))
+            found = sets, ranks
+            self._kept = dict(list(self._kept.items())[-1:]) | {block: found}
+        return found
+
+
+@dataclass(frozen=True)
+class Collection:
+    """One or more open shard sets. Columns and names are those of `ShardSet`, over all samples and all shards."""
+
+    sets: tuple[ShardSet, ...]
+    classes: list[str]
+    """Class names in label order: those of the first set, then what the others add."""
+    shard: np.ndarray
+    offset: np.ndarray
+    nbytes: np.ndarray
+    crc32: np.ndarray
+    frames: np.ndarray
+    label: np.ndarray
+    sums: np.ndarray
+    first_sum: np.ndarray
+
+    @classmethod
+    def of(cls, *sets: ShardSet) -> "Collection":
+        """Raises ConfigError where the sets do not fit together: size, kind, tensors, some labelled and some not."""
+        _check_alike(sets)
+        classes = list(dict.fromkeys(name for item in sets for name in item.classes))
+        if len(sets) == 1:
+            one = sets[0]
+            columns = (one.shard, one.offset, one.nbytes, one.crc32, one.frames, one.label, one.sums, one.first_sum)
+            return cls(sets, classes, *columns)
+        shards = np.cumsum([0, *(len(item.meta["shards"]) for item in sets)])
+        sums = np.cumsum([0, *(len(item.sums) for item in sets)])
+        labels = [np.array([classes.index(name) for name in item.classes] or [0], dtype=np.int64)[item.label] for item in sets]
+        joined = {name: np.concatenate([getattr(item, name) for item in sets]) for name in ("offset", "nbytes", "crc32", "frames", "sums")}
+        return cls(
+            sets,
+            classes,
+            shard=np.concatenate([item.shard + first for item, first in zip(sets, shards, strict=False)]),
+            label=np.concatenate(labels),
+            first_sum=np.concatenate([item.first_sum + first for item, first in zip(sets, sums, strict=False)]),
+            **joined,
+        )
+
+    @classmethod
+    def over(cls, shards: "Collection | ShardSet") -> "Collection":
+        """The collection itself, or that of one set."""
+        return shards if isinstance(shards, cls) else cls.of(cast(ShardSet, shards))
+
+    @cached_property
+    def _firsts(self) -> tuple[np.ndarray, np.ndarray]:
+        """First sample and first shard of each set, and the ends."""
+        samples = np.cumsum([0, *(item.num_samples for item in self.sets)])
+        return samples, np.cumsum([0, *(len(item.meta["shards"]) for item in self.sets)])
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.shard)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """index.json of the set; of several, the first's."""
+        return self.sets[0].meta
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors of a latent set by name, in the order they are stored; empty for clips."""
+        return {name: tuple(shape) for name, shape in sorted(self.meta.get("tensors", {}).items())} if self.is_latent else {}
+
+    @property
+    def is_latent(self) -> bool:
+        return self.sets[0].codec == "latent"
+
+    @cached_property
+    def packed(self) -> np.ndarray:
+        """Whether each sample must be decoded, bool (n,)."""
+        return np.repeat([item.codec not in ("npy", "latent") for item in self.sets], [item.num_samples for item in self.sets])
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards must be fetched before they are read."""
+        return any(item.is_remote for item in self.sets)
+
+    @property
+    def stored_length(self) -> int:
+        """Frames of every clip; 0 where they differ."""
+        lengths = {int(item.meta["clip_length"]) for item in self.sets}
+        return lengths.pop() if len(lengths) == 1 else 0
+
+    @cached_property
+    def clip_length(self) -> int:
+        """Frames of every clip; of the shortest one where they differ."""
+        return self.stored_length if self.is_latent else int(self.frames.min())
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.sets[0].size
+
+    @property
+    def fps(self) -> float:
+        """Frame rate of most clips of the largest set."""
+        return max(self.sets, key=lambda item: item.num_samples).fps
+
+    @property
+    def name(self) -> str:
+        return "+".join(item.name for item in self.sets)
+
+    @property
+    def location(self) -> str:
+        """Where the sets are, for messages."""
+        return ", ".join(item.where for item in self.sets)
+
+    @property
+    def digest(self) -> str:
+        """Names the exact data: sha256 of index.json; of several sets, of their digests."""
+        if len(self.sets) == 1:
+            return self.sets[0].digest
+        return hashlib.sha256("".join(item.digest for item in self.sets).encode()).hexdigest()
+
+    @cached_property
+    def bad(self) -> dict[int, str]:
+        """Shards that are known not to be readable, and why."""
+        return {int(first) + shard: why for item, first in zip(self.sets, self._firsts[1], strict=False) for shard, why in item.bad.items()}
+
+    @cached_property
+    def bad_samples(self) -> dict[int, str]:
+        """Further samples that are known not to be usable, and why."""
+        firsts = self._firsts[0]
+        return {int(first) + row: why for item, first in zip(self.sets, firsts, strict=False) for row, why in item.bad_samples.items()}
+
+    def check_cache(self, window: int) -> int:
+        """How many shards may be fetched before their time, `window` at most, while `window` others are in use.
+
+        ConfigError when the cache has no room for those in use.
+        """
+        room = 2 * window
+        for item in self.sets:
+            item.check_cache(window)
+            if item.storage.capacity is not None:
+                room = min(room, item.storage.capacity // max(1, item.largest_shard))
+        return max(1, room - window)
+
+    def open_shard(self, shard: int) -> int:
+        """A descriptor of the tar, fetched first where it is remote; the caller closes it. UserError when that cannot be."""
+        item, own = self._shard(shard)
+        return item.open_shard(own)
+
+    def describe(self, sample: int) -> str:
+        """Shard and key of a sample, for messages."""
+        number = int(np.searchsorted(self._firsts[0], sample, side="right")) - 1
+        return self.sets[number].describe(sample - int(self._firsts[0][number]))
+
+    def describe_shard(self, shard: int) -> str:
+        """Where a shard is, for messages."""
+        item, own = self._shard(shard)
+        return item.shard_name(own)
+
+    def _shard(self, shard: int) -> tuple[ShardSet, int]:
+        """The set of a shard, and its number there."""
+        number = int(np.searchsorted(self._firsts[1], shard, side="right")) - 1
+        return self.sets[number], shard - int(self._firsts[1][number])
+
+    def sequence(self, seed: int, weights: Items[float], window: int) -> Sequence:
+        """The endless order: one permutation an epoch over all sets, or with `weights` (one a set) the sets in that proportion.
+
+        `window`: shuffle by blocks of so many shards; 0: over everything.
+        """
+        if not weights:
+            return Shuffled(self.num_samples, seed=seed, shard=self.shard, window=window)
+        if len(weights) != len(self.sets):
+            raise ConfigError(f"--data-weights has {len(weights)} numbers for {len(self.sets)} shard sets: give one for each --data-path")
+        parts = [
+            Shuffled(item.num_samples, seed=seed, shard=item.shard, window=window, stream=f"{STREAM}/{number}")
+            for number, item in enumerate(self.sets)
+        ]
+        return Mixture(parts, weights, seed=seed)
+
+
+def _check_alike(sets: Items[ShardSet]) -> None:
+    first = sets[0]
+    for other in sets[1:]:
+        both = f"{first.where} and {other.where} do not mix"
+        if (first.codec == "latent") != (other.codec == "latent"):
+            raise ConfigError(f"{both}: one holds latents, the other clips")
+        if first.size != other.size:
+            sizes = [" x ".join(map(str, item.size)) for item in (first, other)]
+            raise ConfigError(f"{both}: {sizes[0]} and {sizes[1]} pixels; preprocess both with one --image-size")
+        if bool(first.classes) != bool(other.classes):
+            raise ConfigError(f"{both}: one has class labels, the other has none")
+        if first.codec == "latent":
+            for name in ("tensors", "codec", "autoencoder", "clip_length", "scale"):
+                if first.meta.get(name) != other.meta.get(name):
+                    raise ConfigError(f"{both}: their {name} differ; encode both with one autoencoder and one --dtype")

@@ -1,0 +1,197 @@
+"""Reading samples out of shards: windows of frames, or the tensors of latents, each checked against its checksum."""
+
+import os
+import threading
+import zlib
+from math import prod
+
+import numpy as np
+import torch
+
+from datasets.faults import Fault
+from datasets.frames import linspace, linspace_last_start
+from datasets.mixture import Collection
+from datasets.shards import ShardSet, frame_sums
+from datasets.video import decode_window
+from utils.errors import ConfigError, UserError
+
+MAX_FILES = 256
+"""Shards that a process holds open; the one opened first goes first."""
+_AGAIN = "copy the shard again or rerun preprocess.py"
+LATENT_TYPES = {"float16": (torch.float16, 2), "bfloat16": (torch.bfloat16, 2), "float32": (torch.float32, 4)}
+"""Types that latents are stored in, and the bytes of a number."""
+
+
+class _File:
+    """An open file that closes when nobody holds it: a thread may still read what another has let go."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class ClipReader:
+    """Reads windows of `n_frames`, `interval` apart, or spread by the rule `linspace`; of latent sets the whole sample.
+
+    Opens files when first read, so that it survives fork and pickling.
+    """
+
+    def __init__(self, shards: Collection | ShardSet, n_frames: int, *, interval: int = 1, rule: str = "consecutive") -> None:
+        self.shards = Collection.over(shards)
+        self.n_frames, self.interval, self.rule = n_frames, interval, rule
+        self.rows = 1 if self.shards.is_latent else n_frames
+        """Frames of a sample as it is stored; latents count as one."""
+        self.row_bytes = _latent_bytes(self.shards) if self.shards.is_latent else 3 * self.shards.size[0] * self.shards.size[1]
+        self.bad = dict(self.shards.bad)
+        """Shards that cannot be opened, with the line that says why: each is tried once."""
+        self._files: dict[int, _File] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"} | {"_files": {}}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def windows(self, samples: np.ndarray) -> np.ndarray:
+        """How many windows each sample has, int64 (b,)."""
+        frames = self.shards.frames[samples]
+        if self.shards.is_latent:
+            return np.ones_like(frames)
+        if self.rule == "linspace":
+            return np.array([linspace_last_start(total, self.n_frames, self.interval) + 1 for total in frames.tolist()], dtype=np.int64)
+        return frames - (self.n_frames - 1) * self.interval
+
+    def empty(self, count: int) -> np.ndarray:
+        """Room for `count` samples, uint8 (count, rows, bytes)."""
+        return np.empty((count, self.rows, self.row_bytes), dtype=np.uint8)
+
+    def read(self, samples: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """uint8 (b, t, h, w, c): the window of each sample that begins at `starts`. UserError naming shard and key of a bad sample."""
+        out = self.empty(len(samples))
+        for _, fault in self.fill(out, np.arange(len(samples)), samples, starts):
+            raise UserError(fault.text)
+        return out.reshape(len(samples), self.rows, *self.shards.size, 3)
+
+    def split(self, stored: np.ndarray) -> dict[str, torch.Tensor]:
+        """Latents by name (b, *shape), in the stored type, of stored bytes (b, 1, bytes)."""
+        rows, first, found = torch.from_numpy(stored[:, 0]), 0, {}
+        kind, size = LATENT_TYPES[self.shards.meta["codec"]["dtype"]]
+        for name, shape in self.shards.tensors.items():
+            last = first + size * prod(shape)
+            found[name] = rows[:, first:last].contiguous().view(kind).reshape(len(rows), *shape)
+            first = last
+        return found
+
+    def fill(self, out: np.ndarray, rows: np.ndarray, samples: np.ndarray, starts: np.ndarray) -> list[tuple[int, Fault]]:
+        """Reads sample k into row `rows[k]` of `out`, uint8 (b, rows, bytes). Returns (k, fault) for those that are bad."""
+        faults, left = [], np.ones(len(samples), dtype=bool)
+        for k in [k for k, sample in enumerate(samples.tolist()) if sample in self.shards.bad_samples] if self.shards.bad_samples else ():
+            why = self.shards.bad_samples[int(samples[k])]
+            faults.append((k, self._fault(samples[k], why, f"is left out: {why}")))
+            left[k] = False
+        packed = self.shards.packed[samples]
+        for k in np.flatnonzero(packed & left).tolist():
+            fault = self._decode(out[rows[k]], int(samples[k]), int(starts[k]))
+            faults += [(k, fault)] if fault else []
+        raw = np.flatnonzero(~packed & left)
+        if len(raw):
+            faults += [(int(raw[k]), fault) for k, fault in self._fill_raw(out, rows[raw], samples[raw], starts[raw])]
+        return faults
+
+    def _fill_raw(self, out: np.ndarray, rows: np.ndarray, samples: np.ndarray, starts: np.ndarray) -> list[tuple[int, Fault]]:
+        shards, size = self.shards, self.row_bytes
+        frames = self._frames(samples, starts)
+        # Frames end where the member ends; what stands before them is the npy header.
+        base = shards.offset[samples] + shards.nbytes[samples] - shards.frames[samples] * size
+        # Neighbouring frames come in one read, others in one each.
+        first = frames[:, :1] if self._in_one else frames
+        reads, length = first.shape[1], self.rows // first.shape[1] * size
+        sources = (base[:, None] + first * size).reshape(-1).tolist()
+        targets = ((rows[:, None] * reads + np.arange(reads)) * length).reshape(-1).tolist()
+        which = np.repeat(np.arange(len(samples)), reads)
+        # Plain numbers and one flat view: this loop holds the interpreter's lock between the reads.
+        flat, faults = out.reshape(-1).data, dict[int, Fault]()
+        for k, shard, source, target in zip(which.tolist(), shards.shard[samples][which].tolist(), sources, targets, strict=True):
+            try:
+                file = self._files.get(shard) or self._open(shard)
+                if os.preadv(file.fd, [flat[target : target + length]], source) != length:
+                    faults[k] = self._fault(samples[k], "cut short", f"is cut short: {_AGAIN}")
+            except (UserError, OSError) as error:
+                faults[k] = self._unreadable(samples[k], error)
+        sums = frame_sums(out if len(rows) == len(out) else out[rows])
+        wrong = (sums != shards.sums[shards.first_sum[samples][:, None] + frames]).any(axis=1)
+        for k in np.flatnonzero(wrong).tolist():
+            if k not in faults:
+                faults[k] = self._fault(samples[k], "checksum", f"is damaged (checksum): {_AGAIN}")
+        return list(faults.items())
+
+    @property
+    def _in_one(self) -> bool:
+        return self.shards.is_latent or (self.interval == 1 and self.rule == "consecutive")
+
+    def _frames(self, samples: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Numbers of the frames of each window, int64 (b, rows)."""
+        if self.rule == "linspace" and not self.shards.is_latent:
+            totals = self.shards.frames[samples].tolist()
+            found = [linspace(start, total, self.n_frames, self.interval) for start, total in zip(starts.tolist(), totals, strict=True)]
+            return np.array(found, dtype=np.int64).reshape(len(samples), self.rows)
+        return starts[:, None] + np.arange(self.rows) * self.interval
+
+    def _decode(self, row: np.ndarray, sample: int, start: int) -> Fault | None:
+        """Reads one compressed sample into uint8 (rows, bytes)."""
+        shards = self.shards
+        try:
+            payload = os.pread(self._open(int(shards.shard[sample])).fd, int(shards.nbytes[sample]), int(shards.offset[sample]))
+        except (UserError, OSError) as error:
+            return self._unreadable(sample, error)
+        if zlib.crc32(payload) != shards.crc32[sample]:
+            return self._fault(sample, "checksum", f"is damaged (crc32): {_AGAIN}")
+        frames = self._frames(np.array([sample]), np.array([start]))[0]
+        low, high = int(frames.min()), int(frames.max())
+        height, width = shards.size
+        try:
+            clip = decode_window(payload, low, high - low + 1)[frames - low, :height, :width]
+            row[:] = clip.reshape(row.shape)
+        except ValueError as error:
+            return self._fault(sample, "decode", f"does not decode: {error}; rerun preprocess.py")
+        return None
+
+    def _open(self, shard: int) -> _File:
+        found = self._files.get(shard)
+        if found is not None:
+            return found
+        if shard in self.bad:
+            raise UserError(self.bad[shard])
+        try:
+            file = _File(self.shards.open_shard(shard))
+        except ConfigError:
+            raise
+        except UserError as error:
+            self.bad[shard] = str(error)
+            raise
+        with self._lock:
+            while len(self._files) >= MAX_FILES:
+                del self._files[next(iter(self._files))]
+            # Two threads may both come here: the file of the one that is late closes itself.
+            return self._files.setdefault(shard, file)
+
+    def _fault(self, sample: int, reason: str, trouble: str) -> Fault:
+        return Fault(int(sample), int(self.shards.shard[sample]), reason, f"{self.shards.describe(int(sample))} {trouble}")
+
+    def _unreadable(self, sample: int, error: Exception) -> Fault:
+        shard = int(self.shards.shard[sample])
+        if isinstance(error, ConfigError):
+            raise error
+        if shard not in self.bad:
+            return self._fault(sample, "unreadable", f"cannot be read: {error}")
+        return Fault(int(sample), shard, "unreadable shard", self.bad[shard], whole_shard=True)
+
+
+def _latent_bytes(shards: Collection) -> int:
+    dtype = shards.meta["codec"]["dtype"]
+    if dtype not in LATENT_TYPES:
+        raise UserError(f"{shards.location} holds latents of type {dtype}, this version reads {', '.join(LATENT_TYPES)}")
+    return LATENT_TYPES[dtype][1] * sum(prod(shape) for shape in shards.tensors.values())
