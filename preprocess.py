@@ -1,13 +1,15 @@
-"""Data preparation: `preprocess.py shards FOLDER --out SHARDS` turns a folder of videos into the shards that training reads.
+"""Data preparation: `preprocess.py shards VIDEOS --out SHARDS` turns any collection of videos into the shards that training reads.
 
 A set for a first try needs no videos: `preprocess.py shards --dataset-name synthetic-digits --num-videos 64 --out SHARDS`.
 `preprocess.py latents SHARDS --ae RUN --out LATENTS` encodes shards once, so that content and motion stages need not in each step.
+`preprocess.py COMMAND --help` lists the options of a command.
 """
 
 import argparse
 import sys
 
 from datasets.commands import COMMANDS
+from datasets.commands.parser import Parser
 from launch.env import independent
 from launch.run import parse_launch, run_main
 from pipelines.latents import SUMMARY, add_latents_arguments, run_latents
@@ -31,7 +33,7 @@ def _arguments() -> list[str]:
 
 def main() -> None:
     commands = COMMANDS | {"latents": (SUMMARY, add_latents_arguments, _latents)}
-    parser = argparse.ArgumentParser(prog="preprocess.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="preprocess.py", description=__doc__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (summary, add_arguments, _) in commands.items():
         add_arguments(subparsers.add_parser(name, help=summary, description=summary))
