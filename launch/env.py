@@ -126,6 +126,19 @@ def distributed(timeout: float) -> Iterator[Env]:
             signal.signal(number, handler)
 
 
+def independent() -> Env:
+    """This process among those of a launch which do not wait for each other: its place and device, no process group, no handlers.
+
+    Raises UserError as `distributed` does.
+    """
+    check_packages()
+    env = _read_environment()
+    _follow_agent()
+    if env.device.type == "cuda":
+        torch.cuda.set_device(env.device)
+    return env
+
+
 def check_packages() -> None:
     """Raise UserError when `datasets`, `models` or `utils` is another project's package, imported before ours."""
     for name in ("datasets", "models", "utils"):

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from models.autoencoders.cmd import CMDAutoencoder
 from pipelines.image_vae import ImageVae, vae_of
 from pipelines.loading import Loaded, Weights, diffusion_of, load_autoencoder, load_content, load_motion
 from pipelines.sampling import Sampling, sample
+from utils.config import to_dict
 from utils.errors import UserError
 from utils.rng import SampleRng
 
@@ -86,6 +87,23 @@ class CMDPipeline:
     def fps(self) -> float:
         """Frame rate of the training clips."""
         return float(self.ae.card.get("data", {}).get("fps", 8.0))
+
+    @property
+    def clip_shape(self) -> tuple[int, int, int]:
+        """Frames, height and width of the clips that the autoencoder is made for."""
+        config, factor = self.ae.config, self.vae.factor if self.vae is not None else 1
+        return config.n_frames, config.image_size[0] * factor, config.image_size[1] * factor
+
+    def identity(self) -> dict[str, Any]:
+        """What ties stored latents to their autoencoder: plain values."""
+        vae = {} if self.vae is None else {"vae": {"sha256": self.vae.sha256, "scale_factor": self.vae.scale_factor}}
+        own = {"system": "cmd", "sha256": self.ae.sha256, "weights": self.ae.weights, "path": str(Path(self.ae.path).absolute())}
+        return own | {"model": to_dict(self.ae.config)} | vae
+
+    def encode_latents(self, video: Tensor) -> dict[str, Tensor]:
+        """b 3 t h w in [-1, 1] -> what a latent set stores: `content` b C h w and `motion` b D t W'+H' (of the posterior's mean)."""
+        content, motion = self.encode(video)
+        return {"content": content, "motion": motion}
 
     @torch.no_grad()
     def encode(self, video: Tensor, rng: SampleRng | None = None) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ def load_autoencoder(path: str | Path, weights: Weights = "ema", *, n_frames: in
 
     Raises UserError when the file is something else.
     """
-    if not _is_official(path):
+    if not is_official(path):
         return _exported_network(path, weights, CMDAutoencoder, CMDAEConfig, "autoencoder")
 
     def describe(state: State) -> CMDAEConfig:
@@ -54,7 +54,7 @@ def load_autoencoder(path: str | Path, weights: Weights = "ema", *, n_frames: in
 
 def load_content(path: str | Path, ae: CMDAEConfig, weights: Weights = "ema") -> Loaded:
     """CMD's content model over the content frames of `ae`. Raises UserError when the file is something else."""
-    if not _is_official(path):
+    if not is_official(path):
         return _exported_network(path, weights, ContentDiT, DiTConfig, "content")
 
     def describe(state: State) -> DiTConfig:
@@ -65,7 +65,7 @@ def load_content(path: str | Path, ae: CMDAEConfig, weights: Weights = "ema") ->
 
 def load_motion(path: str | Path, ae: CMDAEConfig, weights: Weights = "ema") -> Loaded:
     """CMD's motion model over the motion latents of `ae`. Raises UserError when the file is something else."""
-    if not _is_official(path):
+    if not is_official(path):
         return _exported_network(path, weights, MotionDiT, MotionDiTConfig, "motion")
 
     def describe(state: State) -> MotionDiTConfig:
@@ -79,7 +79,8 @@ def diffusion_of(loaded: Loaded) -> DiffusionConfig:
     return from_dict(DiffusionConfig, loaded.card.get("diffusion", {}), f"{loaded.path}: diffusion")
 
 
-def _is_official(path: str | Path) -> bool:
+def is_official(path: str | Path) -> bool:
+    """Whether a path names an official checkpoint rather than an export of ours."""
     return Path(path).suffix in OFFICIAL_SUFFIXES
 
 

@@ -81,7 +81,7 @@ class CMDContentTask:
 
     def loss(self, phase: str, networks: Networks, batch: Batch, rng: SampleRng) -> LossOutput:
         """Diffusion loss of the content frames."""
-        _, content, _ = self.first.latents(networks, batch, rng)
+        content, _ = self.first.latents(networks, batch, rng)
         return denoising_loss(self.process, networks["content"], content, rng, self.condition.training(batch, rng))
 
     def batch_spec(self, batch_size: int) -> Batch:
@@ -90,12 +90,12 @@ class CMDContentTask:
 
     def evaluate(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, tuple[Tensor, int]]:
         """The loss with every condition kept, at the timesteps and with the noise that belong to the samples."""
-        _, content, _ = self.first.latents(networks, batch, rng)
+        content, _ = self.first.latents(networks, batch, rng)
         return measured(denoising_loss(self.process, networks["content"], content, rng, self.condition.given(batch)))
 
     def preview(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
         """Content frames of a few classes, always from the same noise."""
-        setting, device = self.config.preview, batch["video"].device
+        setting, device = self.config.preview, batch["label"].device
         own = SampleRng(self.config.train.seed, torch.arange(setting.samples), device)
         guidance = setting.guidance if self.condition.dropout > 0 else 1.0
         sampling = Sampling(steps=setting.steps, guidance=guidance, clip=self.first.vae is None)

@@ -16,7 +16,7 @@ from engine.config import RunConfig
 from engine.task import Batch, LossOutput, Network
 from pipelines.image_vae import ImageVae, vae_of
 from pipelines.loading import Loaded, load_autoencoder
-from tasks.clips import ClipInfo, Networks, VaeConfig, input_clips, units
+from tasks.clips import ClipInfo, Networks, StoredLatents, VaeConfig, input_clips, units
 from utils.config import flag
 from utils.errors import ConfigError
 from utils.rng import SampleRng
@@ -92,7 +92,7 @@ class DenoiserRunConfig(RunConfig):
 
 @dataclasses.dataclass(frozen=True)
 class FirstStage:
-    """The frozen autoencoder (and in latent mode the image VAE before it): clips to latents."""
+    """The frozen autoencoder (and in latent mode the image VAE before it): clips to latents, where the shards do not hold those."""
 
     ae: Loaded
     vae: ImageVae | None = None
@@ -105,12 +105,21 @@ class FirstStage:
         return nets
 
     @torch.no_grad()
-    def latents(self, networks: Networks, batch: Batch, rng: SampleRng) -> tuple[Tensor, Tensor, Tensor]:
-        """The batch's clips b C t h w, content frames b C h w and motion latents b D t W'+H', all float32."""
-        clips = input_clips(networks, batch, rng)
-        content, motion = networks["ae"].encode(clips)
+    def latents(self, networks: Networks, batch: Batch, rng: SampleRng) -> tuple[Tensor, Tensor]:
+        """The batch's content frames b C h w and motion latents b D t W'+H', float32: encoded, or as the shards hold them."""
+        if "video" in batch:
+            content, motion = networks["ae"].encode(input_clips(networks, batch, rng))
+        else:
+            content, motion = batch["content"], batch["motion"]
         # The loss must not inherit the precision of the autoencoder's arithmetic (spec diffusion.md section 5).
-        return clips, content.float(), motion.float()
+        return content.float(), motion.float()
+
+    @torch.no_grad()
+    def clips(self, networks: Networks, batch: Batch, rng: SampleRng) -> Tensor:
+        """The batch's clips b C t h w, float32, as the autoencoder takes them; its reconstructions where shards hold latents."""
+        if "video" in batch:
+            return input_clips(networks, batch, rng)
+        return networks["ae"].decode(*self.latents(networks, batch, rng)).float()
 
     @property
     def channels(self) -> int:
@@ -142,13 +151,35 @@ def open_first_stage(source: AutoencoderSourceConfig, vae: VaeConfig, clips: Cli
     if source.embed_dim not in (0, model.embed_dim):
         raise ConfigError(f"--embed-dim {source.embed_dim}: the autoencoder {source.path} has {model.embed_dim}")
     image_vae = vae_of(ae.card, vae.path, vae.scale_factor, vae.chunk)
+    first = FirstStage(ae, image_vae)
+    if clips.latents is not None:
+        _check_latents(first, clips.latents)
     size = clips.image_size if image_vae is None else image_vae.latent_shape((1, 3, clips.n_frames, *clips.image_size))[3:]
     if (model.n_frames, *model.image_size) != (clips.n_frames, *size):
         wanted = "x".join(map(str, (model.n_frames, *model.image_size)))
         raise ConfigError(
             f"--ae {source.path} takes clips of {wanted} (frames x height x width), these are {clips.n_frames}x{size[0]}x{size[1]}"
         )
-    return FirstStage(ae, image_vae)
+    return first
+
+
+def _check_latents(first: FirstStage, stored: StoredLatents) -> None:
+    """Raises ConfigError when latents in shards are not those of this autoencoder."""
+    ae, made_by = first.ae, stored.autoencoder
+    if made_by.get("sha256") != ae.sha256:
+        raise ConfigError(
+            f"--data-path {stored.location} holds latents of the autoencoder {made_by.get('path')} ({str(made_by.get('sha256'))[:12]}...), "
+            f"not of --ae {ae.path} ({ae.sha256[:12]}..., {ae.weights} weights): give that one, or run preprocess.py latents with this one"
+        )
+    vae = {} if first.vae is None else {"sha256": first.vae.sha256, "scale_factor": first.vae.scale_factor}
+    if made_by.get("vae", {}) != vae:
+        raise ConfigError(f"--data-path {stored.location} holds latents made behind another image VAE or --scale-factor than --vae gives")
+    config = ae.config
+    wanted = {"content": (config.channels, *config.image_size), "motion": (config.embed_dim, *config.latent_size)}
+    if dict(stored.tensors) != wanted:
+        raise ConfigError(
+            f"--data-path {stored.location} holds {dict(stored.tensors)}, this stage takes {wanted}: run preprocess.py latents"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +217,7 @@ class Condition:
 
     def grid(self, count: int, batch: Batch) -> dict[str, Tensor]:
         """Keyword arguments for `count` samples that show the classes one after the other, or the batch's vectors in turn."""
-        turn = torch.arange(count, device=batch["video"].device)
+        turn = torch.arange(count, device=batch["label"].device)
         if self.cond_dim:
             return {"cond": batch["cond"][turn % len(batch["cond"])]}
         return {"y": turn % self.num_classes} if self.num_classes else {}

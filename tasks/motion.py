@@ -89,7 +89,7 @@ class CMDMotionTask:
 
     def loss(self, phase: str, networks: Networks, batch: Batch, rng: SampleRng) -> LossOutput:
         """Diffusion loss of the motion latents, given the true content frames."""
-        _, content, motion = self.first.latents(networks, batch, rng)
+        content, motion = self.first.latents(networks, batch, rng)
         given = {"keyframe": content} | self.condition.training(batch, rng)
         return denoising_loss(self.process, networks["motion"], motion, rng, given)
 
@@ -99,16 +99,16 @@ class CMDMotionTask:
 
     def evaluate(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, tuple[Tensor, int]]:
         """The loss with every condition kept, at the timesteps and with the noise that belong to the samples."""
-        _, content, motion = self.first.latents(networks, batch, rng)
+        content, motion = self.first.latents(networks, batch, rng)
         given = {"keyframe": content} | self.condition.given(batch)
         return measured(denoising_loss(self.process, networks["motion"], motion, rng, given))
 
     def preview(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
-        """Each clip above one with the same content frame and a generated motion."""
+        """Each clip (of latent shards its reconstruction) above one with the same content frame and a generated motion."""
         setting = self.config.preview
         batch = {name: value[: setting.samples] for name, value in batch.items()}
         few = SampleRng(rng.seed, rng.index[: setting.samples], rng.device)
-        clips, content, motion = self.first.latents(networks, batch, few)
+        content, motion = self.first.latents(networks, batch, few)
         sampling = Sampling(steps=setting.steps, guidance=setting.guidance if self.condition.dropout > 0 else 1.0)
         latents = sample(
             networks["motion"],
@@ -120,7 +120,7 @@ class CMDMotionTask:
             condition=self.condition.given(batch),
             always={"keyframe": content},
         )
-        videos = [clips, networks["ae"].decode(content, latents).float()]
+        videos = [self.first.clips(networks, batch, few), networks["ae"].decode(content, latents).float()]
         if self.first.vae is not None:
             videos = [networks["vae"].decode(v) for v in videos]
         return {"motion_samples": torch.cat(videos, dim=3).clamp(-1, 1)}

@@ -50,6 +50,11 @@ def read_export(path: str | Path, which: Literal["ema", "model"] = "ema") -> tup
     return load_tensors(file), card, digest
 
 
+def read_card(path: str | Path) -> dict[str, Any]:
+    """Card of an export, without its weights; `path` as of `read_export`. Raises UserError."""
+    return load_yaml(_locate(Path(path), "ema")[0] / CARD)
+
+
 def load_tensors(path: str | Path) -> dict[str, Any]:
     """Content of a .safetensors file, or of a torch file (tensors, numbers and texts in dicts and lists only), on the CPU.
 

@@ -1,0 +1,173 @@
+"""`preprocess.py latents`: a pixel shard set through the encoder of a trained pipeline into a latent shard set.
+
+A system takes part with one entry of `ENCODERS`: what opens its pipeline, which then says what clips it takes, what identifies it, and
+`encode_latents(video) -> {name: tensor}`, which alone decides what is stored of a clip.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from datasets.prepare.latents import Encode, LatentJob, LatentRules, Share, encode_set
+from datasets.shards import ShardSet
+from pipelines.cmd import CMDPipeline
+from pipelines.loading import is_official
+from utils.errors import ConfigError
+from utils.media import to_float
+from utils.weights import read_card
+
+SUMMARY = "shards -> shards of latents; goes on where it was stopped"
+
+
+class LatentEncoder(Protocol):
+    """A pipeline as far as latents are concerned."""
+
+    @property
+    def clip_shape(self) -> tuple[int, int, int]:
+        """Frames, height and width of the clips that it takes."""
+
+    def identity(self) -> dict[str, Any]:
+        """Plain values that tie latents to the autoencoder: system, sha256, weights, path, and what else it needs to be the same."""
+
+    def encode_latents(self, video: Tensor) -> dict[str, Tensor]:
+        """Clips b 3 t h w in [-1, 1] -> name -> tensors b ..., what a latent set stores of them."""
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """How the trained networks are opened."""
+
+    path: str
+    weights: Literal["ema", "model"] = "ema"
+    vae: str = ""
+    scale_factor: float = 0.18215
+    n_frames: int = 16
+    image_size: tuple[int, int] = (64, 64)
+    """Of the clips; read for official checkpoints only, as `n_frames` is."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: torch.device = torch.device("cpu")
+
+
+def _cmd(options: EncoderOptions) -> LatentEncoder:
+    return CMDPipeline.from_exports(
+        options.path,
+        vae=options.vae,
+        scale_factor=options.scale_factor,
+        ae_weights=options.weights,
+        n_frames=options.n_frames,
+        image_size=options.image_size,
+        device=options.device,
+        precision=options.precision,
+    )
+
+
+ENCODERS: dict[str, Callable[[EncoderOptions], LatentEncoder]] = {"cmd": _cmd}
+"""System -> what opens its encoder."""
+
+
+def add_latents_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `preprocess.py latents`."""
+    add = parser.add_argument_group("what").add_argument
+    add("shards", help="pixel shard set: the folder that preprocess.py shards wrote")
+    add("--ae", required=True, metavar="EXPORT", help="trained autoencoder: its run or export folder, or an official checkpoint (.pt)")
+    add("--out", type=Path, required=True, metavar="LATENTS", help="folder for the latent set")
+    add("--weights", choices=["ema", "model"], default="ema", help="which of the export's weights (default ema, where there are any)")
+    add("--vae", default="", metavar="FOLDER", help="image VAE of an autoencoder in latent mode; the mean of its posterior is encoded")
+    add("--scale-factor", type=float, default=0.18215, metavar="F", help="factor of the image VAE's latents (default 0.18215)")
+    add("--system", choices=sorted(ENCODERS), default="cmd", help="whose official checkpoint --ae is (default cmd)")
+    add("--n-frames", type=_positive, metavar="N", help="frames that an official checkpoint takes (default: those of the clips)")
+    add("--window-stride", type=_positive, metavar="N", help="longer clips: frames between two windows (default: the autoencoder's)")
+    add("--dtype", choices=["float16", "float32"], default="float16", help="stored numbers (default float16)")
+    add("--on-bad-sample", choices=["fail", "skip"], default="fail", help="damaged clips: stop (default), or leave them out and say so")
+    speed = parser.add_argument_group("speed").add_argument
+    speed("--batch-size", type=_positive, default=32, metavar="N", help="clips through the encoder at a time (default 32)")
+    speed("--precision", choices=["fp32", "bf16"], default="fp32", help="arithmetic of the encoder (default fp32)")
+    speed("--workers", type=_positive, default=2, metavar="N", help="threads of each process that read and decode ahead (default 2)")
+    speed("--nproc_per_node", metavar="G", help="processes, one per GPU (`gpu`) or core, each of which takes its share of the shards")
+    speed("--task-id", type=int, default=0, metavar="I", help="which of --num-tasks jobs this is, from 0; jobs may run at any time")
+    speed("--num-tasks", type=_positive, default=1, metavar="N", help="jobs that share the set out among them (default 1)")
+
+
+def run_latents(args: argparse.Namespace, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu") -> None:
+    """`preprocess.py latents` in process `rank` of `world_size`: encodes its share of the shards; the last to finish says so."""
+    job, share = prepare(args, rank, world_size, torch.device(device))
+    total = sum(len(job.windows(number)) for number in job.shards[share.index :: share.count])
+    name = f"process {rank + 1} of {world_size}" if world_size > 1 else None
+    bar = tqdm(total=total, unit="clip", desc=name, disable=rank > 0 or not sys.stderr.isatty())
+    with closing(bar):
+        index = encode_set(job, share, bar.update)
+    if index is not None:
+        print(_told(job, index), flush=True)
+    elif rank == 0:
+        print(f"{total} clips of this share are encoded; the process that finishes last writes {job.out}/index.json", flush=True)
+
+
+def prepare(args: argparse.Namespace, rank: int, world_size: int, device: torch.device) -> tuple[LatentJob, Share]:
+    """The checked job of a command line, and this process's share of it. Raises ConfigError or UserError in one line."""
+    if not 0 <= args.task_id < args.num_tasks:
+        raise ConfigError(f"--task-id {args.task_id}: from 0 to {args.num_tasks - 1} (--num-tasks {args.num_tasks})")
+    pixels = ShardSet.open(args.shards)
+    if pixels.codec == "latent":
+        raise ConfigError(f"{args.shards} holds latents already: give the pixel set that they were made of")
+    if args.out.exists() and Path(args.shards).exists() and args.out.samefile(args.shards):
+        raise ConfigError(f"--out {args.out} is the pixel set: choose another folder")
+    if device.type == "cpu":
+        # The order of sums depends on the number of threads, and so do the last bits; more processes use more cores.
+        torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")  # as training does
+    frames = args.n_frames or pixels.meta["clip_length"] or 16
+    options = EncoderOptions(
+        args.ae, args.weights, args.vae, args.scale_factor, frames, pixels.size, precision=args.precision, device=device
+    )
+    system = args.system if is_official(args.ae) else read_card(args.ae).get("system")
+    if system not in ENCODERS:
+        raise ConfigError(f"--ae {args.ae} is an export of '{system}': latents are made by {', '.join(ENCODERS)}")
+    encoder = ENCODERS[system](options)
+    length, *size = encoder.clip_shape
+    if tuple(size) != pixels.size:
+        raise ConfigError(f"--ae {args.ae} takes frames of {size[0]}x{size[1]}, {args.shards} holds {pixels.size[0]}x{pixels.size[1]}")
+    if length > pixels.meta["clip_length"] > 0:
+        raise ConfigError(f"--ae {args.ae} takes clips of {length} frames, those of {args.shards} have {pixels.meta['clip_length']}")
+    rules = LatentRules(length, args.window_stride or length, args.dtype, args.precision, args.on_bad_sample)
+    job = LatentJob(pixels, args.out, rules, encoder.identity(), encode_with(encoder, device), args.batch_size, args.workers)
+    return job, Share(args.task_id * world_size + rank, args.num_tasks * world_size)
+
+
+def encode_with(encoder: LatentEncoder, device: torch.device) -> Encode:
+    """uint8 frames b t h w 3 -> name -> float32 latents, computed on the device."""
+
+    def encode(frames: np.ndarray) -> dict[str, np.ndarray]:
+        with torch.inference_mode():
+            video = to_float(torch.from_numpy(frames).to(device).permute(0, 4, 1, 2, 3))
+            return {name: value.float().cpu().numpy() for name, value in encoder.encode_latents(video).items()}
+
+    return encode
+
+
+def _told(job: LatentJob, index: Mapping[str, Any]) -> str:
+    """What the end of the work is, in a few lines."""
+    left = index["left_out"]
+    lines = [f"left out, damaged: {line}" for line in left["damaged"][:10]]
+    lines += [f"left out: {len(left['damaged'])} damaged clips in all"] if len(left["damaged"]) > 10 else []
+    lines += [f"left out: {left['short']} clips of fewer than {job.rules.frames} frames"] if left["short"] else []
+    tensors = ", ".join(
+        f"{name} {'x'.join(map(str, shape))} (mean {index['mean'][name]:.4g}, std {index['std'][name]:.4g})"
+        for name, shape in index["tensors"].items()
+    )
+    lines.append(f"{index['samples']} samples of {job.rules.dtype} latents: {tensors}: {job.out}")
+    return "\n".join(lines)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
