@@ -6,28 +6,28 @@ index.json              schema version, source, licence, clip length, fps, size,
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from datasets.indices import BLANK, DAMAGE, INDEX, kept_rows, one_line, read_tables, sidecar_name
+from datasets.storage import CacheConfig, LocalStorage, MissingFile, Storage, open_storage
+from datasets.tables import COLUMNS, MAX_INDEX_BYTES, Keys, Table, check_meta, parse_json, repeated
 from utils.errors import UserError
+
+__all__ = ["FORMAT", "IMAGE_SUFFIXES", "INDEX", "SCHEMA", "VIDEO_SUFFIXES", "ShardSet", "frame_sums", "sidecar_name", "word_type"]
 
 SCHEMA = 1
 FORMAT = "kinoform-shards"
-INDEX = "index.json"
+OnBad = Literal["fail", "skip"]
 VIDEO_SUFFIXES = frozenset({
     ".3gp", ".asf", ".avi", ".divx", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov",
     ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv",
 })  # fmt: skip
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-
-
-def sidecar_name(shard: str) -> str:
-    """Name of the offset index of a shard."""
-    return Path(shard).stem + ".index.json"
 
 
 def word_type(frame_bytes: int) -> np.dtype:
@@ -47,11 +47,11 @@ def frame_sums(frames: np.ndarray) -> np.ndarray:
 class ShardSet:
     """An opened shard set. Columns hold one row a sample, in the order of the shards."""
 
-    folder: Path
+    storage: Storage
     meta: dict[str, Any]
     digest: str
     """sha256 of index.json: names the exact data."""
-    keys: list[str]
+    keys: Keys
     shard: np.ndarray
     offset: np.ndarray
     nbytes: np.ndarray
@@ -62,43 +62,87 @@ class ShardSet:
     """uint64, all frames of all samples one after the other; empty for compressed clips."""
     first_sum: np.ndarray
     """Where a sample's sums begin."""
+    bad: dict[int, str]
+    """Number of a shard that cannot be read -> why. Where its offset index is bad too, its rows are there but blank."""
+    bad_samples: dict[int, str]
+    """Further samples that are not to be used -> why: their key stands in an earlier row already."""
 
     @classmethod
-    def open(cls, path: Path | str) -> "ShardSet":
-        """Reads the indices (no clip) of the shard set at `path`.
+    def open(cls, path: Path | str, *, cache: CacheConfig | None = None, on_bad: OnBad = "fail") -> "ShardSet":
+        """Reads the indices (no clip) of the shard set at `path`, a folder, URL or `pipe:` command (see `datasets.storage`).
 
-        Raises UserError when the folder is missing, empty or a raw video folder, has another schema version, or a shard is
-        missing or not as large as it was written.
+        Raises UserError when it is missing, empty or a raw video folder, has another schema version, or cannot be what index.json
+        says. A shard that is missing, has another size or a damaged offset index, and a key that comes twice, raise too, or are
+        noted in `bad` and `bad_samples` when `on_bad` is "skip"; the samples count all the same, so that every process that reads
+        the same index.json has the same number of them.
         """
-        folder = Path(path)
-        raw = _read_index(folder)
-        meta = _parse(folder / INDEX, raw)
-        if meta.get("format") != FORMAT:
-            raise UserError(f"{folder / INDEX} is not the index of a shard set: write one with preprocess.py shards")
-        if meta.get("schema") != SCHEMA:
-            raise UserError(f"{folder} has shard schema {meta.get('schema')}, this version reads {SCHEMA}: run preprocess.py shards again")
+        storage = open_storage(path, cache)
+        raw = _read_index(storage)
+        where = storage.describe(INDEX)
         try:
-            return cls._assemble(folder, meta, hashlib.sha256(raw).hexdigest())
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{folder / INDEX} is damaged ({error!r}): copy the set again or rerun preprocess.py") from None
+            meta = parse_json(raw)
+        except ValueError as error:
+            raise UserError(f"{where} is damaged ({error}): run preprocess.py shards again") from None
+        if meta.get("format") != FORMAT:
+            raise UserError(f"{where} is not the index of a shard set: write one with preprocess.py shards")
+        if meta.get("schema") != SCHEMA:
+            schema = str(meta.get("schema"))[:20]
+            raise UserError(f"{storage.describe()} has shard schema {schema}, this version reads {SCHEMA}: run preprocess.py shards again")
+        try:
+            check_meta(meta)
+        except DAMAGE as error:
+            raise UserError(f"{where} is damaged ({one_line(error)}): copy the set again or rerun preprocess.py") from None
+        bad: dict[int, str] = {}
+        tables = read_tables(storage, meta, bad, on_bad)
+        opened = cls._assemble(storage, meta, hashlib.sha256(raw).hexdigest(), tables, bad)
+        opened._check_keys(on_bad)
+        return opened
 
     @classmethod
-    def _assemble(cls, folder: Path, meta: dict[str, Any], digest: str) -> "ShardSet":
-        tables = [_read_sidecar(folder, entry) for entry in meta["shards"]]
-        counts = np.array([len(table["key"]) for table in tables])
-        columns = {
-            name: np.concatenate([np.asarray(table[name], dtype=np.int64) for table in tables])
-            for name in ("offset", "nbytes", "crc32", "frames", "label")
-        }
-        sums = np.frombuffer(bytes.fromhex("".join("".join(table["sums"]) for table in tables)), dtype=">u8").astype(np.uint64)
+    def _assemble(cls, storage: Storage, meta: dict[str, Any], digest: str, tables: list[Table], bad: dict[int, str]) -> "ShardSet":
+        counts = [len(table.key) for table in tables]
+        columns = {name: np.concatenate([table.columns[name] for table in tables] or [np.zeros(0, kind)]) for name, kind in COLUMNS.items()}
+        keys = np.concatenate([table.key for table in tables] or [np.zeros(0, "S1")])
+        sums = np.concatenate([table.sums for table in tables] or [np.zeros(0, np.uint64)])
+        shard = np.repeat(np.arange(len(tables), dtype=np.int32), counts)
         first_sum = np.cumsum(columns["frames"]) - columns["frames"]
-        keys = [key for table in tables for key in table["key"]]
-        shard = np.repeat(np.arange(len(tables)), counts)
-        return cls(folder, meta, digest, keys, shard, sums=sums, first_sum=first_sum, **columns)
+        blank = columns["frames"] == 0
+        if blank.any():  # any length that the rest has: no window is ever read of these
+            columns["frames"][blank] = columns["frames"][~blank].min() if not blank.all() else max(1, meta["clip_length"])
+        kept = kept_rows(meta, counts, storage)
+        if kept is not None:
+            keys, shard, first_sum = keys[kept], shard[kept], first_sum[kept]
+            columns = {name: column[kept] for name, column in columns.items()}
+        return cls(storage, meta, digest, Keys(keys), shard, sums=sums, first_sum=first_sum, bad=bad, bad_samples={}, **columns)
+
+    def _check_keys(self, on_bad: OnBad) -> None:
+        known = np.array(
+            [shard not in self.bad or not self.bad[shard].startswith(BLANK) for shard in range(len(self.meta["shards"]))], bool
+        )
+        rows = np.flatnonzero(known[self.shard])
+        twice = rows[repeated(self.keys.raw[rows])].tolist()
+        if twice and on_bad == "fail":
+            raise UserError(f"{self.describe(twice[0])}: the key stands in the set twice ({len(twice)} such samples): rerun preprocess.py")
+        self.bad_samples.update(dict.fromkeys(twice, "duplicate key"))
 
     @property
     def num_samples(self) -> int:
         return len(self.keys)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards are fetched into the cache before they are read."""
+        return self.storage.capacity is not None
+
+    @property
+    def where(self) -> str:
+        """Folder, URL or command, for messages."""
+        return self.storage.describe()
+
+    @property
+    def folder(self) -> Path:
+        """The folder of a local set."""
+        return Path(self.where)
 
     @property
     def clip_length(self) -> int:
@@ -129,23 +173,62 @@ class ShardSet:
         """npy (uncompressed uint8 frames t h w c) or mp4 (H.264)."""
         return str(self.meta["codec"]["name"])
 
+    @cached_property
+    def largest_shard(self) -> int:
+        """Bytes of the largest shard: a cache must have room for it."""
+        return max((entry["bytes"] for entry in self.meta["shards"]), default=0)
+
+    def check_cache(self, window: int = 1) -> None:
+        """ConfigError when the cache cannot hold the `window` largest shards at once; nothing for a local set."""
+        if self.storage.capacity is not None:
+            largest = sorted((entry["bytes"] for entry in self.meta["shards"]), reverse=True)[:window]
+            what = "the largest shard" if window == 1 else f"reading from {len(largest)} shards at a time"
+            self.storage.check_room(sum(largest), f"{what} of {self.where}")
+
+    def shard_file(self, shard: int) -> Path:
+        """The tar of a shard, fetched before if the set is remote. UserError when that cannot be. A later fetch may remove it from
+        the cache again: `open_shard` is safe from that."""
+        return self.storage.fetch(*self._entry(shard))
+
+    def open_shard(self, shard: int) -> int:
+        """A descriptor to read the tar of a shard, fetched before if the set is remote; the caller closes it.
+
+        Close those no longer needed: a file that left the cache keeps its place on the disk while it is open. Raises UserError.
+        """
+        return self.storage.open(*self._entry(shard))
+
+    def _entry(self, shard: int) -> tuple[str, int, str]:
+        entry = self.meta["shards"][int(shard)]
+        return entry["name"], entry["bytes"], entry["sha256"]
+
+    def shard_name(self, shard: int) -> str:
+        """The tar of a shard with its place, for messages."""
+        return self.storage.describe(self.meta["shards"][int(shard)]["name"])
+
     def shard_path(self, sample: int) -> Path:
-        """The tar that holds a sample."""
-        return self.folder / self.meta["shards"][int(self.shard[sample])]["name"]
+        """The tar that holds a sample of a local set."""
+        return Path(self.shard_name(int(self.shard[sample])))
 
     def describe(self, sample: int) -> str:
         """Shard and key of a sample, for messages."""
-        return f"{self.shard_path(sample)} sample {self.keys[sample]}"
+        return f"{self.shard_name(int(self.shard[sample]))} sample {self.keys[sample]}"
+
+    def fault(self, sample: int) -> str | None:
+        """Why a sample is known not to be usable; None when nothing is known against it."""
+        return self.bad.get(int(self.shard[sample])) or self.bad_samples.get(int(sample))
 
 
-def _read_index(folder: Path) -> bytes:
-    if not folder.exists():
+def _read_index(storage: Storage) -> bytes:
+    folder = Path(storage.describe())
+    if isinstance(storage, LocalStorage) and not folder.is_dir():
+        if folder.exists():
+            raise UserError(f"{folder} is a file: give the folder that preprocess.py shards wrote")
         raise UserError(f"no shard set at {folder}: the folder does not exist")
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file: give the folder that preprocess.py shards wrote")
     try:
-        return (folder / INDEX).read_bytes()
-    except FileNotFoundError:
+        return storage.read(INDEX, MAX_INDEX_BYTES)
+    except MissingFile:
+        if not isinstance(storage, LocalStorage):
+            raise
         raise UserError(_why_no_index(folder)) from None
 
 
@@ -166,27 +249,3 @@ def _why_no_index(folder: Path) -> str:
 
 def _some(folder: Path, pattern: str, limit: int = 1000) -> list[Path]:
     return [path for path, _ in zip(folder.glob(pattern), range(limit), strict=False)]
-
-
-def _parse(path: Path, raw: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(raw)
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): run preprocess.py shards again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not an index of a shard set")
-    return value
-
-
-def _read_sidecar(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
-    """The offset index of one shard, after a look at the sizes on disk."""
-    shard, sidecar = folder / entry["name"], folder / sidecar_name(entry["name"])
-    try:
-        size, raw = shard.stat().st_size, sidecar.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"shard set {folder} is incomplete: {error.filename} is missing; copy it again or rerun preprocess.py") from None
-    if size != entry["bytes"]:
-        raise UserError(f"{shard} has {size} bytes, {INDEX} says {entry['bytes']}: it is damaged; copy it again or rerun preprocess.py")
-    if hashlib.sha256(raw).hexdigest() != entry["index_sha256"]:
-        raise UserError(f"{sidecar} does not match {INDEX}: it is damaged; copy it again or rerun preprocess.py")
-    return _parse(sidecar, raw)
