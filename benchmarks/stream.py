@@ -1,15 +1,24 @@
-"""The training stream against a plain read of the same tars: clips/s, GB/s and their ratio.
+"""The training stream against a plain read of the same tars, a plain webdataset pipeline, and decoding from the original videos.
 
 Without --shards it makes its own set of moving digits, raw and as mp4. Every figure is the best of some rounds in this one run, which
 alternate, with the tars in the page cache (each round reads all of them), so that the disk does not hide what the stream costs.
 """
 
 import argparse
+import io
+import json
+import tarfile
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import av
+import numpy as np
 import torch
+import webdataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.common import machine
 from datasets.config import DataConfig
@@ -17,11 +26,15 @@ from datasets.loader import ClipSource
 from datasets.prepare.build import SetInfo, build
 from datasets.prepare.clips import ClipRules
 from datasets.shards import ShardSet
-from datasets.sources.base import SourceOptions, list_videos
+from datasets.sources import SourceOptions, list_videos
 from datasets.synthetic import DigitsConfig, make_digits
+from datasets.transforms import resize_clip
+from datasets.video import decode_window
 
 TARGET = 0.5
 """Of the raw read rate, for clips stored as they are (npy)."""
+WEBDATASET_TARGET = 0.9
+"""Of the rate of a plain webdataset pipeline with as many workers."""
 
 
 def raw_read(shards: ShardSet) -> float:
@@ -48,22 +61,81 @@ def stream(shards: ShardSet, batch: int, workers: int, first_step: int) -> float
     return seconds * shards.num_samples / (source.steps_per_epoch * batch)
 
 
-def report(shards: ShardSet, batch: int, workers: list[int], rounds: int) -> None:
+def plain_webdataset(shards: ShardSet, batch: int, workers: int) -> float:
+    """Seconds per epoch of webdataset as its manual shows it: shuffled shards, a shuffle buffer, decode, batches, a loader."""
+    urls = [str(shards.folder / entry["name"]) for entry in shards.meta["shards"]]
+
+    def decode(sample: dict[str, Any]) -> tuple[torch.Tensor, int]:
+        if shards.codec == "npy":
+            frames = np.load(io.BytesIO(sample["npy"]))
+        else:
+            frames = decode_window(sample["mp4"], 0, shards.clip_length)
+        return torch.from_numpy(frames).permute(3, 0, 1, 2), int(sample["cls"])
+
+    pipeline = webdataset.WebDataset(urls, shardshuffle=100, empty_check=False).shuffle(256).map(decode).batched(batch)
+    return _drain(DataLoader(pipeline, batch_size=None, num_workers=workers))
+
+
+def _card(shards: ShardSet, sample: int) -> dict[str, Any]:
+    """The json member of a sample, which follows its clip in the tar."""
+    with tarfile.open(shards.shard_path(sample)) as tar:
+        member = tar.extractfile(f"{shards.keys[sample]}.json")
+        assert member is not None
+        return json.load(member)
+
+
+class OriginalVideos(IterableDataset[tuple[torch.Tensor, int]]):
+    """What a loader without shards does for each clip: open the video, decode up to the clip's end, crop and resize."""
+
+    def __init__(self, shards: ShardSet, root: Path) -> None:
+        self.shards, self.root = shards, root
+        order = np.random.default_rng(0).permutation(shards.num_samples)
+        self.cards = [_card(shards, int(sample)) for sample in order]
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        height, width = self.shards.size
+        for card in self.cards:
+            path, (first, last) = self.root / card["source"], card["span"]
+            with av.open(str(path)) as container:
+                frames = [frame.to_ndarray(format="rgb24") for frame, _ in zip(container.decode(video=0), range(last), strict=False)]
+            clip = resize_clip(np.stack(frames[first:last]), (height, width))
+            yield torch.from_numpy(clip).permute(3, 0, 1, 2), 0
+
+
+def original_videos(shards: ShardSet, root: Path, batch: int) -> float:
+    """Seconds per epoch of decoding every clip from its source video, in random order, with one worker."""
+    return _drain(DataLoader(OriginalVideos(shards, root), batch_size=batch, num_workers=1))
+
+
+def _drain(loader: DataLoader[Any]) -> float:
+    started = time.perf_counter()
+    for _ in loader:
+        pass
+    return time.perf_counter() - started
+
+
+def report(shards: ShardSet, batch: int, workers: list[int], rounds: int, root: Path | None) -> None:
     """Prints a table of one shard set. Rounds of the variants alternate: a busy machine slows all of them alike."""
     raw_read(shards)
-    names = ["raw read", *(f"stream, {count} workers" for count in workers)]
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    variants: dict[str, Callable[[int], float]] = {"raw read": lambda turn: raw_read(shards)}
+    for count in workers:
+        variants[f"webdataset, {count} workers"] = lambda turn, count=count: plain_webdataset(shards, batch, count)  # type: ignore[misc]
+        variants[f"stream, {count} workers"] = lambda turn, count=count: stream(shards, batch, count, turn * 1000)  # type: ignore[misc]
+    if root is not None:
+        variants["original videos, 1 worker"] = lambda turn: original_videos(shards, root, batch)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds):
-        seconds["raw read"].append(raw_read(shards))
-        for name, count in zip(names[1:], workers, strict=True):
-            seconds[name].append(stream(shards, batch, count, turn * 1000))
+        for name, work in variants.items():
+            seconds[name].append(work(turn))
     size = sum(entry["bytes"] for entry in shards.meta["shards"])
     height, width = shards.size
     print(f"{shards.codec}: {shards.num_samples} clips {shards.clip_length}x{height}x{width}, {size / 1e6:.0f} MB, batches of {batch}")
-    raw = min(seconds["raw read"])
-    for name, values in seconds.items():
-        best = min(values)
-        print(f"  {name:<20} {shards.num_samples / best:>9.0f} clips/s {size / best / 1e9:>7.2f} GB/s   ratio {raw / best:.3f}", flush=True)
+    best = {name: min(values) for name, values in seconds.items()}
+    for name, value in best.items():
+        rate, share = shards.num_samples / value, best["raw read"] / value
+        line = f"  {name:<26} {rate:>9.0f} clips/s {size / value / 1e9:>7.2f} GB/s   ratio {share:.3f}"
+        plain = name.replace("stream", "webdataset")
+        print(line + (f"   to webdataset {best[plain] / value:.2f}" if plain != name else ""), flush=True)
 
 
 def digits(folder: Path, rules: ClipRules, videos: int) -> ShardSet:
@@ -78,6 +150,7 @@ def digits(folder: Path, rules: ClipRules, videos: int) -> ShardSet:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shards", type=Path, help="an own shard set")
+    parser.add_argument("--originals", type=Path, help="the folder that an own shard set was made of, to time decoding from it too")
     parser.add_argument("--videos", type=int, default=128, help="videos of the set made without --shards (default 128, 8 clips each)")
     parser.add_argument("--batch", type=int, default=64, help="clips per batch (default 64)")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of loader workers (default 0 1 2)")
@@ -85,12 +158,13 @@ def main() -> None:
     args = parser.parse_args()
     print(machine(torch.device("cpu")))
     if args.shards:
-        report(ShardSet.open(args.shards), args.batch, args.workers, args.rounds)
+        report(ShardSet.open(args.shards), args.batch, args.workers, args.rounds, args.originals)
         return
     with tempfile.TemporaryDirectory() as folder:
         for codec in ("npy", "mp4"):
             rules = ClipRules(size=(64, 64), codec=codec, decoder="pyav")
-            report(digits(Path(folder), rules, args.videos), args.batch, args.workers, args.rounds)
+            shards = digits(Path(folder), rules, args.videos)
+            report(shards, args.batch, args.workers, args.rounds, Path(folder) / "source")
 
 
 if __name__ == "__main__":
