@@ -118,9 +118,9 @@ def hash16(text: str) -> str:
 
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:
-    """Sort key that counts: a2 before a10."""
+    """Sort key that counts: a before a2 before a10."""
     parts = re.split(r"([0-9]+)", text)
-    return [(0, int(part), "") if number % 2 else (1, 0, part.lower()) for number, part in enumerate(parts)] + [(2, 0, text)]
+    return [(0, int(part), "") if number % 2 else (1, 0, part.lower()) for number, part in enumerate(parts)] + [(-1, 0, text)]
 
 
 def _files(root: Path, suffixes: frozenset[str], exclude: Path | None) -> Iterator[Path]:
