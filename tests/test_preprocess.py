@@ -10,48 +10,18 @@ import subprocess
 import sys
 import tarfile
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import preprocess
 from datasets.prepare.clips import ClipRules, transform
 from datasets.shards import ShardSet
 from datasets.sources.base import Video
 from datasets.video import decode, probe
+from tests.preprocessing import command, report, run
 from tests.videos import folder_bytes, noise_frames, write_tree, write_video
-from utils.errors import ConfigError, UserError
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, str(ROOT / "preprocess.py"), "shards", *map(str, arguments)]
-
-
-def run(*arguments: object, code: int = 0) -> str:
-    """Runs preprocess.py shards in this process. Returns what it printed; the last line is the error, where one is expected."""
-    output = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(output):
-        patch.setattr(sys, "argv", command("--workers", 1, *arguments)[1:])
-        try:
-            preprocess.main()
-            found = 0
-        except UserError as error:
-            found = 2 if isinstance(error, ConfigError) else 1
-            print(error)
-        except SystemExit as end:
-            found = end.code
-    assert found == code, output.getvalue()
-    return output.getvalue()
-
-
-def report(out: Path) -> dict[str, object]:
-    return json.loads((out / "report.json").read_text())
-
 
 def clip(shards: ShardSet, sample: int) -> np.ndarray:
     with tarfile.open(shards.shard_path(sample)) as tar:

@@ -31,15 +31,15 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse, but an underscore in a flag counts as a dash, and a flag that is unknown is an error of the command itself."""
         given = sys.argv[1:] if args is None else args
-        found, rest = super().parse_known_args([_dashes(argument) for argument in given], namespace)
+        found, rest = super().parse_known_args([self._dashes(argument) for argument in given], namespace)
         if rest:
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         return found, rest
 
-
-def _dashes(argument: str) -> str:
-    flag, equals, value = argument.partition("=")
-    return flag.replace("_", "-") + equals + value if flag.startswith("--") else argument
+    def _dashes(self, argument: str) -> str:
+        flag, equals, value = argument.partition("=")
+        dashed = flag.replace("_", "-")
+        return dashed + equals + value if flag.startswith("--") and dashed in self._option_string_actions else argument
 
 
 def whole(low: int) -> Callable[[str], int]:
