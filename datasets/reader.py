@@ -12,14 +12,13 @@ from datasets.faults import Fault
 from datasets.frames import linspace, linspace_last_start
 from datasets.mixture import Collection
 from datasets.shards import ShardSet, frame_sums
+from datasets.tables import TENSOR_BYTES, frame_bytes
 from datasets.video import decode_window
 from utils.errors import ConfigError, UserError
 
 MAX_FILES = 256
 """Shards that a process holds open; the one opened first goes first."""
 _AGAIN = "copy the shard again or rerun preprocess.py"
-LATENT_TYPES = {"float16": (torch.float16, 2), "bfloat16": (torch.bfloat16, 2), "float32": (torch.float32, 4)}
-"""Types that latents are stored in, and the bytes of a number."""
 
 
 class _File:
@@ -43,7 +42,7 @@ class ClipReader:
         self.n_frames, self.interval, self.rule = n_frames, interval, rule
         self.rows = 1 if self.shards.is_latent else n_frames
         """Frames of a sample as it is stored; latents count as one."""
-        self.row_bytes = _latent_bytes(self.shards) if self.shards.is_latent else 3 * self.shards.size[0] * self.shards.size[1]
+        self.row_bytes = frame_bytes(self.shards.meta)
         self.bad = dict(self.shards.bad)
         """Shards that cannot be opened, with the line that says why: each is tried once."""
         self._files: dict[int, _File] = {}
@@ -78,10 +77,10 @@ class ClipReader:
     def split(self, stored: np.ndarray) -> dict[str, torch.Tensor]:
         """Latents by name (b, *shape), in the stored type, of stored bytes (b, 1, bytes)."""
         rows, first, found = torch.from_numpy(stored[:, 0]), 0, {}
-        kind, size = LATENT_TYPES[self.shards.meta["codec"]["dtype"]]
+        kind = self.shards.meta["codec"]["dtype"]
         for name, shape in self.shards.tensors.items():
-            last = first + size * prod(shape)
-            found[name] = rows[:, first:last].contiguous().view(kind).reshape(len(rows), *shape)
+            last = first + TENSOR_BYTES[kind] * prod(shape)
+            found[name] = rows[:, first:last].contiguous().view(getattr(torch, kind)).reshape(len(rows), *shape)
             first = last
         return found
 
@@ -188,10 +187,3 @@ class ClipReader:
         if shard not in self.bad:
             return self._fault(sample, "unreadable", f"cannot be read: {error}")
         return Fault(int(sample), shard, "unreadable shard", self.bad[shard], whole_shard=True)
-
-
-def _latent_bytes(shards: Collection) -> int:
-    dtype = shards.meta["codec"]["dtype"]
-    if dtype not in LATENT_TYPES:
-        raise UserError(f"{shards.location} holds latents of type {dtype}, this version reads {', '.join(LATENT_TYPES)}")
-    return LATENT_TYPES[dtype][1] * sum(prod(shape) for shape in shards.tensors.values())

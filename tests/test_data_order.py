@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets.order import Order, Shuffled, permutation
+from datasets.order import Order, Shuffled, block_permutation, permutation
 from utils.errors import ConfigError
 
 
@@ -59,3 +59,68 @@ def test_an_epoch_of_batches_repeats_nothing_and_drops_less_than_a_batch(n: int,
 def test_a_batch_that_does_not_fit_names_the_nearest_that_does(n: int, batch: int, parts: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Order(Shuffled(n, seed=0), global_batch=batch, world=parts)
+
+
+def spread(data: st.DataObject) -> tuple[np.ndarray, int]:
+    """(each sample's shard, window)"""
+    sizes = data.draw(st.lists(st.integers(0, 12), min_size=1, max_size=9).filter(lambda found: sum(found) > 0))
+    return np.repeat(np.arange(len(sizes)), sizes), data.draw(st.integers(1, 4))
+
+
+@given(data=st.data())
+@settings(max_examples=80, deadline=None)
+def test_blocks_shuffle_whole_shards_window_by_window(data: st.DataObject) -> None:
+    shard, window = spread(data)
+    seed, epoch = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
+    order, bounds = block_permutation(seed, epoch, shard, window)
+    assert sorted(order.tolist()) == list(range(len(shard)))
+    parts = [set(shard[order[low:high]].tolist()) for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+    assert all(1 <= len(part) <= window for part in parts) and sum(len(part) for part in parts) == len(np.unique(shard))
+    assert set().union(*parts) == set(shard.tolist()), "no shard is in two windows"
+
+
+def test_blocks_differ_by_epoch_and_seed_and_mix_their_shards() -> None:
+    shard = np.repeat(np.arange(20), 30)
+    orders = [block_permutation(seed, epoch, shard, 4)[0] for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+    assert all(len(set(shard[order[:60]].tolist())) == 4 for order in orders), "a window's samples are mixed"
+    assert len({tuple(sorted(set(shard[order[:120]].tolist()))) for order in orders}) > 1, "windows hold other shards each time"
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_batch_of_blocks_has_the_same_samples_sorted_by_shard(data: st.DataObject) -> None:
+    shard, window = spread(data)
+    n = len(shard)
+    world = data.draw(st.sampled_from([w for w in (1, 2, 4, 8) if w <= n]))
+    batch = world * data.draw(st.integers(1, n // world))
+    plain = Order(Shuffled(n, seed=1, shard=shard, window=window), global_batch=batch)
+    parts = [
+        Order(Shuffled(n, seed=1, shard=shard, window=window), global_batch=batch, rank=r, world=world, shard=shard) for r in range(world)
+    ]
+    for step in range(data.draw(st.integers(0, 5)), 8):
+        whole = np.concatenate([part.samples(part.indices(step, 0)) for part in parts])
+        assert sorted(whole) == sorted(plain.samples(plain.indices(step, 0)))
+        assert (np.diff(shard[whole]) >= 0).all()
+        assert np.concatenate([part.share(step) for part in parts]).tolist() == list(range(step * batch, (step + 1) * batch))
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_substitute_is_drawn_by_position_and_comes_from_near(data: st.DataObject) -> None:
+    shard, window = spread(data)
+    n = len(shard)
+    batch = data.draw(st.integers(1, n))
+    sequence = Shuffled(n, seed=2, shard=shard, window=window)
+    order = Order(sequence, global_batch=batch, shard=shard)
+    index = data.draw(st.integers(0, 5 * batch - 1))
+    (own,) = order.samples(np.array([index])).tolist()
+    found = [order.substitute(index, attempt) for attempt in range(8)]
+    assert found == [order.substitute(index, attempt) for attempt in range(8)]
+    epoch = index // (n // batch * batch)
+    permuted, bounds = sequence.epoch(epoch)
+    place = permuted.tolist().index(own)
+    number = int(np.searchsorted(bounds, place, side="right"))
+    assert set(found) <= set(permuted[bounds[number - 1] : bounds[number]].tolist())
+    far = {order.substitute(index, attempt) for attempt in range(16, 16 + 40 * n)}
+    assert far == set(range(n)), "in the end any sample may take its place"
