@@ -285,6 +285,13 @@ def _check_alike(sets: Items[ShardSet]) -> None:
         if bool(first.classes) != bool(other.classes):
             raise ConfigError(f"{both}: one has class labels, the other has none")
         if first.codec == "latent":
-            for name in ("tensors", "codec", "autoencoder", "clip_length", "scale"):
+            for name in ("tensors", "codec", "clip_length"):
                 if first.meta.get(name) != other.meta.get(name):
                     raise ConfigError(f"{both}: their {name} differ; encode both with one autoencoder and one --dtype")
+            if _maker(first) != _maker(other):
+                raise ConfigError(f"{both}: they hold latents of different autoencoders; encode both with one")
+
+
+def _maker(latents: ShardSet) -> list[Any]:
+    """What identifies the autoencoder of a latent set, wherever its export lay."""
+    return [latents.meta["autoencoder"].get(name) for name in ("system", "sha256", "vae")]

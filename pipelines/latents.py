@@ -5,9 +5,8 @@ A system takes part with one entry of `ENCODERS`: what opens its pipeline, which
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,10 +14,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from datasets.commands.parser import Progress, number, whole
 from datasets.prepare.latents import Encode, LatentJob, LatentRules, Share, encode_set
 from datasets.shards import ShardSet
+from datasets.storage import CacheConfig
 from pipelines.cmd import CMDPipeline
 from pipelines.loading import is_official
 from utils.errors import ConfigError
@@ -77,34 +77,40 @@ ENCODERS: dict[str, Callable[[EncoderOptions], LatentEncoder]] = {"cmd": _cmd}
 def add_latents_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `preprocess.py latents`."""
     add = parser.add_argument_group("what").add_argument
-    add("shards", help="pixel shard set: the folder that preprocess.py shards wrote")
+    add("shards", metavar="SHARDS", help="pixel shard set: the folder that preprocess.py shards wrote, or a URL of one")
     add("--ae", required=True, metavar="EXPORT", help="trained autoencoder: its run or export folder, or an official checkpoint (.pt)")
     add("--out", type=Path, required=True, metavar="LATENTS", help="folder for the latent set")
     add("--weights", choices=["ema", "model"], default="ema", help="which of the export's weights (default ema, where there are any)")
     add("--vae", default="", metavar="FOLDER", help="image VAE of an autoencoder in latent mode; the mean of its posterior is encoded")
-    add("--scale-factor", type=float, default=0.18215, metavar="F", help="factor of the image VAE's latents (default 0.18215)")
+    add("--scale-factor", type=number(), default=0.18215, metavar="F", help="factor of the image VAE's latents (default 0.18215)")
     add("--system", choices=sorted(ENCODERS), default="cmd", help="whose official checkpoint --ae is (default cmd)")
-    add("--n-frames", type=_positive, metavar="N", help="frames that an official checkpoint takes (default: those of the clips)")
-    add("--window-stride", type=_positive, metavar="N", help="longer clips: frames between two windows (default: the autoencoder's)")
+    add("--n-frames", type=whole(1), metavar="N", help="frames that an official checkpoint takes (default: those of the clips)")
+    add("--window-stride", type=whole(1), metavar="N", help="longer clips: frames between two windows (default: the autoencoder's)")
     add("--dtype", choices=["float16", "float32"], default="float16", help="stored numbers (default float16)")
     add("--on-bad-sample", choices=["fail", "skip"], default="fail", help="damaged clips: stop (default), or leave them out and say so")
     speed = parser.add_argument_group("speed").add_argument
-    speed("--batch-size", type=_positive, default=32, metavar="N", help="clips through the encoder at a time (default 32)")
+    speed("--batch-size", type=whole(1), default=32, metavar="N", help="clips through the encoder at a time (default 32)")
     speed("--precision", choices=["fp32", "bf16"], default="fp32", help="arithmetic of the encoder (default fp32)")
-    speed("--workers", type=_positive, default=2, metavar="N", help="threads of each process that read and decode ahead (default 2)")
+    speed("--workers", type=whole(1), default=2, metavar="N", help="threads of each process that read and decode ahead (default 2)")
     speed("--nproc_per_node", metavar="G", help="processes, one per GPU (`gpu`) or core, each of which takes its share of the shards")
-    speed("--task-id", type=int, default=0, metavar="I", help="which of --num-tasks jobs this is, from 0; jobs may run at any time")
-    speed("--num-tasks", type=_positive, default=1, metavar="N", help="jobs that share the set out among them (default 1)")
+    speed("--cache-dir", default="", metavar="FOLDER", help="where fetched shards are kept (default ~/.cache/kinoform)")
+    speed("--cache-gib", type=number(), default=64.0, metavar="GIB", help="most that they may take (default 64)")
+    speed("--task-id", type=whole(0), default=0, metavar="I", help="which of --num-tasks jobs this is, from 0; jobs may run at any time")
+    speed("--num-tasks", type=whole(1), default=1, metavar="N", help="jobs that share the set out among them (default 1)")
 
 
 def run_latents(args: argparse.Namespace, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu") -> None:
     """`preprocess.py latents` in process `rank` of `world_size`: encodes its share of the shards; the last to finish says so."""
     job, share = prepare(args, rank, world_size, torch.device(device))
     total = sum(len(job.windows(number)) for number in job.shards[share.index :: share.count])
-    name = f"process {rank + 1} of {world_size}" if world_size > 1 else None
-    bar = tqdm(total=total, unit="clip", desc=name, disable=rank > 0 or not sys.stderr.isatty())
-    with closing(bar):
-        index = encode_set(job, share, bar.update)
+    bar = Progress(total, "clip") if rank == 0 else None
+
+    def tell(samples: int) -> None:
+        if bar is not None:
+            bar.update(bar.done + samples)
+
+    with bar or nullcontext():
+        index = encode_set(job, share, tell)
     if index is not None:
         print(_told(job, index), flush=True)
     elif rank == 0:
@@ -113,9 +119,11 @@ def run_latents(args: argparse.Namespace, rank: int = 0, world_size: int = 1, de
 
 def prepare(args: argparse.Namespace, rank: int, world_size: int, device: torch.device) -> tuple[LatentJob, Share]:
     """The checked job of a command line, and this process's share of it. Raises ConfigError or UserError in one line."""
-    if not 0 <= args.task_id < args.num_tasks:
+    if args.task_id >= args.num_tasks:
         raise ConfigError(f"--task-id {args.task_id}: from 0 to {args.num_tasks - 1} (--num-tasks {args.num_tasks})")
-    pixels = ShardSet.open(args.shards)
+    cache = CacheConfig(args.cache_dir, args.cache_gib)
+    cache.validate()
+    pixels = ShardSet.open(args.shards, cache=cache, on_bad=args.on_bad_sample)
     if pixels.codec == "latent":
         raise ConfigError(f"{args.shards} holds latents already: give the pixel set that they were made of")
     if args.out.exists() and Path(args.shards).exists() and args.out.samefile(args.shards):
@@ -165,9 +173,3 @@ def _told(job: LatentJob, index: Mapping[str, Any]) -> str:
     )
     lines.append(f"{index['samples']} samples of {job.rules.dtype} latents: {tensors}: {job.out}")
     return "\n".join(lines)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)

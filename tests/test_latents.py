@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from safetensors.torch import load, load_file
 
 from datasets.config import DataConfig
 from datasets.loader import ClipSource
+from datasets.mixture import Collection
 from datasets.prepare import latents
 from datasets.prepare.latents import LatentJob, Share, encode_set
 from datasets.prepare.tars import read_members
@@ -417,3 +419,18 @@ def test_runs_on_latents_resume_and_learn_as_on_clips(stage: str, pixels: Path, 
     clips = train(stage, pixels, ae, tmp_path / "clips", 6)
     assert len(losses(clips)) == 6
     assert losses(whole) == pytest.approx(losses(clips), rel=1e-5)
+
+
+def test_latent_sets_mix_when_one_autoencoder_made_them(pixels: Path, ae: Path, half: Path, single: Path, tmp_path: Path) -> None:
+    """The measured scale differs from set to set, and an export may have been moved meanwhile."""
+    run("shards", "--dataset-name", "synthetic-digits", "--num-videos", 2, "--seed", 1, "--image-size", 16, 24, "--clip-length", 4,
+        "--workers", 1, "--out", tmp_path / "more")  # fmt: skip
+    moved = shutil.copytree(ae, tmp_path / "moved")
+    more = make(tmp_path / "more", moved, tmp_path / "latents")
+    both = Collection.of(ShardSet.open(half), ShardSet.open(more))
+    assert both.num_samples == 96 + 16 and both.meta["scale"] != ShardSet.open(more).meta["scale"]
+    other = make(tmp_path / "more", export(autoencoder_task(), tmp_path / "other", seed=9), tmp_path / "foreign")
+    with pytest.raises(ConfigError, match="latents of different autoencoders"):
+        Collection.of(ShardSet.open(half), ShardSet.open(other))
+    with pytest.raises(ConfigError, match="their codec differ"):
+        Collection.of(ShardSet.open(more), ShardSet.open(single))

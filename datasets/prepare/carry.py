@@ -1,6 +1,7 @@
 """What stands beside a clip in its shard and goes with it into another: card, label, caption."""
 
 import json
+import os
 
 from datasets.prepare.tars import BLOCK, BadTar, read_members
 from datasets.prepare.writer import dump_json
@@ -12,10 +13,9 @@ CARRIED = ("json", "cls", "txt")
 
 def carried(shards: ShardSet, row: int) -> dict[str, bytes]:
     """Extension -> bytes of the members behind the clip of sample `row`. UserError where the tar is damaged or cannot be read."""
-    tar = shards.shard_file(int(shards.shard[row]))
     behind = -(-int(shards.offset[row] + shards.nbytes[row]) // BLOCK) * BLOCK
     try:
-        with tar.open("rb") as file:
+        with os.fdopen(shards.open_shard(int(shards.shard[row])), "rb") as file:
             members, _ = read_members(file, behind, shards.keys[row])
     except (BadTar, OSError) as error:
         raise UserError(f"{shards.describe(row)}: {error}: copy the shard again or rerun preprocess.py") from None

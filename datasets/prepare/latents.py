@@ -104,7 +104,7 @@ class LatentJob:
         return f"{key}_w{start:06d}" if self.windowed else key
 
 
-def encode_set(job: LatentJob, share: Share, progress: Callable[[int], object]) -> dict[str, Any] | None:
+def encode_set(job: LatentJob, share: Share, progress: Callable[[int], None]) -> dict[str, Any] | None:
     """Encodes this process's shards, passing over finished ones; `progress` hears how many samples more are done.
 
     Returns the set's index when all shards are finished, None while other processes still have some to do. UserError when `out`
@@ -172,7 +172,7 @@ class _Batch:
     """What is wrong with the windows that were left out."""
 
 
-def _encode_shard(job: LatentJob, number: int, progress: Callable[[int], object]) -> None:
+def _encode_shard(job: LatentJob, number: int, progress: Callable[[int], None]) -> None:
     writer = ShardWriter(job.out, shard_name(number))
     moments, damaged = Moments(), []
     try:
