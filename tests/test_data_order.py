@@ -1,5 +1,7 @@
 """datasets.order: the order of samples is one sequence, however it is cut."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -74,7 +76,7 @@ def test_blocks_shuffle_whole_shards_window_by_window(data: st.DataObject) -> No
     seed, epoch = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
     order, bounds = block_permutation(seed, epoch, shard, window)
     assert sorted(order.tolist()) == list(range(len(shard)))
-    parts = [set(shard[order[low:high]].tolist()) for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+    parts = [set(shard[order[low:high]].tolist()) for low, high in pairwise(bounds)]
     assert all(1 <= len(part) <= window for part in parts) and sum(len(part) for part in parts) == len(np.unique(shard))
     assert set().union(*parts) == set(shard.tolist()), "no shard is in two windows"
 
