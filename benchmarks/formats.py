@@ -17,10 +17,11 @@ from PIL import Image
 
 from benchmarks.common import machine
 from benchmarks.preprocess import KINDS, make_videos
-from datasets.prepare.clips import MP4_CRF, ClipRules, cut_clips
+from datasets.prepare.clips import MP4_CRF, ClipRules, video_clips
 from datasets.prepare.writer import npy_bytes
 from datasets.shards import VIDEO_SUFFIXES
-from datasets.video import VideoError, decode, decode_window, probe
+from datasets.sources.base import Video
+from datasets.video import VideoError, decode_window
 from utils.media import encode_mp4
 
 
@@ -65,7 +66,7 @@ def load_clips(folder: Path, size: int, most: int) -> list[np.ndarray]:
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in VIDEO_SUFFIXES and len(clips) < most:
             try:
-                clips += [clip.frames for clip in cut_clips(decode(path, probe(path), "pyav"), rules)]
+                clips += [clip.frames for clip in video_clips(Video(path, path.name), rules, [])]
             except VideoError:
                 continue
     return clips

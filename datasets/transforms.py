@@ -77,9 +77,9 @@ def resize(frames: np.ndarray, size: Size, *, antialias: bool = True, scale: flo
     if frames.shape[1:3] == tuple(size):
         return np.ascontiguousarray(frames)
     x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
-    options = {"mode": "bilinear", "align_corners": False, "antialias": antialias}
     exact = scale is not None and all(int(old * scale) == new for old, new in zip(x.shape[2:], size, strict=True))
-    x = F.interpolate(x, scale_factor=scale, **options) if exact else F.interpolate(x, size=tuple(size), **options)
+    target, factor = (None, scale) if exact else (tuple(size), None)
+    x = F.interpolate(x, size=target, scale_factor=factor, mode="bilinear", align_corners=False, antialias=antialias)
     return x.permute(0, 2, 3, 1).contiguous().numpy()
 
 

@@ -1,4 +1,4 @@
-"""Decoding, and transforms on uint8 frames.
+"""Decoding: what a file holds, its frames in order, and windows of the clips that the toolkit wrote.
 
 Source files are decoded from frame 0 on and frames are numbered as they come: seeking, time stamps and header counts are wrong in
 too many real files. Two decoders give the same frames: the ffmpeg program (built with ffmpeg-python, run by us) and PyAV.
@@ -8,13 +8,13 @@ import io
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass
-from fractions import Fraction
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +28,10 @@ TIMEOUT = 3600.0
 """Seconds after which the decoding of one file by ffmpeg is given up."""
 MAX_PIXELS = 1 << 25
 """Pixels of a frame that are decoded at most where nothing else is said: 8K (7680x4320)."""
+MIN_RATE, MAX_RATE, DEFAULT_RATE = 0.01, 1000.0, 25.0
+"""Frame rates that are believed, and the one for files that say none of those."""
+MAX_SLOWNESS = 20
+"""Time stamps that make a file this many times longer than its frame rate does are not believed."""
 
 
 class VideoError(ValueError):
@@ -51,42 +55,86 @@ class VideoInfo:
     fps: float
     frames: int
     """Frames that a whole file must decode to: the larger of the header's count and the packets found."""
+    stamps: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """Seconds of each frame after the first; None where the file's time stamps are missing, repeated or absurd."""
+    max_pixels: int = MAX_PIXELS
+    """A frame of more pixels is refused by the decoder."""
+
+    @property
+    def times(self) -> np.ndarray:
+        """Seconds of each frame after the first: time stamps, or constant rate without them."""
+        return self.stamps if self.stamps is not None else np.arange(self.frames) / self.fps
+
+    @property
+    def seconds(self) -> float:
+        """Length, the last frame's included."""
+        return float(self.times[-1]) + 1 / self.fps
 
 
-def probe(path: Path) -> VideoInfo:
+def probe(path: Path, max_pixels: int = MAX_PIXELS) -> VideoInfo:
     """Picks the best video stream (no cover art), reads all its packets without decoding them, and decodes the first frame.
 
-    Raises VideoError for a file that is empty, not a video, without pictures, or cut short.
+    Raises VideoError for a file that is empty, not a video, without pictures, cut short, or with frames of more than `max_pixels`.
     """
-    if path.stat().st_size == 0:
-        raise VideoError("empty file", "0 bytes")
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
-            stream = _best_stream(container)
-            first, packets, end = None, 0, 0.0
-            for packet in container.demux(stream):
-                if packet.size == 0 or packet.is_discard:
-                    continue
-                packets += 1
-                if packet.pts is not None:
-                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-                if first is None:
-                    first = next(iter(packet.decode()), None)
-            if first is None:
-                first = next(iter(stream.codec_context.decode(None)), None)
-            if first is None:
-                raise VideoError("no frames", "no picture could be decoded")
-            _check_whole(container, stream, packets, end)
-            rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-            frames = packets if stream.frames > packets else max(stream.frames, packets)
-            return VideoInfo(stream.index, first.height, first.width, round(first.rotation / 90) % 4, float(rate), frames)
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise VideoError("not a file", "a folder, pipe or device")
+        if status.st_size == 0:
+            raise VideoError("empty file", "0 bytes")
+        with open_video(path) as container:
+            return _probe(container, max_pixels)
     except (FFmpegError, OSError, UnicodeError) as error:
         raise VideoError("not a readable video", _one_line(str(error), path)) from None
+
+
+def open_video(path: Path) -> av.container.InputContainer:
+    """Opens a local file, and nothing else that the file may point to on a network."""
+    return av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="ignore")
+
+
+def _probe(container: av.container.InputContainer, max_pixels: int) -> VideoInfo:
+    stream = _best_stream(container)
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if width * height > max_pixels:
+        raise VideoError("too large", f"{width}x{height}, more than {max_pixels} pixels")
+    stream.codec_context.options = {"max_pixels": str(max_pixels)}
+    first, stamps, end = None, [], 0.0
+    for packet in container.demux(stream):
+        if packet.size == 0 or packet.is_discard:
+            continue
+        stamps.append(packet.pts)
+        if packet.pts is not None:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if first is None:
+            first = next(iter(packet.decode()), None)
+    if first is None:
+        first = next(iter(stream.codec_context.decode(None)), None)
+    if first is None:
+        raise VideoError("no frames", "no picture could be decoded")
+    packets = len(stamps)
+    _check_whole(container, stream, packets, end)
+    rate = float(stream.average_rate or stream.guessed_rate or DEFAULT_RATE)
+    rate = rate if MIN_RATE <= rate <= MAX_RATE else DEFAULT_RATE
+    frames = packets if stream.frames > packets else max(stream.frames, packets)
+    times = _times(stamps, float(stream.time_base or 0), frames / rate) if frames == packets else None
+    turns = round(first.rotation / 90) % 4
+    return VideoInfo(stream.index, first.height, first.width, turns, rate, frames, times, max_pixels)
+
+
+def _times(stamps: list[int | None], unit: float, seconds: float) -> np.ndarray | None:
+    """Time stamps of the packets in the order in which frames are shown, from 0 on. None for such as no player could follow."""
+    if None in stamps or not unit:
+        return None
+    shown = np.sort(np.array(stamps, dtype=np.float64))
+    times = (shown - shown[0]) * unit
+    return times if bool((np.diff(times) > 0).all()) and times[-1] < MAX_SLOWNESS * seconds else None
 
 
 def _best_stream(container: av.container.InputContainer) -> av.VideoStream:
     """The largest picture, as ffmpeg itself chooses; cover art is a video stream too, and is not meant."""
     streams = [stream for stream in container.streams.video if not stream.disposition & av.stream.Disposition.attached_pic]
+    streams = [stream for stream in streams if stream.codec_context is not None]  # a codec that this build does not know
     if not streams:
         raise VideoError("no video stream", "audio or cover art only")
     return max(streams, key=lambda stream: stream.codec_context.width * stream.codec_context.height)
@@ -115,31 +163,37 @@ def _one_line(text: str, path: Path) -> str:
     return lines[0][:200] if lines else "unknown error"
 
 
-def decode(path: Path, info: VideoInfo, decoder: str) -> Generator[np.ndarray, None, None]:
-    """All frames in decode order, upright, uint8 (h, w, 3) RGB at the native size. decoder: "ffmpeg" or "pyav".
+def decode(path: Path, info: VideoInfo, decoder: str, wanted: Callable[[int], bool] = lambda _: True) -> Generator[np.ndarray, None, None]:
+    """Frames in decode order, upright, uint8 (h, w, 3) RGB at the native size. decoder: "ffmpeg" or "pyav".
 
-    Raises VideoError after the last good frame when the file is damaged: an error of the decoder, or frames missing at the end.
+    `wanted` is asked once for each frame by its number; the others are decoded, which shows damage, and not converted. Raises
+    VideoError after the last good frame when the file is damaged: an error of the decoder, or frames missing at the end.
     """
     count = 0
-    with closing(_decode_ffmpeg(path, info) if decoder == "ffmpeg" else _decode_pyav(path, info)) as frames:
+
+    def counted(number: int) -> bool:
+        nonlocal count
+        count += 1
+        return wanted(number)
+
+    with closing(_decode_ffmpeg(path, info, counted) if decoder == "ffmpeg" else _decode_pyav(path, info, counted)) as frames:
         for frame in frames:
-            count += 1
             yield np.rot90(frame, info.turns) if info.turns else frame
     if _short(count, info.frames):
         raise VideoError("damaged", f"only {count} of {info.frames} frames decode")
 
 
-def _decode_pyav(path: Path, info: VideoInfo) -> Generator[np.ndarray, None, None]:
+def decoded(path: Path, info: VideoInfo) -> Generator[av.VideoFrame, None, None]:
+    """The decoder's own frames in order, by PyAV. VideoError at the first sign of damage."""
     av.logging.set_level(av.logging.ERROR)
     try:
-        with av.logging.Capture() as messages, av.open(str(path), metadata_errors="ignore") as container:
+        with av.logging.Capture() as messages, open_video(path) as container:
             stream = container.streams[info.stream]
             assert isinstance(stream, av.VideoStream)
             stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-            stream.codec_context.options = {"err_detect": "explode"}
-            reformatter = VideoReformatter()
+            stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(info.max_pixels)}
             for frame in container.decode(stream):
-                yield reformatter.reformat(frame, info.width, info.height, "rgb24").to_ndarray()
+                yield frame
                 if messages:
                     raise VideoError("damaged", _one_line(messages[0][2], path))
             if messages:
@@ -148,6 +202,14 @@ def _decode_pyav(path: Path, info: VideoInfo) -> Generator[np.ndarray, None, Non
         raise VideoError("damaged", _one_line(str(error), path)) from None
     finally:
         av.logging.set_level(None)
+
+
+def _decode_pyav(path: Path, info: VideoInfo, wanted: Callable[[int], bool]) -> Generator[np.ndarray, None, None]:
+    reformatter = VideoReformatter()
+    with closing(decoded(path, info)) as frames:
+        for number, frame in enumerate(frames):
+            if wanted(number):
+                yield reformatter.reformat(frame, info.width, info.height, "rgb24").to_ndarray()
 
 
 @cache
@@ -174,14 +236,15 @@ def _passthrough(program: str) -> tuple[str, str]:
 def ffmpeg_command(program: str, path: Path, info: VideoInfo) -> list[str]:
     """The argument list that decodes one stream of a file to raw RGB on stdout."""
     # "file:" keeps names such as "a:b.mp4" and "-x.mp4" from being read as protocols and options.
-    source = ffmpeg.input(f"file:{path.absolute()}", threads=1, noautorotate=None, err_detect="explode")
+    limits = {"max_pixels": info.max_pixels, "protocol_whitelist": "file"}
+    source = ffmpeg.input(f"file:{path.absolute()}", threads=1, noautorotate=None, err_detect="explode", **limits)
     name, value = _passthrough(program)
     options = {name: value, "f": "rawvideo", "pix_fmt": "rgb24", "threads": 1}
     graph = source[str(info.stream)].output("pipe:", **options)
     return [*graph.global_args("-nostdin", "-v", "error", "-xerror").compile(cmd=program)]
 
 
-def _decode_ffmpeg(path: Path, info: VideoInfo) -> Generator[np.ndarray, None, None]:
+def _decode_ffmpeg(path: Path, info: VideoInfo, wanted: Callable[[int], bool]) -> Generator[np.ndarray, None, None]:
     program = ffmpeg_program()
     assert program is not None, "the caller chose ffmpeg without one"
     try:
@@ -195,8 +258,11 @@ def _decode_ffmpeg(path: Path, info: VideoInfo) -> Generator[np.ndarray, None, N
         timer = threading.Timer(TIMEOUT, process.kill)
         timer.start()
         try:
+            number = 0
             while len(data := process.stdout.read(size)) == size:
-                yield np.frombuffer(data, dtype=np.uint8).reshape(info.height, info.width, 3)
+                if wanted(number):
+                    yield np.frombuffer(data, dtype=np.uint8).reshape(info.height, info.width, 3)
+                number += 1
             process.wait()
             message = os.pread(errors.fileno(), 4096, 0).decode(errors="replace")
             if process.returncode or message.strip() or data:

@@ -1,58 +1,29 @@
-"""One source video -> encoded clips: decode in order, choose frames, crop and resize, cut, encode. Runs inside a worker process."""
+"""One source video -> encoded clips: plan which frames, decode in order, crop and resize, filter, encode. Runs inside a worker process."""
 
-from collections.abc import Generator, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-from PIL import Image
 
-from datasets.prepare.filters import FilterRules, Rejection, motion
+from datasets.prepare.duplicates import fingerprint
+from datasets.prepare.filters import Rejection, check_clip, check_video, motion
+from datasets.prepare.reels import Reel, open_reel
+from datasets.prepare.scenes import find_cuts
+from datasets.prepare.windows import ClipRules, Window, plan
 from datasets.prepare.writer import Sample, dump_json, npy_bytes, sums_text
 from datasets.sources.base import Video
-from datasets.transforms import Centre, ResizeMode, resize_clip
-from datasets.video import VideoError, decode, probe
+from datasets.transforms import resize_clip
+from datasets.video import VideoError
 from utils.media import encode_mp4
 
-CHUNK = 16
 MP4_GOP = 16
 MP4_CRF = 18
-
-
-@dataclass(frozen=True)
-class ClipRules:
-    """How clips are made of a video."""
-
-    size: tuple[int, int] = (64, 64)
-    clip_length: int = 16
-    """Frames of a clip; 0: the whole video is one sample."""
-    clip_stride: int = 16
-    """Frames between the beginnings of two clips, counted after `frame_stride`."""
-    frame_stride: int = 1
-    """Every how many frames of the source, or of the frames at `fps`, one is taken."""
-    fps: float = 0.0
-    """Frames per second that are taken, by their time stamps; 0: all frames of the source."""
-    rule: Literal["consecutive", "linspace", "spread"] = "consecutive"
-    """Which frames a clip has: see `datasets.frames`."""
-    scenes: Literal["ignore", "split"] = "ignore"
-    """split: no clip crosses a cut."""
-    filters: FilterRules = FilterRules()
-    codec: Literal["npy", "mp4"] = "npy"
-    decoder: Literal["ffmpeg", "pyav"] = "ffmpeg"
-    resize: ResizeMode = "crop"
-    """See `datasets.transforms.resize_clip`."""
-    antialias: bool = True
-    centre: Centre = "floor"
-    """Which way a crop leans when it cannot be in the middle."""
-    on_short: Literal["skip", "pad"] = "skip"
-    """A video shorter than one clip: leave it out, or repeat its last frame."""
-    min_frames: int = 1
-    """Where whole videos are stored: the shortest that is."""
-    max_clips: int = 0
-    """Clips taken from one video, from its beginning; 0: all."""
-    frames_fps: float = 25.0
-    """Frame rate of frame folders."""
+TOGETHER = 1 << 20
+"""Bytes of frames that are resized in one call: small frames go faster together, large ones while they are in the cache."""
+MAX_CLIP_BYTES = 1 << 31
+"""A clip of more, uncompressed, is not made: whole videos stay in memory until they are written."""
 
 
 @dataclass(frozen=True)
@@ -65,21 +36,22 @@ class Facts:
     """Height and width of the source, upright."""
     source_fps: float
     source_seconds: float
+    """Length of the source, or of the part of it that was asked for."""
     motion: float
     """Mean absolute difference of neighbouring frames, 0 to 1."""
     scene: int
-    """Number of cuts before the clip in its video."""
+    """Number of cuts before the clip in its video; 0 where cuts are ignored."""
     fingerprint: str
     """Hash of what the clip shows: see `datasets.prepare.duplicates`; empty: it shows nothing to tell it by."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames uint8 (t, h, w, 3) from source frame `start` on."""
+    """Frames uint8 (t, h, w, 3), and where they come from."""
 
-    start: int
+    window: Window
     frames: np.ndarray
-    padded: int = 0
+    facts: Facts
 
 
 def transform(frames: np.ndarray, rules: ClipRules) -> np.ndarray:
@@ -87,105 +59,150 @@ def transform(frames: np.ndarray, rules: ClipRules) -> np.ndarray:
     return resize_clip(frames, rules.size, rules.resize, antialias=rules.antialias, centre=rules.centre)
 
 
-def cut_clips(frames: Iterator[np.ndarray], rules: ClipRules) -> Iterator[Clip]:
-    """Clips of a stream of native frames (h, w, 3).
-
-    All frames are drawn, also those after the last clip: only the end shows that a file is whole.
-    """
-    taken: list[np.ndarray] = []  # transformed frames base, base + 1, ...
-    base = start = made = 0
-    for chunk in _chunks(frames, rules.frame_stride):
-        if rules.max_clips and made == rules.max_clips:
-            continue
-        taken.extend(transform(chunk, rules))
-        while rules.clip_length and base + len(taken) >= start + rules.clip_length and made != (rules.max_clips or -1):
-            first = start - base
-            yield Clip(start * rules.frame_stride, np.stack(taken[first : first + rules.clip_length]))
-            made, start = made + 1, start + rules.clip_stride
-            drop = min(start - base, len(taken))
-            del taken[:drop]
-            base += drop
-    if not rules.clip_length and len(taken) >= rules.min_frames:
-        yield Clip(0, np.stack(taken))
-    elif taken and rules.clip_length and not made and rules.on_short == "pad":
-        padded = rules.clip_length - len(taken)
-        yield Clip(0, np.stack(taken + taken[-1:] * padded), padded)
-
-
-def _chunks(frames: Iterator[np.ndarray], stride: int) -> Iterator[np.ndarray]:
-    """Every stride-th frame, CHUNK of them at a time."""
-    kept: list[np.ndarray] = []
-    for number, frame in enumerate(frames):
-        if number % stride == 0:
-            kept.append(frame)
-        if len(kept) == CHUNK:
-            yield np.stack(kept)
-            kept = []
-    if kept:
-        yield np.stack(kept)
-
-
-def read_frames(video: Video) -> Generator[np.ndarray, None, None]:
-    """Pictures of a frame video in order, uint8 (h, w, 3). VideoError for one that is damaged or of another size than the first."""
-    try:
-        paths = video.frame_paths()
-    except OSError as error:
-        raise VideoError("unreadable", f"{error.strerror}") from None
-    shape: tuple[int, ...] = ()
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                frame = np.asarray(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise VideoError("damaged", f"{path.name}: {str(error).splitlines()[0][:200]}") from None
-        if frame.shape != (shape or frame.shape):
-            raise VideoError("frames differ in size", f"{path.name} is {frame.shape[1]}x{frame.shape[0]}, the first {shape[1]}x{shape[0]}")
-        shape = frame.shape
-        yield frame
-
-
 def samples(video: Video, rules: ClipRules, class_name: str | None, rejected: list[Rejection]) -> Iterator[tuple[Sample, Facts]]:
     """(sample, what is known of it) for each clip of a video; clips that the filters leave out go to `rejected`.
 
     VideoError when the video cannot be used; what came before is then void.
     """
-    if video.is_frames:
-        frames, source_fps, size, seconds = read_frames(video), video.fps or rules.frames_fps, (0, 0), 0.0
-    else:
-        info = probe(video.path)
-        frames, source_fps, size = decode(video.path, info, rules.decoder), info.fps, (info.height, info.width)
-        seconds = info.frames / info.fps
-    fps = round(source_fps / rules.frame_stride, 3)
-    empty = True
-    with closing(frames):
-        for clip in cut_clips(frames, rules):
-            empty = False
-            yield _sample(video, clip, rules, class_name, fps), Facts(fps, size, source_fps, seconds, motion(clip.frames), 0, "")
-    if empty:
-        wanted = (rules.clip_length or rules.min_frames) * rules.frame_stride
-        remedy = "; --on-short pad repeats the last one" if rules.clip_length else ""
-        raise VideoError("too short", f"fewer than {wanted} frames{remedy}")
+    for clip in video_clips(video, rules, rejected):
+        yield _sample(video, clip, rules, class_name), clip.facts
 
 
-def _sample(video: Video, clip: Clip, rules: ClipRules, class_name: str | None, fps: float) -> Sample:
+def video_clips(video: Video, rules: ClipRules, rejected: list[Rejection]) -> Generator[Clip, None, None]:
+    """The clips of a video, as `samples` gives them, before they are encoded."""
+    with open_reel(video, rules) as reel:
+        seconds = _seconds(video, reel)
+        check_video(*reel.size, reel.fps, seconds, rules.filters)
+        cuts = find_cuts(reel.small()) if rules.scenes == "split" else []
+        kept, left_out = 0, 0
+        with closing(_cut(video, reel, rules, cuts, lambda: 0 < rules.max_clips <= kept)) as found:
+            for window, frames in found:
+                moved = motion(frames)
+                rejection = check_clip(window.position, frames, moved, rules.filters)
+                if rejection:
+                    rejected.append(rejection)
+                    left_out += 1
+                elif not 0 < rules.max_clips <= kept:
+                    kept += 1
+                    yield Clip(window, frames, Facts(window.fps, reel.size, reel.fps, seconds, moved, window.scene, fingerprint(frames)))
+        if not kept:
+            raise _nothing(rules, rejected[len(rejected) - left_out :])
+
+
+def _seconds(video: Video, reel: Reel) -> float:
+    """Length of what is wanted of a video. VideoError when it has none of it."""
+    end = float(reel.times[-1]) + 1 / reel.fps
+    start, stop = video.span or (0.0, end)
+    if start >= end:
+        raise VideoError("part outside the video", f"from {start:g} s on, the video has {end:.2f} s")
+    return min(stop, end) - start
+
+
+def _nothing(rules: ClipRules, rejected: list[Rejection]) -> VideoError:
+    """Why a video gave no clip."""
+    if rejected:
+        reason, count = Counter(rejection.reason for rejection in rejected).most_common(1)[0]
+        return VideoError(reason, f"{count} of {len(rejected)} clips, no clip is left")
+    wanted = (rules.clip_length or rules.min_frames) * rules.frame_stride
+    remedy = "; --on-short pad repeats the last one" if rules.clip_length else ""
+    return VideoError("too short", f"fewer than {wanted} frames{' at the target rate' if rules.fps else ''}{remedy}")
+
+
+def _cut(
+    video: Video, reel: Reel, rules: ClipRules, cuts: list[int], enough: Callable[[], bool]
+) -> Generator[tuple[Window, np.ndarray], None, None]:
+    """The clips that the rules plan for a video. A file may end a little before its packets promise: the plan is then made again."""
+    times, done = reel.times, 0
+    while True:
+        windows = plan(times, reel.fps, rules, video.span, cuts)[done:]
+        longest = max((len(window.numbers) for window in windows), default=0)
+        if longest * rules.size[0] * rules.size[1] * 3 > MAX_CLIP_BYTES:
+            raise VideoError("too long", f"{longest} frames in one clip: give a --clip-length")
+        pass_ = _Pass(reel, windows, len(times), enough)
+        with closing(pass_.clips(rules, whole=video.span is None)) as found:
+            for window, frames in found:
+                done += 1
+                yield window, frames
+        if pass_.seen >= len(times) or not pass_.waiting or enough():
+            return
+        times = times[: pass_.seen]
+
+
+class _Pass:
+    """One pass through the frames of a video."""
+
+    def __init__(self, reel: Reel, windows: list[Window], frames: int, enough: Callable[[], bool]) -> None:
+        self.reel, self.enough = reel, enough
+        self.seen = 0
+        """Frames that have come."""
+        self.waiting = deque(windows)
+        self.needed = np.zeros(frames, dtype=bool)
+        for window in windows:
+            self.needed[window.numbers] = True
+
+    def clips(self, rules: ClipRules, whole: bool) -> Generator[tuple[Window, np.ndarray], None, None]:
+        """Each window with its frames (t, h, w, 3), as soon as they are there.
+
+        `whole`: go on to the end of the video after the last of them, for only the end shows that a file is whole.
+        """
+        ready: dict[int, np.ndarray] = {}
+        with closing(self.reel.read(self._wanted)) as native:
+            for frame, number in zip(_resized(native, rules), np.flatnonzero(self.needed).tolist(), strict=False):
+                ready[number] = frame
+                while self.waiting and self.waiting[0].numbers[-1] <= number:
+                    window = self.waiting.popleft()
+                    yield window, np.stack([ready[wanted] for wanted in window.numbers.tolist()])
+                    first = self.waiting[0].numbers[0] if self.waiting else number
+                    ready = {kept: frame for kept, frame in ready.items() if kept >= first}
+                if not self.waiting and not whole:
+                    return
+
+    def _wanted(self, number: int) -> bool:
+        self.seen = number + 1
+        return number < len(self.needed) and bool(self.needed[number]) and not self.enough()
+
+
+def _resized(frames: Iterable[np.ndarray], rules: ClipRules) -> Iterator[np.ndarray]:
+    """Frames (h, w, 3), cropped and resized, a few of them at a time."""
+    held: list[np.ndarray] = []
+    for frame in frames:
+        held.append(frame)
+        if len(held) * frame.nbytes >= TOGETHER:
+            yield from transform(np.stack(held) if len(held) > 1 else held[0][None], rules)
+            held = []
+    if held:
+        yield from transform(np.stack(held), rules)
+
+
+def _sample(video: Video, clip: Clip, rules: ClipRules, class_name: str | None) -> Sample:
+    window, frames = clip.window, clip.frames
     if rules.codec == "npy":
-        members, sums = {"npy": npy_bytes(clip.frames)}, sums_text(clip.frames)
+        members, sums = {"npy": npy_bytes(frames)}, sums_text(frames)
     else:
-        gop = min(len(clip.frames), MP4_GOP) if not rules.clip_length else len(clip.frames)
-        members, sums = {"mp4": encode_mp4(clip.frames, fps, crf=MP4_CRF, gop=gop)}, ""
-    length = (len(clip.frames) - clip.padded) * rules.frame_stride
-    card = {
-        "source": video.name,
-        "span": [clip.start, clip.start + length],
-        "frame_stride": rules.frame_stride,
-        "padded_frames": clip.padded,
-        "fps": fps,
-        "class": class_name,
-        "caption": video.caption or None,
-    }
-    members["json"] = dump_json(card)
+        gop = min(len(frames), MP4_GOP) if not rules.clip_length else len(frames)
+        members, sums = {"mp4": encode_mp4(frames, clip.facts.fps, crf=MP4_CRF, gop=gop)}, ""
+    members["json"] = dump_json(_card(video, clip, rules, class_name))
     if class_name is not None:
         members["cls"] = str(video.label).encode()
     if video.caption:
         members["txt"] = video.caption.encode()
-    return Sample(f"{video.key}_{clip.start:06d}", members, len(clip.frames), video.label, sums)
+    return Sample(f"{video.key}_{window.position:06d}", members, len(frames), video.label, sums)
+
+
+def _card(video: Video, clip: Clip, rules: ClipRules, class_name: str | None) -> dict[str, object]:
+    """What the json member of a sample says."""
+    window, facts = clip.window, clip.facts
+    return {
+        "source": video.name,
+        "span": [int(window.numbers[0]), window.stop],
+        "seconds": [round(second, 4) for second in window.seconds],
+        "frame_stride": rules.frame_stride,
+        "padded_frames": window.padded,
+        "fps": facts.fps,
+        "source_fps": round(facts.source_fps, 4),
+        "source_size": facts.source_size,
+        "scene": facts.scene,
+        "motion": round(facts.motion, 5),
+        "class": class_name,
+        "caption": video.caption or None,
+    }
