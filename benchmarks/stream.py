@@ -143,7 +143,7 @@ def digits(folder: Path, rules: ClipRules, videos: int) -> ShardSet:
     make_digits(folder / "source", DigitsConfig(num_videos=videos, size=rules.size, frames=8 * rules.clip_length))
     listing = list_videos(folder / "source", "folder", SourceOptions(), seed=0)
     out = folder / rules.codec
-    build(listing, rules, SetInfo("digits", "folder"), out, workers=2, progress=lambda videos, tally: None)
+    build(listing, rules, SetInfo("digits", "folder", shard_samples=128), out, workers=2, progress=lambda videos, tally: None)
     return ShardSet.open(out)
 
 
