@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from datasets.sources.base import Video
 from datasets.video import decode, probe
 from tests.preprocessing import command, report, run
 from tests.videos import folder_bytes, noise_frames, write_tree, write_video
+
 
 def clip(shards: ShardSet, sample: int) -> np.ndarray:
     with tarfile.open(shards.shard_path(sample)) as tar:

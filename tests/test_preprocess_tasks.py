@@ -193,7 +193,22 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("parts", [1, 6])
 def test_duplicates_of_other_videos_go_and_windows_stay(copies: Path, tmp_path: Path, parts: int) -> None:
-    flags = (copies, "--clip-length", 8, "--clip-stride", 1, "--image-size", 32, 32, "--decoder", "pyav", "--shard-size", 4, "--parts", parts)
+    flags = (
+        copies,
+        "--clip-length",
+        8,
+        "--clip-stride",
+        1,
+        "--image-size",
+        32,
+        32,
+        "--decoder",
+        "pyav",
+        "--shard-size",
+        4,
+        "--parts",
+        parts,
+    )
     run(*flags, "--out", tmp_path / "all")
     assert ShardSet.open(tmp_path / "all").num_samples == 30
     printed = run(*flags, "--out", tmp_path / "set", "--dedupe", 20)

@@ -1,8 +1,6 @@
 """The whole truth about a shard set: every file hashed, every sample decoded and compared with its checksums, card and label."""
 
 import hashlib
-import json
-import re
 import zlib
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -13,17 +11,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from datasets.indices import DAMAGE, one_line
 from datasets.prepare.stored import BadSample, SetFacts, check_sample
 from datasets.prepare.tars import BLOCK, BadTar, Member, read_end, read_members
 from datasets.prepare.workers import worker_pool
 from datasets.shards import FORMAT, INDEX, SCHEMA, sidecar_name
+from datasets.tables import MAX_SHARD_BYTES, Table, check_meta, parse_json, read_table, repeated
 from utils.errors import UserError
 from utils.files import sha256_file
-
-COLUMNS = ("key", "sums", "offset", "nbytes", "crc32", "frames", "label")
-"""Of an offset index: two of text, five of whole numbers."""
-Table = dict[str, list[Any]]
-_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
 
 @dataclass(frozen=True)
@@ -45,8 +40,8 @@ class ShardCheck:
     name: str
     samples: int = 0
     faults: list[Fault] = field(default_factory=list)
-    keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
-    """64-bit hashes of the samples' keys: keys of a whole set must be compared, and text would not fit into memory."""
+    keys: np.ndarray = field(default_factory=lambda: np.zeros(0, "S1"))
+    """Of the samples, as bytes: those of a whole set are compared in the end."""
 
     def fault(self, text: str, key: str = "") -> None:
         """Notes something wrong."""
@@ -57,35 +52,29 @@ def read_set(folder: Path) -> dict[str, Any]:
     """index.json of a local shard set. UserError when it is not there, unreadable, or not what it should be."""
     path = folder / INDEX
     try:
-        index = json.loads(path.read_bytes())
-        if index["format"] == FORMAT and index["schema"] != SCHEMA:
-            raise UserError(f"{folder} has shard schema {index['schema']}, this version reads {SCHEMA}: run preprocess.py shards again")
-        plain = all(_PLAIN.fullmatch(entry["name"]) for entry in index["shards"])
-        typed = all(_is_count(entry[name]) for entry in index["shards"] for name in ("samples", "bytes"))
-        hashed = all(isinstance(entry[name], str) for entry in index["shards"] for name in ("sha256", "index_sha256"))
-        if index["format"] != FORMAT or not (plain and typed and hashed):
+        index = parse_json(path.read_bytes())
+        if index.get("format") != FORMAT:
             raise ValueError("not the index of a shard set")
-        SetFacts.of(index)
+        if index.get("schema") != SCHEMA:
+            raise UserError(f"{folder} has shard schema {index.get('schema')}, this version reads {SCHEMA}: run preprocess.py shards again")
+        check_meta(index)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give the folder that preprocess.py wrote") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}): copy it again or rerun preprocess.py") from None
-    return dict(index)
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
+    except DAMAGE as error:
+        raise UserError(f"{path} is damaged ({one_line(error)}): copy it again or rerun preprocess.py") from None
+    return index
 
 
 def check_set(folder: Path, index: dict[str, Any], workers: int) -> Iterator[ShardCheck]:
     """Checks the shards of a set in order, `workers` at a time; last comes what is wrong with the set as a whole."""
-    facts, entries = SetFacts.of(index), index["shards"]
+    entries = index["shards"]
+    meta = {name: value for name, value in index.items() if name not in ("shards", "dropped")}
     keys: list[np.ndarray] = []
     with ExitStack() as stack:
-        results: Iterator[ShardCheck] = (check_shard(folder, entry, facts) for entry in entries)
+        results: Iterator[ShardCheck] = (check_shard(folder, entry, meta) for entry in entries)
         if workers > 1 and len(entries) > 1:
             pool = stack.enter_context(worker_pool(min(workers, len(entries))))
-            futures = [pool.submit(check_shard, folder, entry, facts) for entry in entries]
+            futures = [pool.submit(check_shard, folder, entry, meta) for entry in entries]
             results = (future.result() for future in futures)
         try:
             for result in results:
@@ -93,13 +82,13 @@ def check_set(folder: Path, index: dict[str, Any], workers: int) -> Iterator[Sha
                 yield result
         except BrokenProcessPool:
             raise UserError("a worker process died (out of memory, or a decoder crashed): --workers 1 shows at which shard") from None
-    yield _check_whole(folder, index, keys)
+    yield _check_whole(index, keys)
 
 
-def check_shard(folder: Path, entry: dict[str, Any], facts: SetFacts) -> ShardCheck:
-    """Hashes a shard and its offset index, and checks every sample."""
+def check_shard(folder: Path, entry: dict[str, Any], meta: dict[str, Any]) -> ShardCheck:
+    """Hashes a shard and its offset index, and checks every sample. `meta`: index.json without the shards."""
     found = ShardCheck(entry["name"])
-    table = _read_table(folder, entry, found)
+    table = _read_table(folder, entry, meta, found)
     try:
         size = (folder / found.name).stat().st_size
         if size != entry["bytes"]:
@@ -108,7 +97,7 @@ def check_shard(folder: Path, entry: dict[str, Any], facts: SetFacts) -> ShardCh
             found.fault(f"its sha256 is not the one in {INDEX}")
         if table is not None:
             with (folder / found.name).open("rb") as file:
-                _check_samples(file, table, facts, found)
+                _check_samples(file, table, SetFacts.of(meta), found)
     except FileNotFoundError:
         found.fault("it is missing")
     except OSError as error:
@@ -116,80 +105,68 @@ def check_shard(folder: Path, entry: dict[str, Any], facts: SetFacts) -> ShardCh
     return found
 
 
-def _read_table(folder: Path, entry: dict[str, Any], found: ShardCheck) -> Table | None:
-    """The columns of a shard's offset index, None where there is nothing to go by."""
+def _read_table(folder: Path, entry: dict[str, Any], meta: dict[str, Any], found: ShardCheck) -> Table | None:
+    """A shard's offset index, None where there is nothing to go by."""
     name = sidecar_name(entry["name"])
     try:
         raw = (folder / name).read_bytes()
         if hashlib.sha256(raw).hexdigest() != entry["index_sha256"]:
             found.fault(f"the sha256 of its {name} is not the one in {INDEX}")
-        values = json.loads(raw)
-        table = {column: list(values[column]) for column in COLUMNS}
-        texts = all(isinstance(value, str) for column in COLUMNS[:2] for value in table[column])
-        counts = all(_is_count(value) for column in COLUMNS[2:] for value in table[column])
-        if not texts or not counts or {len(column) for column in table.values()} != {entry["samples"]}:
-            raise ValueError(f"no table of {entry['samples']} samples")
+        return read_table(raw, meta, entry)
     except OSError as error:
         found.fault(f"its {name} cannot be read: {error.strerror}")
-        return None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        found.fault(f"its {name} is damaged: {error!r}")
-        return None
-    return table
+    except DAMAGE as error:
+        found.fault(f"its {name} is damaged: {one_line(error)}")
+    return None
 
 
 def _check_samples(file: BinaryIO, table: Table, facts: SetFacts, found: ShardCheck) -> None:
     """Walks through a tar from its first byte to its last, by the headers; after a fault it goes on where the offset index says."""
-    place, found.samples = 0, len(table["key"])
-    found.keys = np.array([key_hash(key) for key in table["key"]], np.uint64)
-    begins = [offset - BLOCK for offset in table["offset"]][1:] + [-1]
-    for row, key in enumerate(table["key"]):
+    columns = {name: column.tolist() for name, column in table.columns.items()}
+    found.samples, found.keys = len(table.key), table.key
+    ends = [offset - BLOCK for offset in columns["offset"]][1:] + [MAX_SHARD_BYTES]
+    sums = np.split(table.sums, np.cumsum(columns["frames"])[:-1]) if len(table.sums) else [table.sums] * found.samples
+    place = 0
+    for row, raw in enumerate(table.key):
+        key = raw.decode("ascii")
         try:
-            members, place = read_members(file, place, key)
-            _check_payload(members[0], table, row)
+            members, place = read_members(file, place, key, ends[row])
+            _check_payload(members[0], columns, row)
             content = [(member.extension, member.payload) for member in members]
-            check_sample(key, content, facts, table["frames"][row], table["label"][row], table["sums"][row])
+            check_sample(key, content, facts, columns["frames"][row], columns["label"][row], sums[row])
         except (BadTar, BadSample) as error:
             found.fault(str(error), key)
-            place = begins[row]
-            if place < 0:
+            if row + 1 == found.samples:
                 return
+            place = ends[row]
     try:
         read_end(file, place)
     except BadTar as error:
         found.fault(str(error))
 
 
-def _check_payload(member: Member, table: Table, row: int) -> None:
-    told, found = (table["nbytes"][row], table["offset"][row]), (len(member.payload), member.offset)
+def _check_payload(member: Member, columns: dict[str, list[int]], row: int) -> None:
+    told, found = (columns["nbytes"][row], columns["offset"][row]), (len(member.payload), member.offset)
     if told != found:
         raise BadSample(f"{found[0]} bytes at byte {found[1]}, its offset index says {told[0]} at {told[1]}")
-    if zlib.crc32(member.payload) != table["crc32"][row]:
+    if zlib.crc32(member.payload) != columns["crc32"][row]:
         raise BadSample("its bytes are damaged (crc32)")
 
 
-def key_hash(key: str) -> int:
-    """64 bits that tell keys apart."""
-    return int.from_bytes(hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest(), "big")
-
-
-def _check_whole(folder: Path, index: dict[str, Any], keys: list[np.ndarray]) -> ShardCheck:
+def _check_whole(index: dict[str, Any], keys: list[np.ndarray]) -> ShardCheck:
     """What only shows over all shards: the number of samples, rows that are left out, keys that come twice."""
     found = ShardCheck(INDEX)
     samples = {entry["name"]: entry["samples"] for entry in index["shards"]}
-    dropped = index.get("dropped", {})
-    if len(samples) != len(index["shards"]):
-        found.fault("a shard is listed twice")
+    dropped = index.get("dropped") or {}
     for name, rows in dropped.items():
-        if not all(_is_count(row) and row < samples.get(name, 0) for row in rows) or len(set(rows)) != len(rows):
+        if not all(type(row) is int and 0 <= row < samples[name] for row in rows) or len(set(rows)) != len(rows):
             found.fault(f"the rows to leave out of {name} are not rows of that shard")
     total = sum(samples.values()) - sum(map(len, dropped.values()))
-    if index["samples"] != total:
-        found.fault(f"it says {index['samples']} samples, its shards have {total}")
-    values, counts = np.unique(np.concatenate(keys), return_counts=True) if keys else (np.empty(0), np.empty(0))
-    repeated = set(values[counts > 1].tolist())
-    for entry in index["shards"] if repeated else ():
-        for key in json.loads((folder / sidecar_name(entry["name"])).read_bytes())["key"]:
-            if key_hash(key) in repeated:
-                found.faults.append(Fault(entry["name"], key, "its key comes more than once in the set"))
+    if index.get("samples") != total:
+        found.fault(f"it says {index.get('samples')} samples, its shards have {total}")
+    ends = np.cumsum([len(part) for part in keys])
+    together = np.concatenate(keys) if keys else np.zeros(0, "S1")
+    for row in repeated(together).tolist():
+        name = index["shards"][int(np.searchsorted(ends, row, side="right"))]["name"]
+        found.faults.append(Fault(name, together[row].decode("ascii"), "its key stands in the set before"))
     return found

@@ -5,10 +5,9 @@ import tarfile
 from dataclasses import dataclass
 from typing import BinaryIO
 
-BLOCK = tarfile.BLOCKSIZE
-MAX_MEMBER_BYTES = 4 << 30
-"""A member that says it is larger is not read."""
+from datasets.tables import MAX_MEMBER_BYTES, MAX_SHARD_BYTES
 
+BLOCK = tarfile.BLOCKSIZE
 MAX_END = 2 * tarfile.RECORDSIZE
 """Zeros that may stand behind the last member."""
 
@@ -43,20 +42,19 @@ def _header(file: BinaryIO, place: int) -> tarfile.TarInfo | None:
     return info
 
 
-def read_members(file: BinaryIO, place: int, key: str) -> tuple[list[Member], int]:
-    """The members of sample `key`, whose first header is at byte `place`, and where the next sample begins.
+def read_members(file: BinaryIO, place: int, key: str, stop: int = MAX_SHARD_BYTES) -> tuple[list[Member], int]:
+    """The members of sample `key`, whose first header is at byte `place`, and where they end; at `stop` the next sample begins.
 
     BadTar when there is no such sample, or a member is damaged or cut off.
     """
     found: list[Member] = []
-    while (info := _header(file, place)) is not None:
+    while place < stop and (info := _header(file, place)) is not None:
         name, _, extension = info.name.partition(".")
         if name != key:
             break
-        payload = file.read(info.size)
-        if len(payload) != info.size:
+        if place + BLOCK + info.size > os.fstat(file.fileno()).st_size:
             raise BadTar(f"the tar ends inside its .{extension}")
-        found.append(Member(extension, place + BLOCK, payload))
+        found.append(Member(extension, place + BLOCK, file.read(info.size)))
         place += BLOCK + -(-info.size // BLOCK) * BLOCK
     if not found:
         raise BadTar(f"is not at byte {place} of the tar")
