@@ -67,6 +67,7 @@ def test_a_layout_is_detected(tmp_path: Path, layout: str) -> None:
         ("x", ["video_00001.mp4", "thumbnail.png"], "CLEVRER"),
         ("mnist", ["deep/er/1.mp4"], "folder"),
         ("x", ["1.mp4", "1.tar"], "folder"),
+        ("x", ["a/1.png", "1.tar"], "frames"),
         ("x", [".hidden/1.mp4", "a/1.png"], "frames"),
         ("x", ["notes.doc"], "folder"),
     ],
@@ -285,15 +286,17 @@ def test_moving_mnist_reads_captions_where_there_are(tmp_path: Path, caplog: pyt
         ("c.txt", "1.mp4 a\n1.mp4 b", "line 2: a second caption of 1.mp4"),
         ("c.txt", "1.mp4 " + "x" * 70000, "line 1: a caption of more than 64 KiB"),
         ("c.csv", "path\n1.mp4", "line 2: it needs a name"),
+        ("x/1.txt", "x" * 70000, "1.txt: a caption of more than 64 KiB"),
         ("c.doc", "", "it should end in .txt"),
         ("no.txt", None, "cannot read"),
     ],
 )
 def test_captions_that_cannot_be_used_are_one_line(tmp_path: Path, file: str, text: str | None, words: str) -> None:
+    root = touch(tmp_path / "x", ["1.mp4"])
     if text is not None:
         (tmp_path / file).write_text(text)
     with pytest.raises(UserError, match=words) as error:
-        listed(touch(tmp_path / "x", ["1.mp4"]), "folder", captions=tmp_path / file)
+        listed(root, "folder", captions=None if file == "x/1.txt" else tmp_path / file)
     assert "\n" not in str(error.value)
 
 
@@ -353,6 +356,7 @@ def test_a_wrong_layout_is_one_clear_line(tmp_path: Path, layout: str, files: li
         ),
         (["1.mp4"], "folder", {"split": "dev"}, "none of all, train, val, test"),
         (["1.mp4"], "folder", {"split": "val"}, "has no official split; say --val-fraction"),
+        (["1.mp4"], "folder", {"split": "val", "val_fraction": 1e-9}, "leaves no video of"),
         (["1.mp4"], "folder", {"val_fraction": 0.5}, "say which, --split train or --split val"),
         (["train/1.mp4", "val/2.mp4"], "folder", {"split": "val", "val_fraction": 0.5}, "has a val split of its own"),
         (["train/1.mp4", "test/2.mp4"], "folder", {"split": "val"}, "has test, train; --val-fraction holds out a share of train as val"),

@@ -72,11 +72,7 @@ def list_videos(root: Path, name: str, options: SourceOptions, seed: int) -> Lis
     listing = source.list(root, options)
     videos = select(listing.videos, options, root)
     if not videos:
-        kinds, suffixes = ("pictures", IMAGE_SUFFIXES) if source.kind == "frames" else ("videos", VIDEO_SUFFIXES)
-        endings = " ".join(sorted(suffix[1:] for suffix in suffixes))
-        problem = next((f"; {name}: {reason}, {detail}" for name, reason, detail in listing.rejected), "")
-        gone = f"; {len(listing.missing)} that are listed are not there" if listing.missing else ""
-        raise UserError(f"{root} holds no {kinds} for split {options.split} (looked for files ending in {endings}){gone}{problem}")
+        raise _nothing(root, source, options, listing)
     salt = f"{derive_seed(seed, 'data/shard-order'):016x}/"
     videos = sorted(videos, key=lambda video: (hashlib.sha256((salt + video.key).encode()).digest(), video.name))
     return Listing(videos, listing.classes, listing.missing, listing.rejected)
@@ -91,3 +87,15 @@ def _check(root: Path, source: Source, options: SourceOptions) -> None:
     for option in (option for option, is_given in given.items() if is_given and option not in source.honours):
         users = ", ".join(other.name for other in SOURCES.values() if option in other.honours)
         raise UserError(f"--{option.replace('_', '-')} means nothing to the layout {source.name}: it is for {users}")
+
+
+def _nothing(root: Path, source: Source, options: SourceOptions, listing: Listing) -> UserError:
+    if listing.videos and options.val_fraction:
+        groups = len({video.split_group for video in listing.videos})
+        share = f"--val-fraction {options.val_fraction:g}"
+        return UserError(f"{share} leaves no video of {root} for --split {options.split}: {groups} groups of videos are to be parted")
+    kinds, suffixes = ("pictures", IMAGE_SUFFIXES) if source.kind == "frames" else ("videos", VIDEO_SUFFIXES)
+    endings = " ".join(sorted(suffix[1:] for suffix in suffixes))
+    problem = next((f"; {name}: {reason}, {detail}" for name, reason, detail in listing.rejected), "")
+    gone = f"; {len(listing.missing)} that are listed are not there" if listing.missing else ""
+    return UserError(f"{root} holds no {kinds} for split {options.split} (looked for files ending in {endings}){gone}{problem}")

@@ -14,7 +14,8 @@ from utils.errors import UserError
 
 MAX_LABEL = 65535
 PEEK = 2000
-"""Files that are looked at to find out what a folder is."""
+LOOK = 100_000
+"""To find out what a folder is, at most PEEK files of a kind are taken, among the first LOOK of any kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ class Source(Protocol):
     """Those of the options fold, split_lists and captions that mean something here; others are refused."""
 
     def matches(self, root: Path, options: SourceOptions) -> bool:
-        """Whether the folder or file is surely of this layout; looks at PEEK files at most."""
+        """Whether the folder or file is surely of this layout; takes a look at some files, see `peek`."""
 
     def list(self, root: Path, options: SourceOptions) -> Listing:
         """All videos, each with the split that the data set gives it; UserError, one line, where the layout is another."""
@@ -123,8 +124,8 @@ def natural_key(text: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if number % 2 else (1, 0, part.lower()) for number, part in enumerate(parts)] + [(-1, 0, text)]
 
 
-def _files(root: Path, suffixes: frozenset[str], exclude: Path | None) -> Iterator[Path]:
-    """Files below `root` with one of the suffixes; hidden names are passed over, links followed, a folder that was seen is not entered."""
+def _files(root: Path, exclude: Path | None) -> Iterator[Path]:
+    """Files below `root`; hidden names are passed over, links followed, a folder that was seen is not entered again."""
 
     def fail(error: OSError) -> None:
         raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
@@ -137,23 +138,23 @@ def _files(root: Path, suffixes: frozenset[str], exclude: Path | None) -> Iterat
             continue
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in names:
-            if not name.startswith(".") and Path(name).suffix.lower() in suffixes:
-                yield Path(folder, name)
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
 def walk(root: Path, suffixes: frozenset[str], exclude: Path | None = None) -> list[Path]:
     """All files below `root` with one of the suffixes, in natural order of their path. UserError for a folder that cannot be read."""
-    return sorted(_files(root, suffixes, exclude), key=lambda path: natural_key(relative(path, root)))
+    found = (path for path in _files(root, exclude) if path.suffix.lower() in suffixes)
+    return sorted(found, key=lambda path: natural_key(relative(path, root)))
 
 
 def peek(root: Path, suffixes: frozenset[str], exclude: Path | None = None) -> list[Path]:
-    """The first PEEK files below `root` with one of the suffixes; none where `root` is no folder."""
-    return list(islice(_files(root, suffixes, exclude), PEEK)) if root.is_dir() else []
+    """Some files below `root` with one of the suffixes; none where `root` is no folder."""
+    looked = islice(_files(root, exclude), LOOK) if root.is_dir() else ()
+    return list(islice((path for path in looked if path.suffix.lower() in suffixes), PEEK))
 
 
 def peek_frames(root: Path, exclude: Path | None = None) -> list[Path]:
-    """The first PEEK pictures below `root`; none where there are videos too."""
+    """Some pictures below `root`; none where there are videos too."""
     return [] if peek(root, VIDEO_SUFFIXES, exclude) else peek(root, IMAGE_SUFFIXES, exclude)
 
 

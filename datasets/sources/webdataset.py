@@ -15,7 +15,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets.shards import VIDEO_SUFFIXES
+from datasets.shards import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from datasets.sources.base import Listing, SourceOptions, Video, class_names, peek, relative, walk
 from datasets.sources.captions import MAX_CAPTION_BYTES, check_caption, decode_caption
 from datasets.sources.splits import split_off
@@ -40,10 +40,10 @@ class WebDatasetSource:
     honours: frozenset[str] = frozenset()
 
     def matches(self, root: Path, options: SourceOptions) -> bool:
-        """A tar, or a folder with tars and no videos beside them."""
+        """A tar, or a folder with tars and no videos or pictures beside them."""
         if root.is_file():
             return root.suffix.lower() in TAR
-        return bool(peek(root, TAR, options.exclude)) and not peek(root, VIDEO_SUFFIXES, options.exclude)
+        return bool(peek(root, TAR, options.exclude)) and not peek(root, VIDEO_SUFFIXES | IMAGE_SUFFIXES, options.exclude)
 
     def list(self, root: Path, options: SourceOptions) -> Listing:
         """All video members in the order of the tars. Damaged tars give what comes before the damage, and are rejected by name."""
