@@ -74,15 +74,15 @@ class Duplicates:
         if len(self.names) - self._sorted > TAIL:
             self._sort()
 
-    def find(self, fingerprint: str, besides: str = "") -> str | None:
-        """Name of the first clip noted within the distance; `besides`: names that begin so do not count. None without one."""
+    def find(self, fingerprint: str) -> str | None:
+        """Name of the first clip noted within the distance, or None."""
         if not fingerprint:
             return None
         bands = _bands(fingerprint)
         rows = np.concatenate([self._candidates(bands), np.arange(self._sorted, len(self.names))])
         off = np.bitwise_count(self._bits[:, rows] ^ bands[:, None]).sum(axis=0, dtype=np.int32)
-        names = (self.names[row] for row in np.unique(rows[off <= self.distance]))
-        return next((name for name in names if not besides or not name.startswith(besides)), None)
+        near = rows[off <= self.distance]
+        return self.names[int(near.min())] if len(near) else None
 
     def _candidates(self, bands: np.ndarray) -> np.ndarray:
         """Sorted-in rows that may be near enough."""
