@@ -100,7 +100,7 @@ def test_print_config_goes_back_in(script: str, tmp_path: Path) -> None:
     path.write_text(first.stdout)
     config = load_config({"cmd": STAGES[script]}, ["--config", str(path)], prog=script)
     assert to_dict(config) == load_yaml(path)
-    assert (config.optim.lr, config.data.path) == (3e-7, "some where")
+    assert (config.optim.lr, config.data.path) == (3e-7, ("some where",))
 
 
 def test_dry_run_reports_and_starts_nothing(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

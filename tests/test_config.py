@@ -270,3 +270,40 @@ def test_flag_copies_mutable_defaults() -> None:
     made = dataclasses.make_dataclass("Made", [("table", dict[str, int], flag(dict, "table"))])
     assert made().table == {}
     assert from_dict(made, {"table": {"a": 1.0}}, "here").table == {"a": 1}
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Several shard sets."""
+
+    system: str = "cmd"
+    """System."""
+    path: tuple[str, ...] = flag((), "data-path")
+    """Shard sets."""
+    weights: tuple[float, ...] = flag((), "data-weights")
+    """Their weights."""
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--data-path", "one"], ("one",)),
+        (["--data-path", "pipe:ssh host cat /a, b/{}"], ("pipe:ssh host cat /a, b/{}",)),
+        (["--data-path", "one", "some where", "--data-weights", "3", "1"], ("one", "some where")),
+        (["--data-path=[x] y"], ("[x] y",)),
+        (["--data-path", ""], ()),
+    ],
+)
+def test_one_text_is_one_item_of_a_row_of_texts(argv: list[str], expected: tuple[str, ...]) -> None:
+    found = load_config({"cmd": Sets}, argv, prog="x")
+    assert found.path == expected
+    assert found.weights == ((3.0, 1.0) if "3" in argv else ())
+    assert from_dict(Sets, to_dict(found), "again") == found
+
+
+def test_a_recipe_names_one_path_or_several(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    for text, expected in (("path: some where", ("some where",)), ("path: [a, 'b c']", ("a", "b c")), ("path: []", ())):
+        recipe.write_text(f"{text}\nweights: 1, 2\n")
+        found = load_config({"cmd": Sets}, ["--config", str(recipe)], prog="x")
+        assert (found.path, found.weights) == (expected, (1.0, 2.0))
