@@ -45,7 +45,7 @@ class ManifestSource:
         return reader.listing(options)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Entry:
     video: Video
     label: str
@@ -64,8 +64,8 @@ class _Reader:
         """Name -> the line that has it."""
         self.split_of: dict[str, tuple[str, str]] = {}
         """Group -> (its split, the line that says so)."""
-        self.kinds: dict[str, str] = {}
-        """Path -> file, folder, or empty where it is missing."""
+        self.paths: dict[str, tuple[Path, str]] = {}
+        """Path as written -> (path, file or folder, or empty where it is missing): rows of one file share it."""
         self.ignored: dict[str, None] = {}
 
     def add(self, where: str, row: Row) -> None:
@@ -80,10 +80,10 @@ class _Reader:
 
     def _entry(self, where: str, row: Row) -> _Entry:
         name = _path(row["path"])
-        path = self.manifest.parent / name
-        if name not in self.kinds:
-            self.kinds[name] = "folder" if path.is_dir() else "file" if path.exists() else ""
-        kind = self.kinds[name]
+        if name not in self.paths:
+            path = self.manifest.parent / name
+            self.paths[name] = path, "folder" if path.is_dir() else "file" if path.is_file() else ""
+        path, kind = self.paths[name]
         is_frames = kind == "folder"
         span, fps = _span(row), _seconds(row, "fps", 0.0)
         if span and is_frames:
