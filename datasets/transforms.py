@@ -76,7 +76,7 @@ def resize(frames: np.ndarray, size: Size, *, antialias: bool = True, scale: flo
     """
     if frames.shape[1:3] == tuple(size):
         return np.ascontiguousarray(frames)
-    x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+    x = torch.from_numpy(np.require(frames, requirements=["C", "W"])).permute(0, 3, 1, 2)
     exact = scale is not None and all(int(old * scale) == new for old, new in zip(x.shape[2:], size, strict=True))
     target, factor = (None, scale) if exact else (tuple(size), None)
     x = F.interpolate(x, size=target, scale_factor=factor, mode="bilinear", align_corners=False, antialias=antialias)

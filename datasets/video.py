@@ -8,7 +8,6 @@ import io
 import os
 import re
 import shutil
-import stat
 import subprocess
 import tempfile
 import threading
@@ -28,6 +27,8 @@ TIMEOUT = 3600.0
 """Seconds after which the decoding of one file by ffmpeg is given up."""
 MAX_PIXELS = 1 << 25
 """Pixels of a frame that are decoded at most where nothing else is said: 8K (7680x4320)."""
+PADDING = 1 << 18
+"""Decoders count rows and columns of padding as well: they get twice the limit and this."""
 MIN_RATE, MAX_RATE, DEFAULT_RATE = 0.01, 1000.0, 25.0
 """Frame rates that are believed, and the one for files that say none of those."""
 MAX_SLOWNESS = 20
@@ -77,10 +78,9 @@ def probe(path: Path, max_pixels: int = MAX_PIXELS) -> VideoInfo:
     Raises VideoError for a file that is empty, not a video, without pictures, cut short, or with frames of more than `max_pixels`.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
+        if path.exists() and not path.is_file():
             raise VideoError("not a file", "a folder, pipe or device")
-        if status.st_size == 0:
+        if path.stat().st_size == 0:
             raise VideoError("empty file", "0 bytes")
         with open_video(path) as container:
             return _probe(container, max_pixels)
@@ -95,10 +95,8 @@ def open_video(path: Path) -> av.container.InputContainer:
 
 def _probe(container: av.container.InputContainer, max_pixels: int) -> VideoInfo:
     stream = _best_stream(container)
-    width, height = stream.codec_context.width, stream.codec_context.height
-    if width * height > max_pixels:
-        raise VideoError("too large", f"{width}x{height}, more than {max_pixels} pixels")
-    stream.codec_context.options = {"max_pixels": str(max_pixels)}
+    _check_size(stream.codec_context, max_pixels)
+    stream.codec_context.options = {"max_pixels": str(2 * max_pixels + PADDING)}
     first, stamps, end = None, [], 0.0
     for packet in container.demux(stream):
         if packet.size == 0 or packet.is_discard:
@@ -112,14 +110,19 @@ def _probe(container: av.container.InputContainer, max_pixels: int) -> VideoInfo
         first = next(iter(stream.codec_context.decode(None)), None)
     if first is None:
         raise VideoError("no frames", "no picture could be decoded")
-    packets = len(stamps)
-    _check_whole(container, stream, packets, end)
+    _check_size(first, max_pixels)
+    _check_whole(container, stream, packets := len(stamps), end)
     rate = float(stream.average_rate or stream.guessed_rate or DEFAULT_RATE)
     rate = rate if MIN_RATE <= rate <= MAX_RATE else DEFAULT_RATE
     frames = packets if stream.frames > packets else max(stream.frames, packets)
     times = _times(stamps, float(stream.time_base or 0), frames / rate) if frames == packets else None
     turns = round(first.rotation / 90) % 4
     return VideoInfo(stream.index, first.height, first.width, turns, rate, frames, times, max_pixels)
+
+
+def _check_size(picture: av.VideoCodecContext | av.VideoFrame, max_pixels: int) -> None:
+    if picture.width * picture.height > max_pixels:
+        raise VideoError("too large", f"{picture.width}x{picture.height}, more than {max_pixels} pixels")
 
 
 def _times(stamps: list[int | None], unit: float, seconds: float) -> np.ndarray | None:
@@ -191,7 +194,7 @@ def decoded(path: Path, info: VideoInfo) -> Generator[av.VideoFrame, None, None]
             stream = container.streams[info.stream]
             assert isinstance(stream, av.VideoStream)
             stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-            stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(info.max_pixels)}
+            stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(2 * info.max_pixels + PADDING)}
             for frame in container.decode(stream):
                 yield frame
                 if messages:
@@ -236,7 +239,7 @@ def _passthrough(program: str) -> tuple[str, str]:
 def ffmpeg_command(program: str, path: Path, info: VideoInfo) -> list[str]:
     """The argument list that decodes one stream of a file to raw RGB on stdout."""
     # "file:" keeps names such as "a:b.mp4" and "-x.mp4" from being read as protocols and options.
-    limits = {"max_pixels": info.max_pixels, "protocol_whitelist": "file"}
+    limits = {"max_pixels": 2 * info.max_pixels + PADDING, "protocol_whitelist": "file"}
     source = ffmpeg.input(f"file:{path.absolute()}", threads=1, noautorotate=None, err_detect="explode", **limits)
     name, value = _passthrough(program)
     options = {name: value, "f": "rawvideo", "pix_fmt": "rgb24", "threads": 1}
