@@ -31,6 +31,8 @@ class SetFacts:
     clip_length: int
     size: tuple[int, int]
     classes: tuple[str, ...]
+    by_frame: bool = True
+    """Keys end in the clip's first frame, as its card says it; else in a frame at the target rate."""
     dtype: str = ""
     tensors: Mapping[str, tuple[int, ...]] | None = None
     """Of a latent set: its type, and the name and shape of each tensor."""
@@ -40,7 +42,9 @@ class SetFacts:
         """Takes it out of an index that `check_meta` has passed."""
         codec, (height, width) = index["codec"], index["size"]
         tensors = {name: tuple(shape) for name, shape in index["tensors"].items()} if codec["name"] == "latent" else None
-        return cls(codec["name"], int(index["clip_length"]), (height, width), tuple(index["classes"]), codec.get("dtype", ""), tensors)
+        by_frame = not index.get("transform", {}).get("fps")
+        length, classes = int(index["clip_length"]), tuple(index["classes"])
+        return cls(codec["name"], length, (height, width), classes, by_frame, codec.get("dtype", ""), tensors)
 
 
 def decode_clip(payload: bytes, codec: str, frames: int) -> np.ndarray:
@@ -113,7 +117,8 @@ def _check_card(key: str, rest: dict[str, bytes], facts: SetFacts, frames: int, 
         text = rest["txt"].decode() if "txt" in rest else None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadSample(f"its card, cls or txt is damaged: {error!r}") from None
-    if not isinstance(source, str) or not key.startswith(f"{hash16(source)}_{first:06d}"):
+    begin = f"{first:06d}" if facts.by_frame else ""
+    if not isinstance(source, str) or not key.startswith(f"{hash16(source)}_{begin}"):
         raise BadSample(f"its card is of another clip: {source!r} from frame {first}")
     expected = facts.classes[label] if label < len(facts.classes) else None
     if name != expected or stored != (label if facts.classes else None) or label >= max(1, len(facts.classes)):
