@@ -41,7 +41,7 @@ class Cache:
             os.close(file)
             return None
         with suppress(OSError):  # it went, or is another user's: it can be read all the same
-            os.utime(self.folder / name)
+            _touch(self.folder / name)
         return file
 
     def open(self, name: str, nbytes: int, write: Callable[[int], None], stopped: Callable[[], bool] = lambda: False) -> int:
@@ -62,6 +62,7 @@ class Cache:
                     return found
                 self._reserve(file, nbytes, stopped)
                 write(file)
+                _touch(file)
                 os.fsync(file)
                 os.replace(part, self.folder / name)
                 return os.open(f"/dev/fd/{file}", os.O_RDONLY)
@@ -139,6 +140,12 @@ class Cache:
 
     def _trouble(self, error: OSError) -> UserError:
         return UserError(f"cannot use the cache {self.folder}: {error.strerror or error}; free space there or name another --cache-dir")
+
+
+def _touch(file: int | Path) -> None:
+    """Marks a file as used now; to the nanosecond, for the clock that the kernel itself would use stands still for milliseconds."""
+    now = time.time_ns()
+    os.utime(file, ns=(now, now))
 
 
 def _same(file: int, path: Path) -> bool:
