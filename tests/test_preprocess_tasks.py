@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import os
 import random
 import resource
 import shutil
@@ -17,9 +18,13 @@ import pytest
 from PIL import Image
 
 from datasets.prepare import writer
+from datasets.prepare.windows import ClipRules
+from datasets.prepare.workers import prepare_all
 from datasets.shards import ShardSet
+from datasets.sources.base import Video
 from tests.preprocessing import call, command, report, run
 from tests.videos import folder_bytes, write_tree, write_video
+from utils.errors import UserError
 
 FLAGS = ("--clip-length", 4, "--shard-size", 6, "--image-size", 16, 16, "--decoder", "pyav", "--name", "toy")
 COPY_FLAGS = ("--clip-length", 8, "--clip-stride", 1, "--image-size", 32, 32, "--decoder", "pyav", "--shard-size", 4)
@@ -243,3 +248,36 @@ def test_stopping_with_ctrl_c_leaves_a_set_that_goes_on(videos: Path, whole: Pat
     assert process.returncode == 130 and b"Traceback" not in errors
     run(videos, "--out", out, *FLAGS, "--parts", 3)
     assert folder_bytes(out) == folder_bytes(whole)
+
+
+class Bomb:
+    """Ends the process that unpickles it, as a decoder does that crashes."""
+
+    name, label = "bomb.mp4", 0
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.kill, (_OwnPid(), self.number)
+
+
+class _OwnPid:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.getpid, ()
+
+
+def test_a_video_that_crashes_the_decoder_is_left_out_and_named(videos: Path, tmp_path: Path) -> None:
+    paths = sorted((videos / "b").iterdir())
+    sources = [Video(path, path.name) for path in paths]
+    mixed = [sources[0], Bomb(signal.SIGSEGV), *sources[1:], Bomb(signal.SIGABRT)]
+    rules = ClipRules(size=(16, 16), clip_length=4, clip_stride=4, decoder="pyav")
+    done = list(prepare_all(mixed, range(len(mixed)), rules, [], tmp_path, 2))  # type: ignore[arg-type]
+    assert [number for number, _, _ in done] == list(range(len(mixed)))
+    assert [prepared.skipped for _, prepared, _ in done if prepared.skipped] == [
+        ("bomb.mp4", "crashes the decoder", "the process ended with SIGSEGV"),
+        ("bomb.mp4", "crashes the decoder", "the process ended with SIGABRT"),
+    ]
+    assert all(prepared.rows for _, prepared, _ in done if not prepared.skipped) and all(spool.exists() for _, _, spool in done)
+    with pytest.raises(UserError, match=r"prepared bomb\.mp4 was killed, probably for lack of memory"):
+        list(prepare_all([sources[0], Bomb(signal.SIGKILL)], range(2), rules, [], tmp_path, 2))  # type: ignore[list-item]

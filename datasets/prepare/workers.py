@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -21,6 +21,9 @@ from datasets.prepare.writer import Sample
 from datasets.sources.base import Video
 from datasets.video import VideoError
 from utils.errors import UserError
+
+Job = tuple[Video, ClipRules, str | None, Path]
+"""The arguments of `prepare`."""
 
 
 @dataclass(frozen=True)
@@ -86,29 +89,76 @@ def prepare_all(
 ) -> Iterator[tuple[int, Prepared, Path]]:
     """(number, clips, spool file) of the videos of these numbers, in order, prepared by `workers` processes a little ahead."""
 
-    def job(number: int) -> tuple[Video, ClipRules, str | None, Path]:
+    def job(number: int) -> Job:
         video = videos[number]
         return video, rules, classes[video.label] if classes else None, _spool(folder, number)
 
     if workers <= 1:
         yield from ((number, prepare(*job(number)), _spool(folder, number)) for number in numbers)
         return
+    while numbers:
+        try:
+            for number, prepared in _in_order(numbers, job, workers):
+                yield number, prepared, _spool(folder, number)
+                numbers = numbers[1:]
+        except BrokenProcessPool:
+            # Nobody knows which of those that were in work it was: each of them is tried alone.
+            for number in numbers[: 2 * workers + 1]:
+                yield number, _alone(*job(number)), _spool(folder, number)
+                numbers = numbers[1:]
+
+
+def _in_order(numbers: range, job: Callable[[int], Job], workers: int) -> Iterator[tuple[int, Prepared]]:
+    """(number, clips) in order, with a few videos in work ahead. BrokenProcessPool when a worker dies."""
     ahead: deque[tuple[int, Future[Prepared]]] = deque()
     with worker_pool(workers) as pool:
-        try:
-            for number in numbers:
-                ahead.append((number, pool.submit(prepare, *job(number))))
-                if len(ahead) > 2 * workers:
-                    yield ahead[0][0], ahead[0][1].result(), _spool(folder, ahead[0][0])
-                    ahead.popleft()
-            for number, future in ahead:
-                yield number, future.result(), _spool(folder, number)
-        except BrokenProcessPool:
-            names = ", ".join(videos[number].name for number, _ in list(ahead)[: workers + 1])
+        for number in numbers:
+            ahead.append((number, pool.submit(prepare, *job(number))))
+            if len(ahead) > 2 * workers:
+                first, future = ahead.popleft()
+                yield first, future.result()
+        while ahead:
+            first, future = ahead.popleft()
+            yield first, future.result()
+
+
+def _alone(video: Video, rules: ClipRules, class_name: str | None, spool: Path) -> Prepared:
+    """Prepares one video in a process of its own: when a decoder crashes on it, it is left out. UserError when it was killed."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    stop_reader, stop_writer = context.Pipe(duplex=False)
+    process = context.Process(target=_prepare_and_send, args=(sender, stop_reader, video, rules, class_name, spool))
+    process.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        process.join()
+        result = Prepared([], (video.name, "crashes the decoder", f"the process ended with {_signal_name(process.exitcode)}"))
+        if process.exitcode == -signal.SIGKILL:
             raise UserError(
-                f"a worker process died (out of memory, or a decoder crashed), probably on one of: {names}; "
-                "run the same command again, with fewer --workers or without the file"
+                f"the process that prepared {video.name} was killed, probably for lack of memory: "
+                "run the same command again on a machine with more, or without the file"
             ) from None
+    finally:
+        stop_writer.close()
+        process.join()
+        spool.touch()
+    if isinstance(result, OSError):
+        raise result
+    return result
+
+
+def _prepare_and_send(sender: Connection, stop: Connection, *job: *Job) -> None:
+    _start_worker(stop)
+    try:
+        sender.send(prepare(*job))
+    except OSError as error:
+        sender.send(error)
+
+
+def _signal_name(exitcode: int | None) -> str:
+    return signal.Signals(-exitcode).name if exitcode and exitcode < 0 else f"status {exitcode}"
 
 
 def _spool(folder: Path, number: int) -> Path:
