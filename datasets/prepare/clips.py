@@ -14,7 +14,7 @@ from datasets.prepare.scenes import find_cuts
 from datasets.prepare.windows import ClipRules, Window, plan
 from datasets.prepare.writer import Sample, dump_json, npy_bytes, sums_text
 from datasets.sources.base import Video
-from datasets.transforms import resize_clip
+from datasets.transforms import resize_clip, trim
 from datasets.video import VideoError
 from utils.media import encode_mp4
 
@@ -164,14 +164,23 @@ class _Pass:
 
 def _resized(frames: Iterable[np.ndarray], rules: ClipRules) -> Iterator[np.ndarray]:
     """Frames (h, w, 3), cropped and resized, a few of them at a time."""
-    held: list[np.ndarray] = []
+    held, buffer = 0, np.empty(0, np.uint8)
     for frame in frames:
-        held.append(frame)
-        if len(held) * frame.nbytes >= TOGETHER:
-            yield from transform(np.stack(held) if len(held) > 1 else held[0][None], rules)
-            held = []
+        part = trim(frame, rules.size, rules.resize, rules.centre)
+        if buffer.shape[1:] != part.shape:
+            buffer = np.empty((max(1, TOGETHER // part.nbytes), *part.shape), np.uint8)  # one for all: memory that is new is slow
+        buffer[held] = part
+        held += 1
+        if held == len(buffer):
+            yield from _transformed(buffer, rules)
+            held = 0
     if held:
-        yield from transform(np.stack(held), rules)
+        yield from _transformed(buffer[:held], rules)
+
+
+def _transformed(buffer: np.ndarray, rules: ClipRules) -> np.ndarray:
+    frames = transform(buffer, rules)
+    return frames.copy() if np.may_share_memory(frames, buffer) else frames
 
 
 def _sample(video: Video, clip: Clip, rules: ClipRules, class_name: str | None) -> Sample:
