@@ -118,7 +118,10 @@ class Collection:
 
     @classmethod
     def of(cls, *sets: ShardSet) -> "Collection":
-        """Raises ConfigError where the sets do not fit together: size, kind, tensors, some labelled and some not."""
+        """Raises ConfigError where the sets do not fit together (size, kind, tensors, some labelled and some not), or one is empty."""
+        for item in sets:
+            if not item.num_samples:
+                raise ConfigError(f"{item.where} holds no samples: its report.json says what preprocess.py left out")
         _check_alike(sets)
         classes = list(dict.fromkeys(name for item in sets for name in item.classes))
         if len(sets) == 1:

@@ -27,10 +27,10 @@ def block_permutation(seed: int, epoch: int, shard: np.ndarray, window: int, str
 
     `shard` (n,) is each sample's shard; window w holds the places [bounds[w], bounds[w + 1]) of the permutation.
     """
-    present, number = np.unique(shard, return_inverse=True)
-    place = np.empty(len(present), dtype=np.int64)
-    place[permutation(seed, epoch, len(present), f"{stream}/shards")] = np.arange(len(present))
-    group = place[number] // window
+    present = np.flatnonzero(np.bincount(shard))  # shards without samples have no place
+    place = np.empty(present[-1] + 1, dtype=np.int64)
+    place[present[permutation(seed, epoch, len(present), f"{stream}/shards")]] = np.arange(len(present))
+    group = place[shard] // window
     order = np.lexsort((hash_indices(seed, f"{stream}/{epoch}", np.arange(len(shard))), group))
     return order, np.concatenate([[0], np.cumsum(np.bincount(group))])
 

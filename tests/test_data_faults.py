@@ -15,6 +15,7 @@ from datasets.faults import FEW
 from datasets.loader import ClipSource
 from engine.metrics import counted
 from launch.env import Env
+from tasks.clips import _open as open_clips_of
 from tests import distributed
 from tests.shard_sets import crc, sample_of, spoil, write_set
 from utils.errors import UserError
@@ -193,6 +194,20 @@ def test_counts_are_added_up_and_names_united_over_ranks(tmp_path: Path) -> None
     alone = source(path)
     take(alone, 0, 3)
     assert first[1] == {"data/bad_samples": alone.counters()["data/bad_samples"], "data/bad_shards": 1}
+
+
+def open_own(env: Env, paths: list[str]) -> str:
+    try:
+        return open_clips_of(DataConfig(path=(paths[env.rank],)), env).name
+    except UserError as error:
+        return str(error)
+
+
+def test_ranks_that_see_other_samples_are_told_so(tmp_path: Path) -> None:
+    paths = [str(write_set(tmp_path / name / "set", [count])) for name, count in (("a", 8), ("b", 9))]
+    assert distributed.run(open_own, 2, paths=[paths[0], paths[0]]) == ["set", "set"]
+    for message in distributed.run(open_own, 2, paths=paths):
+        assert "8 samples on rank 0, 9 on rank 1" in message and "\n" not in message
 
 
 SMALL = ["--config", "configs/cmd/tiny.yaml", "--global-batch-size", "4", "--num-workers", "0"]

@@ -50,7 +50,7 @@ def test_every_period_has_the_exact_proportions_and_every_set_its_own_epochs(dat
     sizes = data.draw(st.lists(st.integers(1, 40), min_size=count, max_size=count))
     weights = data.draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))
     mix = mixture(sizes, weights, seed=data.draw(st.integers(0, 3)))
-    period, start = sum(mix.quotas), data.draw(st.integers(0, 50))
+    period, start = sum(mix.quotas), data.draw(st.integers(0, 9000))
     sets, positions = mix.places(np.arange(start * period, (start + 4) * period))
     for part in sets.reshape(4, period):
         assert tuple(np.bincount(part, minlength=count)) == mix.quotas
@@ -83,6 +83,13 @@ def test_ranks_cut_a_mixture_as_they_cut_one_set(data: st.DataObject) -> None:
     found = np.concatenate([part.samples(part.indices(step, 0)) for part in parts])
     assert found.tolist() == alone.samples(alone.indices(step, 0)).tolist()
     assert {part.steps_per_epoch for part in parts} == {65 // (world * micro)}
+
+
+def test_sets_of_one_size_are_shuffled_each_in_its_own_way(tmp_path: Path) -> None:
+    paths = [str(write_set(tmp_path / name, [30])) for name in "ab"]
+    order = source(paths, weights=(1.0, 1.0)).order
+    found = order.samples(np.arange(60))
+    assert (found[found < 30]).tolist() != (found[found >= 30] - 30).tolist()
 
 
 @pytest.fixture
@@ -152,6 +159,13 @@ def test_sets_that_do_not_fit_are_refused_in_one_line(tmp_path: Path, other: dic
     with pytest.raises(ConfigError, match=words) as caught:
         open_shards(DataConfig(path=tuple(paths)))
     assert "\n" not in str(caught.value)
+
+
+def test_an_empty_set_is_refused_in_one_line(tmp_path: Path) -> None:
+    paths = (str(write_set(tmp_path / "a", [4])), str(write_set(tmp_path / "b", [0])))
+    for chosen in (paths, paths[1:]):
+        with pytest.raises(ConfigError, match="/b holds no samples"):
+            open_shards(DataConfig(path=chosen))
 
 
 def test_sets_of_other_lengths_need_a_number_of_frames(tmp_path: Path) -> None:

@@ -68,6 +68,15 @@ def test_any_cut_of_the_stream_is_the_same_stream(data: st.DataObject) -> None:
         assert len(set(seen)) == len(seen) == n // batch * batch, "an epoch repeats nothing and drops less than a batch"
 
 
+def test_a_rank_reads_few_shards_of_a_batch_of_blocks(tmp_path: Path) -> None:
+    path = str(write_set(tmp_path / "set", [8] * 8))
+    data = DataConfig(path=(path,), num_workers=0, shuffle="block", shuffle_shards=4)
+    shards = open_shards(data)
+    for rank in range(4):
+        for batch in take(shards, data, 0, 2, global_batch_size=32, rank=rank, world_size=4):
+            assert len({sample // 8 for sample, _ in sample_of(batch["video"])}) == 1
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [1, 4])
 def test_processes_give_the_same_blocks(tmp_path: Path, workers: int) -> None:

@@ -138,6 +138,8 @@ def test_log_line() -> None:
         "step   7/100 | loss 0.5 | l1 0.25 | lr ae 1.00e-04 | norm ae 2 | 0.500 s/step, 1.0% waiting for data | "
         "16.0 clips/s | 1.50 GiB | mfu 40.0% | skipped 2 | eta 1:02:03"
     )
+    counters = {"data/bad_samples": 3.0, "data/bad_shards": 0.0}
+    assert format_line(1, 1, {"loss": 0.5} | counters) == "step 1/1 | loss 0.5 | bad samples 3"
 
 
 def test_plan_counts_what_each_gpu_holds() -> None:
