@@ -39,21 +39,26 @@ def resize_clip(
     CenterCrop do. box-halving: halved by box averages while it stays twice as large as `size`, bicubic until it covers `size`, then
     its centre (DiT, ADM). All are bilinear without aligned corners but the last, which has its own filters whatever `antialias` says.
     """
+    return fit(trim(frames, size, mode, centre), size, mode, antialias=antialias, centre=centre)
+
+
+def trim(frames: np.ndarray, size: Size, mode: ResizeMode, centre: Centre) -> np.ndarray:
+    """First step of `resize_clip`: the part of frames (..., h, w, c) that pictures are made of, a view."""
+    if mode not in ("crop", "square"):
+        return frames
+    return centre_crop(frames, aspect_part(frames, size if mode == "crop" else (1, 1)), centre)
+
+
+def fit(frames: np.ndarray, size: Size, mode: ResizeMode, *, antialias: bool, centre: Centre) -> np.ndarray:
+    """Second step of `resize_clip`: makes trimmed frames (t, h, w, c) as large as `size`."""
     if mode in ("crop", "square", "stretch"):
-        return resize(trim(frames, size, mode, centre), size, antialias=antialias)
+        return resize(frames, size, antialias=antialias)
     if mode == "box-halving":
         return centre_crop(_box_halving(frames, size), size, centre)
     height, width = frames.shape[1:3]
     scale = max(size[0] / height, size[1] / width)
     covering = max(size[0], int(height * scale)), max(size[1], int(width * scale))
     return centre_crop(resize(frames, covering, antialias=antialias, scale=scale if mode == "shorter-side" else None), size, centre)
-
-
-def trim(frames: np.ndarray, size: Size, mode: ResizeMode, centre: Centre) -> np.ndarray:
-    """The part of frames (..., h, w, c) that `resize_clip` makes its pictures of, a view: of that part it makes the same."""
-    if mode not in ("crop", "square"):
-        return frames
-    return centre_crop(frames, aspect_part(frames, size if mode == "crop" else (1, 1)), centre)
 
 
 def aspect_part(frames: np.ndarray, aspect: Size) -> Size:

@@ -13,15 +13,16 @@ import pytest
 from PIL import Image
 
 from datasets.frames import linspace, spread
-from datasets.prepare.clips import ClipRules, Facts, samples, transform
+from datasets.prepare.clips import ClipRules, Facts, samples
 from datasets.prepare.filters import FilterRules, Rejection
 from datasets.prepare.writer import Sample
 from datasets.sources.base import Video
+from datasets.transforms import resize_clip
 from datasets.video import VideoError, decode, ffmpeg_program, probe
 from tests.videos import noise_frames, write_video
 
 DECODERS = ["pyav", pytest.param("ffmpeg", marks=pytest.mark.skipif(ffmpeg_program() is None, reason="no ffmpeg program"))]
-RULES = ClipRules(size=(24, 32), clip_length=4, clip_stride=4, decoder="pyav")
+RULES = ClipRules(size=(20, 36), clip_length=4, clip_stride=4, decoder="pyav")
 
 
 def write_timed(path: Path, frames: np.ndarray, milliseconds: list[int]) -> Path:
@@ -58,7 +59,7 @@ def expect(found: list[tuple[Sample, Facts]], path: Path, picks: list[list[int]]
     assert len(found) == len(picks)
     for (sample, _), numbers in zip(found, picks, strict=True):
         stored = np.lib.format.read_array(io.BytesIO(sample.members["npy"]))
-        assert (stored == transform(frames[numbers], rules)).all(), numbers
+        assert (stored == resize_clip(frames[numbers], rules.size)).all(), numbers
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -245,6 +246,6 @@ def test_huge_frames_are_not_decoded(tmp_path: Path) -> None:
 def test_a_clip_of_endless_frames_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from datasets.prepare import clips
 
-    monkeypatch.setattr(clips, "MAX_CLIP_BYTES", 24 * 32 * 3 * 9)
+    monkeypatch.setattr(clips, "MAX_CLIP_BYTES", 20 * 36 * 3 * 9)
     with pytest.raises(VideoError, match="clip-length"):
         make(write_video(tmp_path / "a.mp4", 10), replace(RULES, clip_length=0))

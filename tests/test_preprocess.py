@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.prepare.clips import ClipRules, transform
 from datasets.shards import ShardSet
 from datasets.sources.base import Video
+from datasets.transforms import resize_clip
 from datasets.video import decode, probe
 from tests.preprocessing import command, report, run
 from tests.videos import folder_bytes, noise_frames, write_tree, write_video
@@ -40,7 +40,6 @@ def test_every_clip_is_the_sequential_decode(videos: Path, tmp_path: Path) -> No
     run(videos, "--out", tmp_path / "set", *flags)
     shards = ShardSet.open(tmp_path / "set")
     assert shards.meta["licence"] == "CC0" and shards.classes == ["a2", "a10"] and shards.fps == 12.5
-    rules = ClipRules(size=(16, 24))
     counts = dict.fromkeys((path.relative_to(videos).as_posix() for path in videos.rglob("*.*")), 0)
     for sample in range(shards.num_samples):
         with tarfile.open(shards.shard_path(sample)) as tar:
@@ -49,7 +48,7 @@ def test_every_clip_is_the_sequential_decode(videos: Path, tmp_path: Path) -> No
         frames = np.stack(list(decode(path, probe(path), "pyav")))
         first, last = card["span"]
         assert first == counts[card["source"]] * 10 and last - first == 12
-        assert (clip(shards, sample) == transform(frames[first:last:2], rules)).all()
+        assert (clip(shards, sample) == resize_clip(frames[first:last:2], (16, 24))).all()
         counts[card["source"]] += 1
     assert all(
         count == ((len(list(decode(videos / name, probe(videos / name), "pyav"))) + 1) // 2 - 6) // 5 + 1 for name, count in counts.items()

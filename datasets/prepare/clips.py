@@ -14,7 +14,7 @@ from datasets.prepare.scenes import find_cuts
 from datasets.prepare.windows import ClipRules, Window, plan
 from datasets.prepare.writer import Sample, dump_json, npy_bytes, sums_text
 from datasets.sources.base import Video
-from datasets.transforms import resize_clip, trim
+from datasets.transforms import fit, trim
 from datasets.video import VideoError
 from utils.media import encode_mp4
 
@@ -52,11 +52,6 @@ class Clip:
     window: Window
     frames: np.ndarray
     facts: Facts
-
-
-def transform(frames: np.ndarray, rules: ClipRules) -> np.ndarray:
-    """Crop and resize uint8 (t, h, w, 3) as the rules say."""
-    return resize_clip(frames, rules.size, rules.resize, antialias=rules.antialias, centre=rules.centre)
 
 
 def samples(video: Video, rules: ClipRules, class_name: str | None, rejected: list[Rejection]) -> Iterator[tuple[Sample, Facts]]:
@@ -172,14 +167,14 @@ def _resized(frames: Iterable[np.ndarray], rules: ClipRules) -> Iterator[np.ndar
         buffer[held] = part
         held += 1
         if held == len(buffer):
-            yield from _transformed(buffer, rules)
+            yield from _fitted(buffer, rules)
             held = 0
     if held:
-        yield from _transformed(buffer[:held], rules)
+        yield from _fitted(buffer[:held], rules)
 
 
-def _transformed(buffer: np.ndarray, rules: ClipRules) -> np.ndarray:
-    frames = transform(buffer, rules)
+def _fitted(buffer: np.ndarray, rules: ClipRules) -> np.ndarray:
+    frames = fit(buffer, rules.size, rules.resize, antialias=rules.antialias, centre=rules.centre)
     return frames.copy() if np.may_share_memory(frames, buffer) else frames
 
 

@@ -86,7 +86,7 @@ class Duplicates:
 
     def _candidates(self, bands: np.ndarray) -> np.ndarray:
         """Sorted-in rows that may be near enough."""
-        found = [np.empty(0, np.int64)]
+        found: list[np.ndarray] = [np.empty(0, np.int64)]
         for band, value in enumerate(bands):
             starts = self._starts[band]
             for at in (value ^ self._near).tolist():
