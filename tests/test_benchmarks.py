@@ -1,15 +1,18 @@
 """Each benchmark runs at a tiny size, prints its ratios and does the work it claims to time. Nothing is timed here."""
 
 import argparse
+import json
 import re
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import checkpoint, stream, train_step
+from benchmarks import checkpoint, formats, preprocess, stream, train_step
+from datasets.prepare.clips import ClipRules
 from engine.checkpoint import latest
 from engine.config import EmaConfig, OptimConfig, ParallelConfig
 from engine.manifest import find_damage
@@ -37,7 +40,7 @@ def output(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 
 def ratios(text: str) -> list[float]:
-    found = [float(number) for number in re.findall(r"ratio (\S+)", text)]
+    found = [float(number) for number in re.findall(r"ratio ([\d.]+)", text)]
     assert all(0 <= ratio < float("inf") for ratio in found)
     return found
 
@@ -99,11 +102,38 @@ def test_checkpoint_saves_the_whole_state(env: Env, tmp_path: Path) -> None:
     assert len(times.held) == 2 and len(times.synchronous) == len(times.total) == len(times.busy_total) == 1
 
 
-def test_stream_prints_ratios_to_the_raw_read(output: Callable[..., str]) -> None:
+def test_stream_prints_ratios_to_the_raw_read_and_to_webdataset(output: Callable[..., str]) -> None:
     text = output(stream.main, "--videos", "1", "--batch", "4", "--rounds", "1", "--workers", "0")
     assert [line.split(":")[0] for line in text.splitlines() if "clips 16x64x64" in line] == ["npy", "mp4"]
-    assert text.count("clips/s") == 4
-    assert ratios(text)[::2] == [1.0, 1.0]
+    assert text.count("clips/s") == 8
+    assert ratios(text)[::4] == [1.0, 1.0]
+    assert text.count("to webdataset") == 2
+
+
+def test_stream_baselines_read_every_clip(tmp_path: Path) -> None:
+    shards = stream.digits(tmp_path, ClipRules(size=(16, 16), clip_length=4, clip_stride=4), videos=2)
+    with tarfile.open(shards.shard_path(0)) as tar:
+        stored = {json.load(tar.extractfile(name))["source"]: None for name in tar.getnames() if name.endswith("json")}  # type: ignore[arg-type]
+    assert set(stored) == {"0/video_00000.mp4", "1/video_00001.mp4"}
+    clips = [clip for clip, _ in stream.OriginalVideos(shards, tmp_path / "source")]
+    source = stream.ClipSource(shards, stream.DataConfig(num_workers=0), seed=0, global_batch_size=16)
+    read = next(source.batches(0))["video"]
+    assert {clip.numpy().tobytes() for clip in clips} == {clip.contiguous().numpy().tobytes() for clip in read}
+
+
+def test_preprocess_prints_ratios_and_every_variant_cuts_all_clips(output: Callable[..., str]) -> None:
+    text = output(preprocess.main, "--count", "2", "--frames", "40", "--sizes", "32", "--rounds", "1")
+    assert [line.split(":")[0] for line in text.splitlines() if "videos to" in line] == list(preprocess.KINDS)
+    assert [int(count) for count in re.findall(r"(\d+) clips ", text)] == [4] * 10
+    assert ratios(text)[::5] == [1.0, 1.0]
+
+
+def test_formats_prints_size_speed_and_fidelity(output: Callable[..., str]) -> None:
+    text = output(formats.main, "--clips", "2", "--sizes", "32", "--rounds", "1")
+    assert re.findall(r"^  (\w+)", text, re.MULTILINE) == ["npy", "mp4", "npz", "jpeg"]
+    assert ratios(text)[:2] == [1.0, 1.0]
+    fidelity = [float(value) for value in re.findall(r"PSNR (\S+) dB", text)]
+    assert fidelity[0] == fidelity[2] == float("inf") and all(20 < value < 60 for value in fidelity[1::2])
 
 
 def test_make_bench_runs_every_benchmark() -> None:
