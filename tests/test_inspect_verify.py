@@ -242,7 +242,11 @@ def test_a_wrong_index_is_one_line(copy: Path, change: Callable[[dict[str, objec
 def test_no_set_is_one_line(tmp_path: Path) -> None:
     for name in ("verify", "inspect"):
         said = call(name, tmp_path / "nowhere", code=1)
-        assert len(said.splitlines()) == 1 and "cannot read" in said
+        assert len(said.splitlines()) == 1 and "does not exist" in said
+        assert "is no folder of this machine" in call(name, "s3://bucket/set", code=2)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / SHARD).touch()
+    assert "unfinished shard set" in call("verify", tmp_path / "half", code=1)
 
 
 def test_inspect_prints_the_report(shards: Path) -> None:

@@ -2,20 +2,23 @@
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from datasets.commands.parser import local_folder
 from datasets.prepare.check import read_set
 from datasets.prepare.report import read_report, summary
 from datasets.prepare.sheet import SHEET, write_sheet
 from datasets.prepare.survey import survey
+from datasets.prepare.windows import ClipRules
 from datasets.shards import ShardSet
 from utils.errors import ConfigError, UserError
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `preprocess.py inspect`."""
-    parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder of a shard set, of pixels or of latents")
+    parser.add_argument("shards", type=local_folder, metavar="SHARDS", help="folder of a shard set, of pixels or of latents")
     parser.add_argument(
         "--sheet", type=Path, metavar="FILE", help=f"draw the contact sheet into this picture (the set holds one as {SHEET})"
     )
@@ -54,7 +57,14 @@ def describe(folder: Path, index: Mapping[str, Any]) -> str:
         f"  {len(index['classes'])} classes, {index['videos']} videos" + (f", {dropped} samples left out as duplicates" if dropped else ""),
         f"  licence or source: {index['licence'] or 'none noted'}",
     ]
-    for name in ("transform", "tensors", "autoencoder"):
-        if index.get(name):
-            lines.append(f"  {name}: " + ", ".join(f"{key} {value}" for key, value in index[name].items()))
+    told = {"transform": _unusual(index.get("transform") or {})} | {name: index.get(name) for name in ("tensors", "autoencoder")}
+    lines += [f"  {name}: {', '.join(f'{key} {value}' for key, value in values.items())}" for name, values in told.items() if values]
     return "\n".join(lines)
+
+
+def _unusual(transform: Mapping[str, Any]) -> dict[str, Any]:
+    """The rules, without those that nobody asked for."""
+    usual, always = asdict(ClipRules()), ("resize", "antialias", "clip_stride", "frame_stride")
+    filters = {name: value for name, value in transform.get("filters", {}).items() if value != usual["filters"].get(name)}
+    rules = {name: value for name, value in transform.items() if name in always or (name != "filters" and value != usual.get(name))}
+    return rules | filters

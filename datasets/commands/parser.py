@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -78,6 +79,13 @@ def share(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share in [0, 1)")
     return value
+
+
+def local_folder(text: str) -> Path:
+    """Reads the path of a folder; a URL is none."""
+    if "://" in text or text.startswith("pipe:"):
+        raise argparse.ArgumentTypeError(f"{text} is no folder of this machine: copy the set here first")
+    return Path(text)
 
 
 def cores() -> int:

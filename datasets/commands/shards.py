@@ -33,9 +33,9 @@ def run_shards(args: argparse.Namespace) -> None:
         make_digits(root, DigitsConfig(args.num_videos, rules.size, args.video_frames, args.digits, args.seed))
     layout, listing = _list(args, root)
     info = SetInfo(
-        name=name or (layout if layout == "UCF101" else root.resolve().name),
+        name=_printable(name or (layout if layout == "UCF101" else root.resolve().stem if root.is_file() else root.resolve().name)),
         source=layout,
-        licence=licence,
+        licence=_printable(licence, 2000),
         split=args.split,
         seed=args.seed,
         shard_samples=args.shard_size,
@@ -55,6 +55,11 @@ def run_shards(args: argparse.Namespace) -> None:
             task=task,
         )
     _tell(args, outcome, task, layout, listing, time.monotonic() - started)
+
+
+def _printable(text: str, limit: int = 200) -> str:
+    """One line of text that any terminal and any reader of index.json can take."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)[:limit]
 
 
 def _task(args: argparse.Namespace) -> tuple[Task, int]:

@@ -2,18 +2,17 @@
 
 import argparse
 import time
-from pathlib import Path
 
 import torch
 
-from datasets.commands.parser import Progress, cores, whole
+from datasets.commands.parser import Progress, cores, local_folder, whole
 from datasets.prepare.check import check_set, read_set
 from utils.errors import UserError
 
 
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `preprocess.py verify`."""
-    parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder of a shard set, of pixels or of latents")
+    parser.add_argument("shards", type=local_folder, metavar="SHARDS", help="folder of a shard set, of pixels or of latents")
     parser.add_argument("--workers", type=whole(1), default=cores(), metavar="N", help="processes (default: all cores)")
 
 

@@ -174,12 +174,12 @@ def _finish(parts: list[Part], listing: Listing, rules: ClipRules, info: SetInfo
     """Writes what stands over the shards, once all parts are made. Returns how many are not."""
     (out / WORK).mkdir(exist_ok=True)
     with _finishing(out):
-        done = [part.done() for part in parts]
+        waiting = sum(not part.marked for part in parts)
+        made = [] if waiting else [done for part in parts if (done := part.done()) is not None]
         if (out / INDEX).exists():
             return 0
-        made = [part for part in done if part is not None]
         if len(made) < len(parts):
-            return len(parts) - len(made)
+            return waiting or len(parts) - len(made)
         entries, total = [entry for part in made for entry in part["entries"]], Tally()
         for part in made:
             total.add(Tally.from_dict(part["tally"]))

@@ -15,7 +15,7 @@ from datasets.indices import DAMAGE, one_line
 from datasets.prepare.stored import BadSample, SetFacts, check_sample
 from datasets.prepare.tars import BLOCK, BadTar, Member, read_end, read_members
 from datasets.prepare.workers import worker_pool
-from datasets.shards import FORMAT, INDEX, SCHEMA, sidecar_name
+from datasets.shards import FORMAT, INDEX, SCHEMA, ShardSet, sidecar_name
 from datasets.tables import MAX_SHARD_BYTES, Table, check_meta, parse_json, read_table, repeated
 from utils.errors import UserError
 from utils.files import sha256_file
@@ -58,8 +58,11 @@ def read_set(folder: Path) -> dict[str, Any]:
         if index.get("schema") != SCHEMA:
             raise UserError(f"{folder} has shard schema {index.get('schema')}, this version reads {SCHEMA}: run preprocess.py shards again")
         check_meta(index)
+    except (FileNotFoundError, NotADirectoryError):
+        ShardSet.open(folder)  # says what the folder holds instead
+        raise
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; give the folder that preprocess.py wrote") from None
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except DAMAGE as error:
         raise UserError(f"{path} is damaged ({one_line(error)}): copy it again or rerun preprocess.py") from None
     return index

@@ -55,6 +55,11 @@ class Part:
         """File name of a shard of this part."""
         return shard_name(number, self.number)
 
+    @property
+    def marked(self) -> bool:
+        """Whether the part was made; `done` looks closer."""
+        return (self.folder / "done").exists()
+
     def done(self) -> dict[str, Any] | None:
         """`entries` (rows of index.json) and `tally` of a part that is whole and still has all its bytes, else None."""
         try:

@@ -51,7 +51,7 @@ def write_sheet(folder: Path, entries: list[dict[str, Any]], codec: str, classes
     """Draws the sheet of a set of npy or mp4 clips into `path`, else into the set's folder. The same set gives the same bytes."""
     strips = []
     for key, label, clip in _clips(folder, entries, codec, CLIPS):
-        width = max(8, round(HEIGHT * clip.shape[2] / clip.shape[1]))
+        width = min(WIDTH // FRAMES, max(8, round(HEIGHT * clip.shape[2] / clip.shape[1])))
         strips.append(_strip(clip, (HEIGHT, width), f"{key}  {classes[label]}" if classes else key))
     across, down = (max(strip.size[axis] for strip in strips) + GAP for axis in (0, 1))
     columns = min(len(strips), max(1, WIDTH // across))
