@@ -5,6 +5,7 @@ set is a permutation whose last, partial global batch is dropped. Shuffles are `
 shards come in random order, samples are shuffled inside a window of some shards, and a global batch is sorted by shard.
 """
 
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -31,8 +32,13 @@ def block_permutation(seed: int, epoch: int, shard: np.ndarray, window: int, str
     place = np.empty(present[-1] + 1, dtype=np.int64)
     place[present[permutation(seed, epoch, len(present), f"{stream}/shards")]] = np.arange(len(present))
     group = place[shard] // window
-    order = np.lexsort((hash_indices(seed, f"{stream}/{epoch}", np.arange(len(shard))), group))
-    return order, np.concatenate([[0], np.cumsum(np.bincount(group))])
+    order = np.argsort(group.astype(np.uint16) if group.max() < 1 << 16 else group, kind="stable")
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(group))])
+    # Window by window: a fraction of what one sort of all samples takes.
+    for low, high in pairwise(bounds.tolist()):
+        part = order[low:high]
+        order[low:high] = part[np.argsort(hash_indices(seed, f"{stream}/{epoch}", part), kind="stable")]
+    return order, bounds
 
 
 class Sequence(Protocol):
