@@ -44,12 +44,10 @@ def read_tables(storage: Storage, meta: dict[str, Any], bad: dict[int, str], on_
             return Table.blank(entry["samples"])
 
     with ThreadPoolExecutor(READERS if storage.capacity is not None else 1) as pool:
-        waiting = [pool.submit(read, number) for number in range(len(meta["shards"]))]
         try:
-            return [future.result() for future in waiting]
+            return list(pool.map(read, range(len(meta["shards"]))))
         finally:
-            for future in waiting:
-                future.cancel()
+            pool.shutdown(cancel_futures=True)
 
 
 def _check_tar(storage: Storage, entry: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from datasets.indices import BLANK, DAMAGE, INDEX, kept_rows, one_line, read_tables, sidecar_name
 from datasets.storage import CacheConfig, LocalStorage, MissingFile, Storage, open_storage
-from datasets.tables import COLUMNS, MAX_INDEX_BYTES, Keys, Table, check_meta, parse_json, repeated
+from datasets.tables import MAX_INDEX_BYTES, Keys, Table, check_meta, join, parse_json, repeated
 from utils.errors import UserError
 
 __all__ = ["FORMAT", "IMAGE_SUFFIXES", "INDEX", "SCHEMA", "VIDEO_SUFFIXES", "ShardSet", "frame_sums", "sidecar_name", "word_type"]
@@ -100,10 +100,9 @@ class ShardSet:
 
     @classmethod
     def _assemble(cls, storage: Storage, meta: dict[str, Any], digest: str, tables: list[Table], bad: dict[int, str]) -> "ShardSet":
-        counts = [len(table.key) for table in tables]
-        columns = {name: np.concatenate([table.columns[name] for table in tables] or [np.zeros(0, kind)]) for name, kind in COLUMNS.items()}
-        keys = np.concatenate([table.key for table in tables] or [np.zeros(0, "S1")])
-        sums = np.concatenate([table.sums for table in tables] or [np.zeros(0, np.uint64)])
+        counts = [table.rows for table in tables]
+        columns = join(tables)
+        keys, sums = columns.pop("key"), columns.pop("sums")
         shard = np.repeat(np.arange(len(tables), dtype=np.int32), counts)
         first_sum = np.cumsum(columns["frames"]) - columns["frames"]
         blank = columns["frames"] == 0

@@ -65,16 +65,22 @@ class Keys(Sequence[str]):
 
 @dataclass(frozen=True)
 class Table:
-    """One shard's samples, a row each. `sums`: uint64, all frames of all samples one after the other."""
+    """One shard's samples, a row each, in columns: key, those of COLUMNS, and sums (uint64, all frames of all samples in one row)."""
 
-    key: np.ndarray
+    rows: int
     columns: dict[str, np.ndarray]
-    sums: np.ndarray
 
     @classmethod
     def blank(cls, rows: int) -> "Table":
         """Rows of which nothing is known."""
-        return cls(np.zeros(rows, "S1"), {name: np.zeros(rows, kind) for name, kind in COLUMNS.items()}, np.zeros(0, np.uint64))
+        columns = {name: np.zeros(rows, kind) for name, kind in COLUMNS.items()}
+        return cls(rows, columns | {"key": np.zeros(rows, "S1"), "sums": np.zeros(0, np.uint64)})
+
+
+def join(tables: list[Table]) -> dict[str, np.ndarray]:
+    """The columns of all tables one after the other. Empties the tables on its way: a large set is not held twice."""
+    start = Table.blank(0)
+    return {name: np.concatenate([table.columns.pop(name) for table in [start, *tables]]) for name in list(start.columns)}
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
@@ -103,7 +109,8 @@ def check_meta(meta: dict[str, Any]) -> None:
         raise ValueError("classes is not a list of names")
     if meta["codec"]["name"] not in CODECS:
         raise ValueError(f"codec {meta['codec']['name']!r} is none of {', '.join(CODECS)}")
-    if max(1, meta["clip_length"]) * frame_bytes(meta) > MAX_CLIP_BYTES:
+    frames = 1 if meta["codec"]["name"] == "latent" else max(1, meta["clip_length"])
+    if frames * frame_bytes(meta) > MAX_CLIP_BYTES:
         raise ValueError(f"a sample of more than {MAX_CLIP_BYTES >> 30} GiB")
     if not isinstance(meta["shards"], list):
         raise ValueError("shards is not a list")
@@ -149,7 +156,8 @@ def read_table(raw: bytes, meta: dict[str, Any], entry: dict[str, Any]) -> Table
         raise ValueError("a key with characters that it may not have")
     columns = {name: _column(value[name], name, rows).astype(kind, copy=False) for name, kind in COLUMNS.items()}
     _check_columns(columns, meta, entry)
-    return Table(np.array(keys, dtype=bytes).reshape(rows), columns, _sums(value["sums"], columns["frames"], meta))
+    columns["sums"] = _sums(value["sums"], columns["frames"], meta)
+    return Table(rows, columns | {"key": np.array(keys, dtype=bytes).reshape(rows)})
 
 
 def _check_columns(columns: dict[str, np.ndarray], meta: dict[str, Any], entry: dict[str, Any]) -> None:
