@@ -35,11 +35,11 @@ class DataConfig:
     """Batches that each worker process, or all threads together, keep ready."""
     flip: bool = flag(False, "flip")
     """Mirror half of the clips left to right."""
-    shuffle: Literal["auto", "full", "block"] = "auto"
+    shuffle: Literal["auto", "full", "block"] = flag("auto", "shuffle")
     """full: over all samples; block: shards in random order and their samples within a window of shards, so that few shards are needed
     at a time; auto: block for shards that must be fetched, full for those on disk."""
-    shuffle_shards: int = 16
-    """block: shards of a window. Shards to be fetched: so many are fetched ahead; the cache should hold three times as many."""
+    shuffle_shards: int = flag(16, "shuffle-shards")
+    """block: shards of a window. Of shards to be fetched as many are fetched ahead, if the cache has room for twice so many."""
     on_bad_sample: Literal["fail", "skip"] = flag("fail", "on-bad-sample")
     """A sample that is missing or damaged ends the run, or is reported, counted and replaced by another."""
     max_bad_share: float = flag(0.01, "max-bad-share")
@@ -48,9 +48,9 @@ class DataConfig:
     """Folder for shards that were fetched; empty: ~/.cache/kinoform."""
     cache_gib: float = flag(64.0, "cache-gib")
     """Size that the cache is kept below; the shards used longest ago go first."""
-    fetch_timeout: float = 60.0
+    fetch_timeout: float = flag(60.0, "fetch-timeout")
     """Seconds without a byte after which fetching a shard is given up and tried again."""
-    fetch_retries: int = 4
+    fetch_retries: int = flag(4, "fetch-retries")
     """How often fetching a shard is tried again."""
 
 
@@ -96,7 +96,7 @@ def _check_numbers(data: DataConfig) -> None:
             raise ConfigError(f"data.{name} {getattr(data, name)} is negative: use 0 or more")
     for name in ("frame_interval", "shuffle_shards"):
         if getattr(data, name) < 1:
-            raise ConfigError(f"data.{name} {getattr(data, name)}: use 1 or more")
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(data, name)}: use 1 or more")
     if not 0 <= data.max_bad_share <= 1:
         raise ConfigError(f"--max-bad-share {data.max_bad_share:g}: it is a share, from 0 to 1")
 

@@ -86,11 +86,12 @@ class ClipReader:
 
     def fill(self, out: np.ndarray, rows: np.ndarray, samples: np.ndarray, starts: np.ndarray) -> list[tuple[int, Fault]]:
         """Reads sample k into row `rows[k]` of `out`, uint8 (b, rows, bytes). Returns (k, fault) for those that are bad."""
-        faults, left = [], np.ones(len(samples), dtype=bool)
-        for k in [k for k, sample in enumerate(samples.tolist()) if sample in self.shards.bad_samples] if self.shards.bad_samples else ():
-            why = self.shards.bad_samples[int(samples[k])]
-            faults.append((k, self._fault(samples[k], why, f"is left out: {why}")))
-            left[k] = False
+        known, left = self.shards.bad_samples, np.ones(len(samples), dtype=bool)
+        faults = []
+        for k, sample in enumerate(samples.tolist() if known else ()):
+            if sample in known:
+                left[k] = False
+                faults.append((k, self._fault(sample, known[sample], f"is left out: {known[sample]}")))
         packed = self.shards.packed[samples]
         for k in np.flatnonzero(packed & left).tolist():
             fault = self._decode(out[rows[k]], int(samples[k]), int(starts[k]))
