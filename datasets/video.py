@@ -7,14 +7,12 @@ too many real files. Two decoders give the same frames: the ffmpeg program (buil
 import io
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Generator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import av
@@ -22,6 +20,8 @@ import ffmpeg
 import numpy as np
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
+
+from datasets.ffmpeg import ffmpeg_program, passthrough
 
 TIMEOUT = 3600.0
 """Seconds after which the decoding of one file by ffmpeg is given up."""
@@ -77,15 +77,22 @@ def probe(path: Path, max_pixels: int = MAX_PIXELS) -> VideoInfo:
 
     Raises VideoError for a file that is empty, not a video, without pictures, cut short, or with frames of more than `max_pixels`.
     """
-    try:
+    with video_errors(path, "not a readable video"):
         if path.exists() and not path.is_file():
             raise VideoError("not a file", "a folder, pipe or device")
         if path.stat().st_size == 0:
             raise VideoError("empty file", "0 bytes")
         with open_video(path) as container:
             return _probe(container, max_pixels)
-    except (FFmpegError, OSError, UnicodeError) as error:
-        raise VideoError("not a readable video", _one_line(str(error), path)) from None
+
+
+@contextmanager
+def video_errors(path: Path, reason: str) -> Iterator[None]:
+    """Turns what the libraries raise on a damaged file, their own slips included, into a VideoError."""
+    try:
+        yield
+    except (FFmpegError, OSError, LookupError, ArithmeticError, UnicodeError, TypeError, AttributeError, MemoryError) as error:
+        raise VideoError(reason, _one_line(str(error), path)) from None
 
 
 def open_video(path: Path) -> av.container.InputContainer:
@@ -190,7 +197,7 @@ def decoded(path: Path, info: VideoInfo) -> Generator[av.VideoFrame, None, None]
     """The decoder's own frames in order, by PyAV. VideoError at the first sign of damage."""
     av.logging.set_level(av.logging.ERROR)
     try:
-        with av.logging.Capture() as messages, open_video(path) as container:
+        with video_errors(path, "damaged"), av.logging.Capture() as messages, open_video(path) as container:
             stream = container.streams[info.stream]
             assert isinstance(stream, av.VideoStream)
             stream.thread_type, stream.codec_context.thread_count = "NONE", 1
@@ -201,39 +208,16 @@ def decoded(path: Path, info: VideoInfo) -> Generator[av.VideoFrame, None, None]
                     raise VideoError("damaged", _one_line(messages[0][2], path))
             if messages:
                 raise VideoError("damaged", _one_line(messages[0][2], path))
-    except (FFmpegError, OSError) as error:
-        raise VideoError("damaged", _one_line(str(error), path)) from None
     finally:
         av.logging.set_level(None)
 
 
 def _decode_pyav(path: Path, info: VideoInfo, wanted: Callable[[int], bool]) -> Generator[np.ndarray, None, None]:
     reformatter = VideoReformatter()
-    with closing(decoded(path, info)) as frames:
+    with video_errors(path, "damaged"), closing(decoded(path, info)) as frames:
         for number, frame in enumerate(frames):
             if wanted(number):
                 yield reformatter.reformat(frame, info.width, info.height, "rgb24").to_ndarray()
-
-
-@cache
-def ffmpeg_program() -> str | None:
-    """The ffmpeg binary: of the PATH, else the one that the package imageio-ffmpeg brings; None without either."""
-    found = shutil.which("ffmpeg")
-    if found:
-        return found
-    try:
-        import imageio_ffmpeg
-
-        return imageio_ffmpeg.get_ffmpeg_exe()
-    except (ImportError, RuntimeError):
-        return None
-
-
-@cache
-def _passthrough(program: str) -> tuple[str, str]:
-    """The option that keeps ffmpeg from repeating or dropping frames: -vsync is gone from new versions, -fps_mode missing in old ones."""
-    text = subprocess.run([program, "-hide_banner", "-h", "long"], capture_output=True, text=True, timeout=60, check=False).stdout
-    return ("fps_mode", "passthrough") if "fps_mode" in text else ("vsync", "0")
 
 
 def ffmpeg_command(program: str, path: Path, info: VideoInfo) -> list[str]:
@@ -241,7 +225,7 @@ def ffmpeg_command(program: str, path: Path, info: VideoInfo) -> list[str]:
     # "file:" keeps names such as "a:b.mp4" and "-x.mp4" from being read as protocols and options.
     limits = {"max_pixels": 2 * info.max_pixels + PADDING, "protocol_whitelist": "file"}
     source = ffmpeg.input(f"file:{path.absolute()}", threads=1, noautorotate=None, err_detect="explode", **limits)
-    name, value = _passthrough(program)
+    name, value = passthrough(program)
     options = {name: value, "f": "rawvideo", "pix_fmt": "rgb24", "threads": 1}
     graph = source[str(info.stream)].output("pipe:", **options)
     return [*graph.global_args("-nostdin", "-v", "error", "-xerror").compile(cmd=program)]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import tarfile
 from dataclasses import replace
 from fractions import Fraction
@@ -249,3 +250,17 @@ def test_a_clip_of_endless_frames_is_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(clips, "MAX_CLIP_BYTES", 20 * 36 * 3 * 9)
     with pytest.raises(VideoError, match="clip-length"):
         make(write_video(tmp_path / "a.mp4", 10), replace(RULES, clip_length=0))
+
+
+def test_what_the_library_raises_on_damage_is_a_video_error(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    whole = write_video(tmp_path / "a.ts", 30, "mpeg2video").read_bytes()
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(rng.choice([1, 4, 30])):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        (tmp_path / "x.ts").write_bytes(data)
+        try:
+            make(tmp_path / "x.ts", replace(RULES, fps=12.5, scenes="split", rule="spread"))
+        except VideoError as error:
+            assert "\n" not in str(error)

@@ -12,7 +12,7 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from datasets.transforms import resize_clip
-from datasets.video import VideoInfo, decoded
+from datasets.video import VideoInfo, decoded, video_errors
 
 SMALL = (36, 64)
 """Height and width of the pictures that are compared."""
@@ -27,7 +27,7 @@ DARK = 0.02
 def small_frames(path: Path, info: VideoInfo) -> Iterator[np.ndarray]:
     """All frames of a video file as uint8 RGB of size SMALL, straight from the decoder."""
     reformatter = VideoReformatter()
-    with closing(decoded(path, info)) as frames:
+    with video_errors(path, "damaged"), closing(decoded(path, info)) as frames:
         for frame in frames:
             yield reformatter.reformat(frame, SMALL[1], SMALL[0], "rgb24", interpolation=Interpolation.AREA).to_ndarray()
 
