@@ -121,11 +121,11 @@ class ClipReader:
                     faults[k] = self._fault(samples[k], "cut short", f"is cut short: {_AGAIN}")
             except (UserError, OSError) as error:
                 faults[k] = self._unreadable(samples[k], error)
-        sums = frame_sums(out if len(rows) == len(out) else out[rows])
-        wrong = (sums != shards.sums[shards.first_sum[samples][:, None] + frames]).any(axis=1)
-        for k in np.flatnonzero(wrong).tolist():
-            if k not in faults:
-                faults[k] = self._fault(samples[k], "checksum", f"is damaged (checksum): {_AGAIN}")
+        there = np.array([k for k in range(len(rows)) if k not in faults], dtype=np.int64) if faults else np.arange(len(rows))
+        sums = frame_sums(out if len(there) == len(out) else out[rows[there]])
+        wrong = (sums != shards.sums[shards.first_sum[samples[there]][:, None] + frames[there]]).any(axis=1)
+        for k in there[wrong].tolist():
+            faults[k] = self._fault(samples[k], "checksum", f"is damaged (checksum): {_AGAIN}")
         return list(faults.items())
 
     @property

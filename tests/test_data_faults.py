@@ -90,33 +90,41 @@ def test_without_skip_the_first_bad_one_ends_the_stream(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def ruin(path: Path, how: str) -> None:
-    tar = path / "shard-00001.tar"
+def ruin(path: Path, how: str, shard: int) -> None:
+    tar = path / f"shard-{shard:05d}.tar"
     if how == "missing":
         tar.unlink()
     elif how == "truncated":
         tar.write_bytes(tar.read_bytes()[:-3000])
     elif how == "sidecar":
-        (path / "shard-00001.index.json").write_bytes(b"{}")
+        (path / f"shard-{shard:05d}.index.json").write_bytes(b"{}")
     else:
         tar.write_bytes(b"\0" * tar.stat().st_size)
 
 
+@pytest.mark.parametrize("kind", [{}, MP4])
+@pytest.mark.parametrize("shard", [0, 1, 2])
 @pytest.mark.parametrize("how", ["missing", "truncated", "sidecar", "zeroed"])
-def test_a_bad_shard_is_fatal_or_skipped_as_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str) -> None:
-    path = write_set(tmp_path / "set", [9, 4, 9], lengths=(4,))
-    ruin(path, how)
-    with pytest.raises(UserError, match="shard-00001"):
+def test_a_bad_shard_is_fatal_or_skipped_as_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str, shard: int, kind: dict[str, Any]
+) -> None:
+    path = write_set(tmp_path / "set", [8, 8, 8], lengths=(4,), **kind)
+    ruin(path, how, shard)
+    name = f"shard-{shard:05d}"
+    with pytest.raises(UserError, match=name):
         take(source(path, on_bad="fail"), 0, 4)
     with caplog.at_level(logging.WARNING):
         stream = source(path)
-        seen = {sample for batch in take(stream, 0, 4) for sample, _ in sample_of(batch["video"])}
-    assert stream.steps_per_epoch == 2 and not seen & set(range(9, 13)) and len(seen) > 12
+        batches = take(stream, 0, 4)
+    assert stream.steps_per_epoch == 3
+    if not kind:
+        seen = {sample for batch in batches for sample, _ in sample_of(batch["video"])}
+        assert not seen & set(range(8 * shard, 8 * shard + 8)) and len(seen) > 12
     lines = [record.getMessage() for record in caplog.records if record.name == "datasets.faults"]
-    assert len(lines) == (4 if how == "zeroed" else 1) and all("shard-00001" in line for line in lines)
+    assert len(lines) == (8 if how == "zeroed" else 1) and all(name in line for line in lines)
     counters = stream.counters()
-    assert counters["data/bad_samples"] >= 4
-    assert counters["data/bad_shards"] == (frozenset() if how == "zeroed" else frozenset({str(path / "shard-00001.tar")}))
+    assert counters["data/bad_samples"] >= 8
+    assert counters["data/bad_shards"] == (frozenset() if how == "zeroed" else frozenset({str(path / f"{name}.tar")}))
 
 
 def test_a_shard_that_goes_away_while_training_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
