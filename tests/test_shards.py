@@ -143,7 +143,7 @@ def entry(**values: object) -> Spoil:
 
 
 TABLE_LIES = [
-    *(put("offset", value) for value in (-512, 0, 1 << 40, 1 << 70, 1.5, "512", None, True)),
+    *(put("offset", value) for value in (-512, 0, 10_000, 1 << 40, 1 << 70, 1.5, "512", None, True)),
     *(put("nbytes", value) for value in (0, -1, 100, 1 << 34)),
     *(put("frames", value) for value in (0, -1, 3, 1 << 40)),
     *(put("label", value) for value in (-1, 2)),
