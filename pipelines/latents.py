@@ -103,7 +103,7 @@ def run_latents(args: argparse.Namespace, rank: int = 0, world_size: int = 1, de
     """`preprocess.py latents` in process `rank` of `world_size`: encodes its share of the shards; the last to finish says so."""
     job, share = prepare(args, rank, world_size, torch.device(device))
     total = sum(len(job.windows(number)) for number in job.shards[share.index :: share.count])
-    whole = (job.out / INDEX).exists()
+    finished = (job.out / INDEX).exists()
     bar = Progress(total, "clip") if rank == 0 else None
 
     def tell(samples: int) -> None:
@@ -112,7 +112,7 @@ def run_latents(args: argparse.Namespace, rank: int = 0, world_size: int = 1, de
 
     with bar or nullcontext():
         index = encode_set(job, share, tell)
-    if index is not None and not (whole and rank):
+    if index is not None and not (finished and rank):
         print(_told(job, index), flush=True)
     elif rank == 0:
         print(f"{total} clips of this share are encoded; the process that finishes last writes {job.out}/index.json", flush=True)

@@ -31,15 +31,17 @@ from datasets.shards import ShardSet, frame_sums
 from engine.loop import fit
 from launch.env import distributed, independent
 from pipelines.cmd import CMDPipeline
-from pipelines.latents import add_latents_arguments, prepare, run_latents
-from tasks import autoencoder, content, motion
+from pipelines.latents import add_latents_arguments, encode_with, prepare, run_latents
+from pipelines.loading import load_autoencoder
+from tasks import autoencoder, content, diffusion_task, motion
 from tasks.autoencoder_config import CMDAutoencoderConfig
 from tasks.clips import ClipInfo
 from tasks.content import CMDContentConfig, CMDContentTask
 from tasks.diffusion_task import open_first_stage
 from tasks.motion import CMDMotionConfig, CMDMotionTask
-from tests.cmd_family import autoencoder_task, config, export, family
+from tests.cmd_family import CLIPS, autoencoder_task, config, export, family
 from tests.distributed import ROOT, environment
+from tests.test_tasks_cmd import fake_vae
 from tests.videos import folder_bytes, noise_frames, write_video
 from utils.errors import ConfigError, UserError
 from utils.media import to_float
@@ -388,6 +390,31 @@ def test_latents_of_another_autoencoder_are_refused_by_name(pixels: Path, single
         text = str(caught.value)
         hashes = [CMDPipeline.from_exports(path).ae.sha256[:12] for path in (ae, other)]
         assert all(part in text for part in (str(single), str(ae), str(other), *hashes)) and "\n" not in text
+
+
+def test_latents_behind_an_image_vae_name_it(pixels: Path, ae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = autoencoder.CMDAutoencoderTask(config(CMDAutoencoderConfig, "--mode", "latent", "--vae", "x"), CLIPS, fake_vae())
+    run_folder = export(trained, tmp_path / "run")
+    pipeline = CMDPipeline(load_autoencoder(run_folder), vae=fake_vae())
+    assert pipeline.clip_shape == (4, 16, 24)
+    encode = encode_with(pipeline, torch.device("cpu"))
+    behind = dataclasses.replace(job(pixels, ae, tmp_path / "set"), autoencoder=pipeline.identity(), encode=encode)
+    index = encode_set(behind, Share(), lambda samples: None)
+    assert (
+        index is not None
+        and index["tensors"] == {"content": [4, 8, 12], "motion": [4, 4, 5]}
+        and index["autoencoder"]["vae"]["sha256"] == "fake"
+    )
+    monkeypatch.setattr(diffusion_task, "vae_of", lambda *args: fake_vae())
+    task, batch = task_on("content", tmp_path / "set", run_folder), next(stream(tmp_path / "set").batches(0))
+    networks = networks_of(task)
+    assert task.loss("content", networks, batch, SampleRng(0, batch["index"])).total.isfinite()
+    assert task.preview(networks, batch, SampleRng(0, batch["index"]))["content_samples"].shape == (3, 3, 16, 24)
+    other = fake_vae()
+    other.scale_factor = 0.7
+    monkeypatch.setattr(diffusion_task, "vae_of", lambda *args: other)
+    with pytest.raises(ConfigError, match="another image VAE or --scale-factor"):
+        task_on("content", tmp_path / "set", run_folder)
 
 
 def test_stages_say_what_they_cannot_train_on(pixels: Path, single: Path, ae: Path, tmp_path: Path) -> None:
