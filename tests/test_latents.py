@@ -400,11 +400,8 @@ def test_latents_behind_an_image_vae_name_it(pixels: Path, ae: Path, tmp_path: P
     encode = encode_with(pipeline, torch.device("cpu"))
     behind = dataclasses.replace(job(pixels, ae, tmp_path / "set"), autoencoder=pipeline.identity(), encode=encode)
     index = encode_set(behind, Share(), lambda samples: None)
-    assert (
-        index is not None
-        and index["tensors"] == {"content": [4, 8, 12], "motion": [4, 4, 5]}
-        and index["autoencoder"]["vae"]["sha256"] == "fake"
-    )
+    assert index is not None and index["tensors"] == {"content": [4, 8, 12], "motion": [4, 4, 5]}
+    assert index["autoencoder"]["vae"] == {"sha256": "fake", "scale_factor": 0.5}
     monkeypatch.setattr(diffusion_task, "vae_of", lambda *args: fake_vae())
     task, batch = task_on("content", tmp_path / "set", run_folder), next(stream(tmp_path / "set").batches(0))
     networks = networks_of(task)
