@@ -153,7 +153,7 @@ class ClipReader:
         low, high = int(frames.min()), int(frames.max())
         height, width = shards.size
         try:
-            clip = decode_window(payload, low, high - low + 1)[frames - low, :height, :width]
+            clip = decode_window(payload, low, high - low + 1, shards.size)[frames - low, :height, :width]
             row[:] = clip.reshape(row.shape)
         except ValueError as error:
             return self._fault(sample, "decode", f"does not decode: {error}; rerun preprocess.py")

@@ -150,6 +150,14 @@ def test_a_key_that_comes_twice_is_fatal_or_left_out(tmp_path: Path) -> None:
     assert 13 not in seen and stream.counters()["data/bad_samples"] == 2
 
 
+def test_pictures_of_another_size_than_the_index_says_are_not_decoded(tmp_path: Path) -> None:
+    path = write_set(tmp_path / "set", [8], lengths=(4,), codec="mp4", size=(64, 64))
+    index = path / "index.json"
+    index.write_text(index.read_text().replace('"size": [64, 64]', '"size": [16, 15]'))
+    with pytest.raises(UserError, match="does not decode: pictures of 64 x 64 where 16 x 16 are stored"):
+        take(source(path, on_bad="fail"), 0, 1)
+
+
 def test_too_many_end_the_run_with_a_summary(tmp_path: Path) -> None:
     path = write_set(tmp_path / "set", [40, 40], lengths=(4,))
     spoil(path, *range(0, 80, 5))  # a fifth
