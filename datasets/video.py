@@ -138,7 +138,7 @@ def _times(stamps: list[int | None], unit: float, seconds: float) -> np.ndarray 
         return None
     shown = np.sort(np.array(stamps, dtype=np.float64))
     times = (shown - shown[0]) * unit
-    return times if bool((np.diff(times) > 0).all()) and True else None
+    return times if bool((np.diff(times) > 0).all()) and times[-1] < MAX_SLOWNESS * seconds else None
 
 
 def _best_stream(container: av.container.InputContainer) -> av.VideoStream:
