@@ -1,4 +1,4 @@
-"""datasets.mixture: several sets as one, in exact proportions."""
+"""Several sets as one, in exact proportions."""
 
 from collections import Counter
 from pathlib import Path
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from datasets.config import DataConfig, open_shards, resolve
 from datasets.loader import ClipSource
-from datasets.mixture import MAX_PERIOD, Mixture, quotas
 from datasets.order import Order, Shuffled
+from datasets.proportions import MAX_PERIOD, Mixture, quotas
 from tests.shard_sets import sample_of, write_set
 from utils.errors import ConfigError
 
