@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.prepare import writer
+from datasets.prepare import build, writer
 from datasets.prepare.windows import ClipRules
 from datasets.prepare.workers import prepare_all
 from datasets.shards import ShardSet
@@ -229,6 +229,20 @@ def test_duplicates_are_the_same_after_a_kill(copies: Path, tmp_path: Path) -> N
         (half / ".work/plan").write_text(json.dumps({"plan": index["plan"], "parts": 1}))
         run(*flags, "--out", half)
         assert folder_bytes(half) == folder_bytes(tmp_path / "whole")
+
+
+def test_a_task_that_comes_second_at_the_end_is_done_too(
+    videos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another task writes the index and takes the work folder away, just when this one looks into it."""
+
+    def meanwhile(*_: object) -> int:
+        shutil.copytree(whole, tmp_path / "set", dirs_exist_ok=True)
+        shutil.rmtree(tmp_path / "set/.work")
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(build, "_finish", meanwhile)
+    assert "of 11 videos" in run(videos, "--out", tmp_path / "set", *FLAGS, "--parts", 3)
 
 
 def test_too_many_rejects_end_with_status_1(videos: Path, tmp_path: Path) -> None:

@@ -80,9 +80,8 @@ def build(
     made by another process, `out` cannot be written, or no clip comes out.
     """
     plan = plan_digest(listing, rules, info)
-    task = task or Task()
+    task, made = task or Task(), Tally()
     try:
-        made = Tally()
         if was_complete := _complete(out, plan):
             missing = 0
         else:
@@ -90,11 +89,14 @@ def build(
             parts = cut_parts(out, len(listing.videos), info.parts)
             _make_parts(parts[task.index :: task.count], listing, rules, info, workers, progress, made)
             missing = _finish(parts, listing, rules, info, out, plan)
-        if not missing:
-            shutil.rmtree(out / WORK, ignore_errors=True)
-        return Outcome(made, missing, was_complete)
     except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror or error}; mend that and run the same command again, it goes on") from None
+        if not (isinstance(error, FileNotFoundError) and _complete(out, plan)):
+            why = error.strerror or error
+            raise UserError(f"cannot write to {out}: {why}; mend that and run the same command again, it goes on") from None
+        missing, was_complete = 0, False  # another task found all parts made, and has taken the work folder away
+    if not missing:
+        shutil.rmtree(out / WORK, ignore_errors=True)
+    return Outcome(made, missing, was_complete)
 
 
 def plan_digest(listing: Listing, rules: ClipRules, info: SetInfo) -> str:
