@@ -4,6 +4,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -142,15 +143,15 @@ class _Pass:
         """
         ready: dict[int, np.ndarray] = {}
         with closing(self.reel.read(self._wanted)) as native:
-            for frame, number in zip(_resized(native, rules), np.flatnonzero(self.needed).tolist(), strict=False):
+            numbers = np.flatnonzero(self.needed).tolist()
+            source = native if whole else islice(native, len(numbers))
+            for frame, number in zip(_resized(source, rules), numbers, strict=False):
                 ready[number] = frame
                 while self.waiting and self.waiting[0].numbers[-1] <= number:
                     window = self.waiting.popleft()
                     yield window, np.stack([ready[wanted] for wanted in window.numbers.tolist()])
                     first = self.waiting[0].numbers[0] if self.waiting else number
                     ready = {kept: frame for kept, frame in ready.items() if kept >= first}
-                if not self.waiting and not whole:
-                    return
 
     def _wanted(self, number: int) -> bool:
         self.seen = number + 1
