@@ -125,12 +125,12 @@ def _read_table(folder: Path, entry: dict[str, Any], meta: dict[str, Any], found
 
 def _check_samples(file: BinaryIO, table: Table, facts: SetFacts, found: ShardCheck) -> None:
     """Walks through a tar from its first byte to its last, by the headers; after a fault it goes on where the offset index says."""
-    columns = {name: column.tolist() for name, column in table.columns.items()}
-    found.samples, found.keys = len(table.key), table.key
+    columns = {name: column.tolist() for name, column in table.columns.items() if name not in ("key", "sums")}
+    found.samples, found.keys, stored = table.rows, table.columns["key"], table.columns["sums"]
     ends = [offset - BLOCK for offset in columns["offset"]][1:] + [MAX_SHARD_BYTES]
-    sums = np.split(table.sums, np.cumsum(columns["frames"])[:-1]) if len(table.sums) else [table.sums] * found.samples
+    sums = np.split(stored, np.cumsum(columns["frames"])[:-1]) if len(stored) else [stored] * found.samples
     place = 0
-    for row, raw in enumerate(table.key):
+    for row, raw in enumerate(found.keys):
         key = raw.decode("ascii")
         try:
             members, place = read_members(file, place, key, ends[row])
