@@ -273,6 +273,7 @@ def decode_window(payload: bytes, start: int, n_frames: int, size: tuple[int, in
     ValueError when they are not there. Seeking is safe here: constant frame rate, no B-frames, frame k at k / rate.
     """
     frames: list[np.ndarray] = []
+    convert = VideoReformatter().reformat  # one for all frames: setting one up takes longer than its work on a small frame
     wanted = size and (size[0] + size[0] % 2, size[1] + size[1] % 2)
     try:
         with av.open(io.BytesIO(payload), "r", format="mp4") as container:
@@ -285,7 +286,7 @@ def decode_window(payload: bytes, start: int, n_frames: int, size: tuple[int, in
             for frame in container.decode(stream):
                 _check_stored(frame, wanted)
                 if frame.pts is not None and round(frame.pts / ticks) >= start:
-                    frames.append(frame.to_ndarray(format="rgb24"))
+                    frames.append(convert(frame, format="rgb24").to_ndarray())
                 if len(frames) == n_frames:
                     return np.stack(frames)
     except (FFmpegError, ArithmeticError, IndexError, TypeError) as error:
