@@ -281,6 +281,7 @@ class _OwnPid:
         return os.getpid, ()
 
 
+@pytest.mark.slow
 def test_a_video_that_crashes_the_decoder_is_left_out_and_named(videos: Path, tmp_path: Path) -> None:
     paths = sorted((videos / "b").iterdir())
     sources = [Video(path, path.name) for path in paths]

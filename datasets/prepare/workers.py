@@ -71,6 +71,24 @@ def _start_worker(stop: Connection) -> None:
 
 
 @contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C waits until a worker has been started: one that is started by halves would complain. The worker itself never hears it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+@contextmanager
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Spawned workers that are gone at once when the block is left, whatever they were doing."""
     context = multiprocessing.get_context("spawn")
@@ -113,7 +131,8 @@ def _in_order(numbers: range, job: Callable[[int], Job], workers: int) -> Iterat
     ahead: deque[tuple[int, Future[Prepared]]] = deque()
     with worker_pool(workers) as pool:
         for number in numbers:
-            ahead.append((number, pool.submit(prepare, *job(number))))
+            with _undisturbed():
+                ahead.append((number, pool.submit(prepare, *job(number))))
             if len(ahead) > 2 * workers:
                 first, future = ahead.popleft()
                 yield first, future.result()
