@@ -1,7 +1,7 @@
 """Decoding: what a file holds, its frames in order, and windows of the clips that the toolkit wrote.
 
 Source files are decoded from frame 0 on and frames are numbered as they come: seeking, time stamps and header counts are wrong in
-too many real files. Two decoders give the same frames: the ffmpeg program (built with ffmpeg-python, run by us) and PyAV.
+too many real files. Two decoders give the same frames of 8-bit videos: PyAV, and the ffmpeg program (built with ffmpeg-python, run by us).
 """
 
 import io

@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import pytest
 
+from datasets.commands import options
 from datasets.commands.options import add_shards_arguments, clip_rules
 from datasets.commands.parser import Parser
 from datasets.prepare.filters import FilterRules
@@ -12,7 +13,7 @@ from datasets.prepare.windows import ClipRules
 from datasets.sources import SOURCES, SourceOptions
 from datasets.transforms import RELEASES
 from tests.preprocessing import call
-from utils.errors import ConfigError
+from utils.errors import ConfigError, UserError
 
 OTHER_NAMES = {"size": "image_size", "rule": "clip_rule", "max_clips": "max_clips_per_video"}
 NOT_OPTIONS = {"filters", "exclude"}
@@ -32,15 +33,26 @@ def rules(*flags: object) -> ClipRules:
 def test_every_rule_has_an_option_with_help() -> None:
     parser = Parser()
     add_shards_arguments(parser)
-    options = {action.dest: action.help for action in parser._actions}
+    helped = {action.dest: action.help for action in parser._actions}
     for settings in (ClipRules, FilterRules, SourceOptions):
         for name in {field.name for field in fields(settings)} - NOT_OPTIONS:
-            assert options.get(OTHER_NAMES.get(name, name)), f"{settings.__name__}.{name} has no option, or one without help"
-    assert all(options[name] for name in options)
+            assert helped.get(OTHER_NAMES.get(name, name)), f"{settings.__name__}.{name} has no option, or one without help"
+    assert all(helped.values())
 
 
 def test_the_defaults_are_those_of_the_rules() -> None:
-    assert rules("--decoder", "pyav") == ClipRules(decoder="pyav")
+    assert rules() == ClipRules()
+
+
+def test_the_ffmpeg_program_is_an_option_and_no_requirement(monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = {"there": "/usr/bin/ffmpeg", "missing": None}
+    for program in programs.values():
+        monkeypatch.setattr(options, "ffmpeg_program", lambda program=program: program)
+        assert rules("--decoder", "auto").decoder == rules("--decoder", "pyav").decoder == "pyav"
+    with pytest.raises(UserError, match="there is no ffmpeg program"):
+        rules("--decoder", "ffmpeg")
+    monkeypatch.setattr(options, "ffmpeg_program", lambda: programs["there"])
+    assert rules("--decoder", "ffmpeg").decoder == "ffmpeg"
 
 
 @pytest.mark.parametrize(
@@ -79,9 +91,11 @@ def test_presets_are_what_the_releases_do(name: str) -> None:
     ("flags", "words"),
     [
         (("--image_sise", 3, 3), "did you mean --image-size?"),
-        (("--fps", "fast"), "'fast' is not a number of at least 0"),
+        (("--fps", "fast"), "'fast' is not a number from 0 to 1000"),
         (("--fps", "nan"), "is not a number"),
         (("--fps", "inf"), "is not a number"),
+        (("--fps", 1e9), "from 0 to 1000"),
+        (("--frames-fps", 0), "from 0.01 to 1000"),
         (("--max-motion", 2), "from 0 to 1"),
         (("--max-rejects", -1), "from 0 to 1"),
         (("--resize", "squash"), "invalid choice: 'squash'"),

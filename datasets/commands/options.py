@@ -9,7 +9,7 @@ from datasets.prepare.clips import ClipRules
 from datasets.prepare.filters import FilterRules
 from datasets.sources import SOURCES
 from datasets.transforms import RELEASES, RESIZE_MODES
-from datasets.video import ffmpeg_program
+from datasets.video import MAX_RATE, MIN_RATE, ffmpeg_program
 from utils.errors import UserError
 
 DIGITS = "synthetic-digits"
@@ -73,7 +73,7 @@ def _add_clips(parser: argparse.ArgumentParser) -> None:
     add("--clip-length", type=_clip_length, metavar="N", help=f"frames (default 16; {DIGITS}: 8); 'video': whole videos")
     add("--clip-stride", type=whole(1), metavar="N", help="frames between the beginnings of two clips (default: the clip length)")
     add("--frame-stride", type=whole(1), default=1, metavar="N", help="take every N-th frame (default 1); lengths count taken frames")
-    add("--fps", type=number(), default=0.0, metavar="FPS", help="take this many frames a second, by time stamps (default 0: all frames)")
+    add("--fps", type=number(0, MAX_RATE), default=0.0, metavar="FPS", help="frames taken in a second, by time stamps (default 0: all)")
     add(
         "--clip-rule",
         choices=["consecutive", "linspace", "spread"],
@@ -98,7 +98,7 @@ def _add_clips(parser: argparse.ArgumentParser) -> None:
     add("--on-short", choices=["skip", "pad"], default="skip", help="short videos: skip (default), or repeat the last frame")
     add("--min-frames", type=whole(1), default=1, metavar="N", help="with --clip-length video: leave out shorter ones (default 1)")
     add("--max-clips-per-video", type=whole(0), default=0, metavar="N", help="from the beginning of each video (default 0: all)")
-    add("--frames-fps", type=number(0.01), default=25.0, metavar="FPS", help="frame rate of frame folders (default 25)")
+    add("--frames-fps", type=number(MIN_RATE, MAX_RATE), default=25.0, metavar="FPS", help="frame rate of frame folders (default 25)")
 
 
 def _add_filters(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +138,7 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
     add("--codec", choices=["auto", "npy", "mp4"], default="auto", help=f"npy: raw; mp4: H.264 crf 18; auto: npy up to {NPY_LIMIT} pixels")
     add("--shard-size", type=whole(1), default=512, metavar="N", help="clips per shard (default 512)")
     add("--shard-mib", type=whole(1), default=1024, metavar="MIB", help="a shard is also closed at this size (default 1024)")
-    add("--decoder", choices=["auto", "ffmpeg", "pyav"], default="auto", help="auto: the ffmpeg program where there is one, else PyAV")
+    add("--decoder", choices=["auto", "pyav", "ffmpeg"], default="auto", help="auto: pyav, in this process; ffmpeg: the ffmpeg program")
     add("--workers", type=whole(1), default=cores(), metavar="N", help="processes (default: all cores)")
     add("--seed", type=int, default=0, help="order of the videos in the shards; also draws the moving digits (default 0)")
     add("--overwrite", action="store_true", help="delete the shard set that --out holds first")
@@ -160,12 +160,8 @@ def clip_rules(args: argparse.Namespace) -> ClipRules:
     codec = args.codec
     if codec == "auto":
         codec = "npy" if max(height, width) <= NPY_LIMIT else "mp4"
-    decoder = args.decoder
-    if decoder == "ffmpeg" and ffmpeg_program() is None:
+    if args.decoder == "ffmpeg" and ffmpeg_program() is None:
         raise UserError("--decoder ffmpeg: there is no ffmpeg program; install ffmpeg or the package imageio-ffmpeg, or use --decoder pyav")
-    if decoder == "auto":
-        # Starting a program for each of thousands of tiny files would take longer than decoding them.
-        decoder = "pyav" if digits or ffmpeg_program() is None else "ffmpeg"
     given = {name: getattr(args, name) for name in ("resize", "antialias", "centre")}
     pictures: dict[str, Any] = dict(RELEASES[args.preset]) if args.preset else {}
     pictures |= {name: value for name, value in given.items() if value is not None}
@@ -180,7 +176,7 @@ def clip_rules(args: argparse.Namespace) -> ClipRules:
         scenes=args.scenes,
         filters=FilterRules(**{name: getattr(args, name) for name in filters}),
         codec=codec,
-        decoder=decoder,
+        decoder="ffmpeg" if args.decoder == "ffmpeg" else "pyav",
         on_short=args.on_short,
         min_frames=args.min_frames,
         max_clips=args.max_clips_per_video,

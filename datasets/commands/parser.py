@@ -63,8 +63,8 @@ def number(low: float = 0.0, high: float = float("inf")) -> Callable[[str], floa
         except ValueError:
             value = float("nan")
         if not low <= value <= min(high, sys.float_info.max):
-            bounds = f"at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {bounds}")
+            bounds = f"of at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {bounds}")
         return value
 
     return parse

@@ -31,7 +31,7 @@ class ClipRules:
     rule: Literal["consecutive", "linspace", "spread"] = "consecutive"
     """consecutive: windows of frames at `frame_stride`. linspace: windows as Latte draws them. spread: one clip over the whole video."""
     codec: Literal["npy", "mp4"] = "npy"
-    decoder: Literal["ffmpeg", "pyav"] = "ffmpeg"
+    decoder: Literal["pyav", "ffmpeg"] = "pyav"
     resize: ResizeMode = "crop"
     """See `datasets.transforms.resize_clip`."""
     antialias: bool = True
