@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From videos to generated clips on a CPU: shards -> autoencoder -> content model -> motion model -> clips -> report.html.
+# From videos to generated clips on a CPU: shards -> autoencoder -> latents -> content model -> motion model -> clips -> report.html.
 #   launch/quickstart.sh                 moving digits, made on the spot
 #   DATA=folder launch/quickstart.sh     your own videos
 #   OUT=folder ...                       where everything goes (default: quickstart)
@@ -41,22 +41,31 @@ else
   "$PYTHON" preprocess.py shards --dataset-name synthetic-digits --num-videos 64 --seed 1 --out "$HELD_OUT" --image-size $SIZE --clip-length $LENGTH
 fi
 
-train() { # script, further flags
-  local script=$1
-  shift
-  torchrun "$script" --config $CONFIG --data-path "$SHARDS" --val-path "$HELD_OUT" --results-dir "$RUNS" --precision "$PRECISION" "$@"
+train() { # script, training set, validation set, further flags
+  local script=$1 set=$2 held_out=$3
+  shift 3
+  torchrun "$script" --config $CONFIG --data-path "$set" --val-path "$held_out" --results-dir "$RUNS" --precision "$PRECISION" "$@"
 }
+latents_of() { torchrun preprocess.py latents "$1" --ae "$AE" --out "$2"; } # shard set, folder
 run_of() { # newest run folder of a stage
   ls -d "$RUNS"/[0-9]*-"$1" | tail -n 1
 }
 
 say "Autoencoder"
-train train_ae.py --max-steps 800
+train train_ae.py "$SHARDS" "$HELD_OUT" --max-steps 800
 AE=$(run_of cmd-autoencoder)/export
+say "Clips -> latents: the generators need not encode each clip again and again"
+LATENTS=$RUNS/latents/train
+HELD_OUT_LATENTS=$LATENTS
+latents_of "$SHARDS" "$LATENTS"
+if [ "$HELD_OUT" != "$SHARDS" ]; then
+  HELD_OUT_LATENTS=$RUNS/latents/held-out
+  latents_of "$HELD_OUT" "$HELD_OUT_LATENTS"
+fi
 say "Content model: the content frame of a clip"
-train train_content_diffusion.py --ae "$AE" --max-steps 2200
+train train_content_diffusion.py "$LATENTS" "$HELD_OUT_LATENTS" --ae "$AE" --max-steps 2200
 say "Motion model: the motion of a content frame"
-train train_motion_diffusion.py --ae "$AE" --max-steps 1300
+train train_motion_diffusion.py "$LATENTS" "$HELD_OUT_LATENTS" --ae "$AE" --max-steps 1300
 
 say "Reconstruction of held-out clips"
 torchrun evaluate.py reconstruct --ae "$AE" --data-path "$HELD_OUT" --out "$OUT/reconstruction.json"
