@@ -1,5 +1,6 @@
 """Worker processes that turn source videos into encoded clips, a little ahead of the one writer that asks for them in order."""
 
+import io
 import multiprocessing
 import os
 import signal
@@ -8,10 +9,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -26,32 +28,42 @@ Job = tuple[Video, ClipRules, str | None, Path]
 """The arguments of `prepare`."""
 
 
+IN_MEMORY = 32 << 20
+"""Bytes of clips of one video that go from a worker to the writer without a file."""
+
+
 @dataclass(frozen=True)
 class Prepared:
-    """Clips of one video, waiting in a spool file: for each its sample without payloads and (extension, size) of its members."""
+    """Clips of one video: for each its sample without payloads and (extension, size) of its members, which follow each other in
+    `payload`, or in a spool file where they are many."""
 
     rows: list[tuple[Sample, list[tuple[str, int]], Facts]]
     skipped: tuple[str, str, str] | None = None
     rejected: tuple[Rejection, ...] = ()
+    payload: bytes | None = None
 
 
 def prepare(video: Video, rules: ClipRules, class_name: str | None, spool: Path) -> Prepared:
-    """Decodes a video and writes the members of its clips to `spool`. A video that cannot be used gives the reason instead."""
-    rows = []
-    rejected: list[Rejection] = []
-    try:
-        with spool.open("wb") as file:
+    """Decodes a video into clips; `spool` is where they go if they are many. A video that cannot be used gives the reason instead."""
+    rows, rejected = [], list[Rejection]()
+    memory = io.BytesIO()
+    with ExitStack() as stack:
+        file: BinaryIO = memory
+        try:
             for sample, facts in samples(video, rules, class_name, rejected):
+                if file is memory and memory.tell() > IN_MEMORY:
+                    file = stack.enter_context(spool.open("wb"))
+                    file.write(memory.getbuffer())
                 sizes = [(extension, file.write(payload)) for extension, payload in sample.members.items()]
                 rows.append((replace(sample, members={}), sizes, facts))
-    except VideoError as error:
-        return Prepared([], (video.name, error.reason, str(error)))
-    return Prepared(rows, rejected=tuple(rejected))
+        except VideoError as error:
+            return Prepared([], (video.name, error.reason, str(error)), payload=b"")
+    return Prepared(rows, rejected=tuple(rejected), payload=memory.getvalue() if file is memory else None)
 
 
 def read_spool(prepared: Prepared, spool: Path) -> Iterator[tuple[Sample, Facts]]:
-    """(sample, what is known of it) for each clip of a video, read back from its spool file."""
-    with spool.open("rb") as file:
+    """(sample, what is known of it) for each clip of a video."""
+    with spool.open("rb") if prepared.payload is None else io.BytesIO(prepared.payload) as file:
         for sample, sizes, facts in prepared.rows:
             yield replace(sample, members={extension: file.read(size) for extension, size in sizes}), facts
 
@@ -153,7 +165,8 @@ def _alone(video: Video, rules: ClipRules, class_name: str | None, spool: Path) 
         result = receiver.recv()
     except EOFError:
         process.join()
-        result = Prepared([], (video.name, "crashes the decoder", f"the process ended with {_signal_name(process.exitcode)}"))
+        trouble = f"the process ended with {_signal_name(process.exitcode)}"
+        result = Prepared([], (video.name, "crashes the decoder", trouble), payload=b"")
         if process.exitcode == -signal.SIGKILL:
             raise UserError(
                 f"the process that prepared {video.name} was killed, probably for lack of memory: "
@@ -162,7 +175,6 @@ def _alone(video: Video, rules: ClipRules, class_name: str | None, spool: Path) 
     finally:
         stop_writer.close()
         process.join()
-        spool.touch()
     if isinstance(result, OSError):
         raise result
     return result
