@@ -6,6 +6,7 @@ A set for a first try needs no videos: `preprocess.py shards --dataset-name synt
 """
 
 import argparse
+import io
 import sys
 
 from datasets.commands import COMMANDS
@@ -32,6 +33,8 @@ def _arguments() -> list[str]:
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text, or none that the terminal can show
     commands = COMMANDS | {"latents": (SUMMARY, add_latents_arguments, _latents)}
     parser = Parser(prog="preprocess.py", description=__doc__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

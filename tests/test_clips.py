@@ -18,7 +18,7 @@ from datasets.prepare.filters import FilterRules, Rejection
 from datasets.prepare.writer import Sample
 from datasets.sources.base import Video
 from datasets.transforms import resize_clip
-from datasets.video import VideoError, decode, ffmpeg_program, probe
+from datasets.video import VideoError, decode, decode_window, ffmpeg_program, probe
 from tests.videos import noise_frames, write_video
 
 DECODERS = ["pyav", pytest.param("ffmpeg", marks=pytest.mark.skipif(ffmpeg_program() is None, reason="no ffmpeg program"))]
@@ -155,6 +155,23 @@ def test_a_member_of_a_tar_is_read_in_place(tmp_path: Path) -> None:
 
 def shots(lengths: list[int]) -> np.ndarray:
     return np.concatenate([noise_frames(n, seed=seed) // (1 + seed % 2 * 3) for seed, n in enumerate(lengths)])
+
+
+def test_scenes_too_short_for_a_clip_are_left_out_by_name(tmp_path: Path) -> None:
+    shots = [np.full((count, 48, 64, 3), level, np.uint8) for count, level in ((9, 40), (3, 200), (9, 90))]
+    path = write_video(tmp_path / "a.mp4", np.concatenate(shots))
+    found, rejected = make(path, replace(RULES, scenes="split"))
+    assert len(found) == 4 and rejected == [Rejection(9, "scene too short", "frame 9: 3 frames")]
+    with pytest.raises(VideoError, match="3 of 3 clips") as caught:
+        make(path, replace(RULES, scenes="split", clip_length=10))
+    assert caught.value.reason == "scene too short"
+    assert make(path, replace(RULES, scenes="split", on_short="pad"))[1] == []
+
+
+def test_frames_hours_apart_have_a_rate(tmp_path: Path) -> None:
+    rules = replace(RULES, clip_length=1, frame_stride=100_000, codec="mp4")
+    ((sample, facts),) = make(write_video(tmp_path / "a.mp4", 9), rules)[0]
+    assert facts.fps == 0.001 and decode_window(sample.members["mp4"], 0, 1).shape == (1, 20, 36, 3)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

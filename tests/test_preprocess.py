@@ -126,6 +126,24 @@ def test_files_that_cannot_be_used_are_named_with_the_reason(videos: Path, tmp_p
     assert report(tmp_path / "padded")["used"] == 5
 
 
+def test_any_name_of_a_file_goes_through_and_breaks_no_terminal(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "source", ["a b.mp4", "-x.mp4", "a:b.mp4", "%03d.mp4", "new\nline.mp4", "\x1b[31mred.mp4", "q'u\"o.mp4"])
+    (root / "a b.mp4").rename(root / os.fsdecode(b"a \xff b.mp4"))
+    (root / "gone.mp4").symlink_to("nowhere")
+    (root / "\x1b[2J\xe9.mp4").write_bytes(b"")
+    (root / ".hidden.mp4").write_bytes(b"")
+    flags = (root, "--out", tmp_path / "set", "--image-size", 16, 16, "--clip-length", 8, "--min-motion", 1e-9)
+    plain = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command(*flags, "--workers", 1), capture_output=True, timeout=120, check=False, env=plain)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert b"\x1b" not in done.stdout and b"\\x1b[2J\\xe9.mp4" in done.stdout
+    assert {name for rows in report(tmp_path / "set")["skipped"].values() for name in (row["file"] for row in rows)} == {  # type: ignore[attr-defined]
+        "gone.mp4",
+        "\x1b[2J\xe9.mp4",
+    }
+    assert report(tmp_path / "set")["used"] == 7
+
+
 def test_ucf101_lists_folds_and_classes(videos: Path, tmp_path: Path) -> None:
     names = [f"{c}/v_{c}_g{g:02d}_c01.avi" for c in ("Archery", "Biking") for g in (1, 2)]
     root = write_tree(tmp_path / "UCF-101", names)

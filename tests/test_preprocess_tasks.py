@@ -210,6 +210,8 @@ def test_duplicates_of_other_videos_go_and_windows_stay(copies: Path, tmp_path: 
     index = json.loads((tmp_path / "set/index.json").read_text())
     assert index["samples"] == report(tmp_path / "set")["clips"] == 15 and "left out 15 clips: duplicate" in printed
     assert bool(index["dropped"]) == (parts > 1)
+    found = json.loads((tmp_path / "set/report.json").read_text())
+    assert [len(named) for named in found["first_rejected_clips"].values()] == [15] and (parts > 1 or len(*found["skipped"].values()) == 3)
     assert "is whole" in call("verify", tmp_path / "set", "--workers", 1)
     kept = ShardSet.open(tmp_path / "set")
     assert kept.num_samples == 15 and len({key.split("_")[0] for key in kept.keys}) == 3

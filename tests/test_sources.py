@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -146,6 +146,27 @@ def test_split_folders_are_whole_names() -> None:
     )
     assert [folder_split(word) for word in words] == ["train"] * 5 + ["val"] * 4 + ["test"] * 2
     assert not any(folder_split(word) for word in ("", "carnival", "trains", "a_train", "test1", "train_val", "val-7iAmXYqIfc"))
+
+
+def test_shard_sets_among_the_sources_are_passed_over(tmp_path: Path) -> None:
+    made = ["shards/index.json", "shards/shard-00000.tar", "shards/sheet.png", "shards/source/1.png"]
+    assert names(touch(tmp_path / "x", [*frames("one", "two"), *made]), "frames") == ["one", "two"]
+    root = touch(tmp_path / "y", ["1.mp4", "web/index.json", "web/2.mp4"])
+    assert names(root, "folder") == ["1.mp4", "web/2.mp4"]
+    assert names(touch(tmp_path / "z", ["index.json", "shard-00000.tar", "1.mp4"]), "folder") == ["1.mp4"], "the root was asked for"
+
+
+def test_videos_of_no_split_are_counted_and_groups_of_ucf101_stay_together_anywhere(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ucf(tmp_path / "UCF-101")
+    (tmp_path / "trainlist01.txt").write_text("Archery/v_Archery_g01_c01.avi 1\nArchery/v_Archery_g01_c02.avi 1\n")
+    assert len(names(tmp_path, "UCF101", split="train", split_lists=tmp_path)) == 2
+    assert "30 videos are in no split and are left out, Archery/v_Archery_g02_c01.avi is one" in caplog.text
+    root = touch(tmp_path / "x", [f"{c}/v_{c}_g{g:02d}_c{n:02d}.mp4" for c in "ab" for g in range(1, 9) for n in (1, 2)] + ["a/v.mp4"])
+    held = names(root, "folder", split="val", val_fraction=0.5)
+    rest = names(root, "folder", split="train", val_fraction=0.5)
+    assert len(held + rest) == 33 and len(held) > 2 and not {n[:-8] for n in held} & {n[:-8] for n in rest}
 
 
 def test_links_in_a_circle_end_and_an_unreadable_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,7 +447,8 @@ def test_class_numbers_keep_their_meaning() -> None:
         class_names(["70000"])
 
 
-def test_a_source_that_went_away_is_named(tmp_path: Path) -> None:
-    check: Callable[[], object] = Video(tmp_path / "gone.mp4", "gone.mp4").content_id
-    with pytest.raises(UserError, match=r"cannot read .*gone.mp4: No such file"):
-        check()
+def test_a_source_that_went_away_is_another_source(tmp_path: Path) -> None:
+    root = touch(tmp_path / "x", ["a/1.mp4", "b/1.png"])
+    there = [Video(root / "a" / "1.mp4", "a/1.mp4"), Video(root / "b", "b", is_frames=True)]
+    gone = [Video(root / "c" / "1.mp4", "a/1.mp4"), Video(root / "d", "b", is_frames=True)]
+    assert [video.content_id() for video in there] == [[1], [1]] and [video.content_id() for video in gone] == [[], []]

@@ -52,7 +52,9 @@ def encode_mp4(frames: np.ndarray, fps: float, *, crf: int = 18, gop: int = 0) -
 
     H.264 4:2:0 needs even sizes: an odd last row or column is repeated.
     """
-    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    odd = frames.shape[1] % 2, frames.shape[2] % 2
+    if any(odd):
+        frames = np.pad(frames, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
     # x264's macroblock tree reads memory it has not written when frames are small: now and then it gives other bytes.
     options = {"crf": str(crf), "tune": "fastdecode", "mbtree": "0", "bf": "0", "threads": "1"}
     options |= {"g": str(gop or len(frames)), "keyint_min": "1", "sc_threshold": "0"}

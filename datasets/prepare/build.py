@@ -186,7 +186,7 @@ def _finish(parts: list[Part], listing: Listing, rules: ClipRules, info: SetInfo
         for part in made:
             total.add(Tally.from_dict(part["tally"]))
         total.skipped += [(name, "missing", "named in the list, not in the folder") for name in listing.missing] + listing.rejected
-        dropped = _dropped(out, entries, info)
+        dropped = _dropped(out, entries, info, total)
         count = sum(map(len, dropped.values()))
         write_report(out, total, listing, count)
         if not total.clips:
@@ -199,8 +199,8 @@ def _finish(parts: list[Part], listing: Listing, rules: ClipRules, info: SetInfo
     return 0
 
 
-def _dropped(out: Path, entries: list[dict[str, Any]], info: SetInfo) -> dict[str, list[int]]:
-    """Shard -> rows of the clips that repeat one of another part; those of the same part were never stored."""
+def _dropped(out: Path, entries: list[dict[str, Any]], info: SetInfo, total: Tally) -> dict[str, list[int]]:
+    """Shard -> rows of the clips that repeat one of another part, counted in `total`; those of the same part were never stored."""
     if info.dedupe is None or info.parts == 1:
         return {}
     copies, dropped = Copies(info.dedupe), {}
@@ -208,6 +208,8 @@ def _dropped(out: Path, entries: list[dict[str, Any]], info: SetInfo) -> dict[st
         table = json.loads((out / sidecar_name(entry["name"])).read_bytes())
         clips = zip(table["key"], table["progress"]["fingerprints"], strict=True)
         rows = [row for row, (key, fingerprint) in enumerate(clips) if copies.is_copy(key, fingerprint)]
+        for row in rows:
+            total.count_left_out(f"clip {table['key'][row]}", "duplicate of a clip in another part", f"row {row} of {entry['name']}")
         if rows:
             dropped[entry["name"]] = rows
     return dropped

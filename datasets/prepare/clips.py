@@ -12,7 +12,7 @@ from datasets.prepare.duplicates import fingerprint
 from datasets.prepare.filters import Rejection, check_clip, check_video, motion
 from datasets.prepare.reels import Reel, open_reel
 from datasets.prepare.scenes import find_cuts
-from datasets.prepare.windows import ClipRules, Window, plan
+from datasets.prepare.windows import ClipRules, Window, plan, short_scenes
 from datasets.prepare.writer import Sample, dump_json, npy_bytes, sums_text
 from datasets.sources.base import Video
 from datasets.transforms import fit, trim
@@ -70,19 +70,18 @@ def video_clips(video: Video, rules: ClipRules, rejected: list[Rejection]) -> Ge
         seconds = _seconds(video, reel)
         check_video(*reel.size, reel.fps, seconds, rules.filters)
         cuts = find_cuts(reel.small()) if rules.scenes == "split" else []
-        kept, left_out = 0, 0
-        with closing(_cut(video, reel, rules, cuts, lambda: 0 < rules.max_clips <= kept)) as found:
+        kept, before = 0, len(rejected)
+        with closing(_cut(video, reel, rules, cuts, rejected, lambda: 0 < rules.max_clips <= kept)) as found:
             for window, frames in found:
                 moved = motion(frames)
                 rejection = check_clip(window.position, frames, moved, rules.filters)
                 if rejection:
                     rejected.append(rejection)
-                    left_out += 1
                 elif not 0 < rules.max_clips <= kept:
                     kept += 1
                     yield Clip(window, frames, Facts(window.fps, reel.size, reel.fps, seconds, moved, window.scene, fingerprint(frames)))
         if not kept:
-            raise _nothing(rules, rejected[len(rejected) - left_out :])
+            raise _nothing(rules, rejected[before:])
 
 
 def _seconds(video: Video, reel: Reel) -> float:
@@ -105,7 +104,7 @@ def _nothing(rules: ClipRules, rejected: list[Rejection]) -> VideoError:
 
 
 def _cut(
-    video: Video, reel: Reel, rules: ClipRules, cuts: list[int], enough: Callable[[], bool]
+    video: Video, reel: Reel, rules: ClipRules, cuts: list[int], rejected: list[Rejection], enough: Callable[[], bool]
 ) -> Generator[tuple[Window, np.ndarray], None, None]:
     """The clips that the rules plan for a video. A file may end a little before its packets promise: the plan is then made again."""
     times, done = reel.times, 0
@@ -120,6 +119,7 @@ def _cut(
                 done += 1
                 yield window, frames
         if pass_.seen >= len(times) or not pass_.waiting or enough():
+            rejected += [] if enough() else short_scenes(times, reel.fps, rules, video.span, cuts)
             return
         times = times[: pass_.seen]
 
@@ -149,9 +149,10 @@ class _Pass:
                 ready[number] = frame
                 while self.waiting and self.waiting[0].numbers[-1] <= number:
                     window = self.waiting.popleft()
-                    yield window, np.stack([ready[wanted] for wanted in window.numbers.tolist()])
-                    first = self.waiting[0].numbers[0] if self.waiting else number
+                    frames = np.stack([ready[wanted] for wanted in window.numbers.tolist()])
+                    first = self.waiting[0].numbers[0] if self.waiting else number + 1
                     ready = {kept: frame for kept, frame in ready.items() if kept >= first}
+                    yield window, frames
 
     def _wanted(self, number: int) -> bool:
         self.seen = number + 1

@@ -25,6 +25,7 @@ from utils.errors import UserError
 from utils.files import atomic_write_bytes
 
 WORK = ".work"
+COPY = "duplicate of a clip of another video"
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ def make_part(part: Part, listing: Listing, rules: ClipRules, cut: Cut, workers:
     try:
         jobs = prepare_all(listing.videos, range(writer.first_video, part.last), rules, listing.classes, spools, workers)
         for number, prepared, spool in jobs:
-            writer.add_video(number, prepared, spool)
-            spool.unlink()
+            writer.add_video(number, listing.videos[number].name, prepared, spool)
+            spool.unlink(missing_ok=True)
             progress(number + 1 - part.first, writer.total)
         total = writer.finish()
     finally:
@@ -139,22 +140,24 @@ class _PartWriter:
         self.entries.append(shard_entry(self.part.out, self.part.shard(len(self.entries)), table))
         self.total.add(Tally.from_dict(table["progress"]["tally"]))
 
-    def add_video(self, number: int, prepared: Prepared, spool: Path) -> None:
+    def add_video(self, number: int, name: str, prepared: Prepared, spool: Path) -> None:
         """The clips of the next video; those of finished shards are passed over."""
         for clip, (sample, facts) in enumerate(read_spool(prepared, spool)):
             if (number, clip) < (self.first_video, self.first_clip):
                 continue
             if self.copies and self.copies.is_copy(sample.key, facts.fingerprint):
-                self.tally.rejected["duplicate of a clip of another video"] += 1
+                self.tally.count_left_out(name, COPY, f"clip {sample.key}")
                 continue
             self.kept += 1
             self._add(number, clip, sample, facts)
         if prepared.skipped:
             self.tally.skipped.append(prepared.skipped)
         else:
-            self.tally.count_video(
-                [facts for _, _, facts in prepared.rows], [rejection.reason for rejection in prepared.rejected], self.kept
-            )
+            for rejection in prepared.rejected:
+                self.tally.count_left_out(name, rejection.reason, rejection.detail)
+            self.tally.count_video([facts for _, _, facts in prepared.rows], self.kept)
+            if not self.kept:
+                self.tally.skipped.append((name, COPY, f"all its {len(prepared.rows)} clips"))
         self.kept = 0
 
     def _add(self, video: int, clip: int, sample: Sample, facts: Facts) -> None:

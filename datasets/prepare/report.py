@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from datasets.prepare.clips import Facts
-from datasets.sources.base import Listing
+from datasets.sources.base import Listing, printable
 from utils.errors import UserError
 from utils.files import atomic_write_bytes
 
 REPORT = "report.json"
+NAMED = 100
+"""Clips left out for one reason that are named; all are counted."""
 
 EDGES: dict[str, tuple[float, ...]] = {
     "seconds of a source": (0, 1, 2, 3, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 7200),
@@ -44,6 +46,8 @@ class Tally:
     """Label -> clips."""
     rejected: Counter[str] = field(default_factory=Counter)
     """Reason -> clips left out of videos that were used otherwise."""
+    left_out: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    """Reason -> (video, detail) of the first NAMED of them."""
     histograms: dict[str, Counter[str]] = field(default_factory=dict)
     """Name in EDGES -> bin -> count."""
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
@@ -56,10 +60,16 @@ class Tally:
         self.labels[str(label)] += 1
         self._count("motion of a clip", facts.motion)
 
-    def count_video(self, clips: list[Facts], rejected: list[str], kept: int) -> None:
-        """A video that could be read: all its clips, why others were left out, and how many of the clips are stored."""
+    def count_left_out(self, video: str, reason: str, detail: str) -> None:
+        """A clip that is not stored, of a video that could be read."""
+        self.rejected[reason] += 1
+        named = self.left_out.setdefault(reason, [])
+        if len(named) < NAMED:
+            named.append((video, detail))
+
+    def count_video(self, clips: list[Facts], kept: int) -> None:
+        """A video that could be read: all its clips, and how many of them are stored."""
         self.videos += int(kept > 0)
-        self.rejected.update(rejected)
         self._count("clips of a video", kept)
         for facts in clips[:1]:
             self._count("seconds of a source", facts.source_seconds)
@@ -76,6 +86,8 @@ class Tally:
         self.fps.update(other.fps)
         self.labels.update(other.labels)
         self.rejected.update(other.rejected)
+        for reason, named in other.left_out.items():
+            self.left_out[reason] = (self.left_out.get(reason, []) + named)[:NAMED]
         for name, bins in other.histograms.items():
             self.histograms.setdefault(name, Counter()).update(bins)
         self.skipped += other.skipped
@@ -83,7 +95,7 @@ class Tally:
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         counters = {"fps": self.fps, "labels": self.labels, "rejected": self.rejected, "histograms": self.histograms}
-        return {"videos": self.videos, "clips": self.clips, "skipped": list(self.skipped)} | counters
+        return {"videos": self.videos, "clips": self.clips, "skipped": list(self.skipped), "left_out": self.left_out} | counters
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Tally":
@@ -91,7 +103,8 @@ class Tally:
         skipped = [(name, reason, detail) for name, reason, detail in values["skipped"]]
         fps, labels, rejected = (Counter(values[name]) for name in ("fps", "labels", "rejected"))
         histograms = {name: Counter(bins) for name, bins in values["histograms"].items()}
-        return cls(values["videos"], values["clips"], fps, labels, rejected, histograms, skipped)
+        left_out = {reason: [(video, detail) for video, detail in named] for reason, named in values["left_out"].items()}
+        return cls(values["videos"], values["clips"], fps, labels, rejected, left_out, histograms, skipped)
 
     @property
     def common_fps(self) -> float:
@@ -103,8 +116,7 @@ def write_report(folder: Path, tally: Tally, listing: Listing, dropped: int = 0)
     """report.json: counts, clips of each class, histograms, and what was left out by reason. `dropped`: stored clips that are not used."""
     reasons = defaultdict(list)
     for name, reason, detail in sorted(tally.skipped):
-        reasons[reason].append({"file": name, "detail": detail})
-    rejected = tally.rejected + Counter({"duplicate of a clip in another part": dropped})
+        reasons[reason].append(_row(name, detail))
     report = {
         "videos": len(listing.videos) + len(listing.missing) + len(listing.rejected),
         "used": tally.videos,
@@ -112,10 +124,15 @@ def write_report(folder: Path, tally: Tally, listing: Listing, dropped: int = 0)
         "clips_per_class": {name: tally.labels.get(str(label), 0) for label, name in enumerate(listing.classes)},
         "clips_per_fps": tally.fps,
         "histograms": {name: _in_order(bins) for name, bins in tally.histograms.items()},
-        "rejected_clips": dict(rejected),
+        "rejected_clips": tally.rejected,
+        "first_rejected_clips": {reason: [_row(*row) for row in named] for reason, named in tally.left_out.items()},
         "skipped": reasons,
     }
     atomic_write_bytes(folder / REPORT, json.dumps(report, indent=1, sort_keys=True).encode() + b"\n")
+
+
+def _row(name: str, detail: str) -> dict[str, str]:
+    return {"file": name, "detail": detail}
 
 
 def _in_order(bins: Counter[str]) -> list[tuple[float, int]]:
@@ -145,12 +162,18 @@ def summary(report: dict[str, Any], limit: int = 10) -> str:
             lines.append(f"  ... and {len(classes) - limit} more classes, the smallest {classes[-1][0]} with {classes[-1][1]}")
     for reason, count in Counter(report["rejected_clips"]).most_common():
         lines.append(f"left out {count} clips: {reason}")
+        lines += _rows(report.get("first_rejected_clips", {}).get(reason, []), count, limit)
     for reason, rows in sorted(report["skipped"].items(), key=lambda item: (-len(item[1]), item[0])):
-        lines.append(f"skipped {len(rows)}: {reason}")
-        width = max(len(row["file"]) for row in rows[:limit])
-        lines += [f"  {row['file']:<{width}}  {row['detail']}" for row in rows[:limit]]
-        lines += [f"  ... and {len(rows) - limit} more in {REPORT}"] if len(rows) > limit else []
+        lines += [f"skipped {len(rows)}: {reason}", *_rows(rows, len(rows), limit)]
     return "\n".join(lines + ([] if report["skipped"] else ["nothing was skipped"]))
+
+
+def _rows(rows: list[dict[str, str]], count: int, limit: int) -> list[str]:
+    """The first of `count` files, or clips of files, that were left out. A name may hold anything: it must not break the terminal."""
+    shown = [(printable(row["file"]), printable(row["detail"])) for row in rows[:limit]]
+    width = max((len(name) for name, _ in shown), default=0)
+    more = [f"  ... and {count - len(shown)} more in {REPORT}"] if shown and count > len(shown) else []
+    return [f"  {name:<{width}}  {detail}" for name, detail in shown] + more
 
 
 def _bars(name: str, bins: Iterable[tuple[float | str, int]]) -> list[str]:

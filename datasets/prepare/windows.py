@@ -8,11 +8,13 @@ from typing import Literal
 import numpy as np
 
 from datasets.frames import last_start, linspace, nearest, spread, strided, strided_within
-from datasets.prepare.filters import FilterRules
+from datasets.prepare.filters import FilterRules, Rejection
 from datasets.transforms import Centre, ResizeMode
 
 SLACK = 1e-6
 """Seconds by which two times may differ and be the same."""
+LEAST_RATE = 0.001
+"""Frames per second of a clip, at least: some frames spread over days are said to come faster than they do."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +76,33 @@ def plan(times: np.ndarray, fps: float, rules: ClipRules, span: tuple[float, flo
 
     `span`: only what is shown in [start, end) seconds. `cuts`: first frames of shots that no clip may cross.
     """
-    numbers = _taken(times, fps, rules.fps, span)
-    scenes = np.searchsorted(np.asarray(cuts, dtype=np.int64), numbers, side="right")
-    edges = [0, *(np.flatnonzero(np.diff(scenes)) + 1).tolist(), len(numbers)]
-    windows = []
-    for first, last in pairwise(edges):
-        for picks, padded, rate in _cut(last - first, rules, rules.fps or fps):
-            taken = numbers[first:last][picks]
+    windows, first = [], 0
+    for shot, scene in _shots(_taken(times, fps, rules.fps, span), cuts):
+        for picks, padded, rate in _cut(len(shot), rules, rules.fps or fps):
+            taken = shot[picks]
             position = first + picks[0] if rules.fps else int(taken[0])
             stride = rules.frame_stride if not rules.fps and rules.rule == "consecutive" else 1
             whole = np.concatenate([taken, np.repeat(taken[-1:], padded)])
             seconds = float(times[taken[0]]), float(times[taken[-1]])
-            windows.append(Window(position, whole, int(taken[-1]) + stride, seconds, padded, int(scenes[first]), rate))
+            windows.append(Window(position, whole, int(taken[-1]) + stride, seconds, padded, scene, rate))
+        first += len(shot)
     return windows
+
+
+def short_scenes(times: np.ndarray, fps: float, rules: ClipRules, span: tuple[float, float] | None, cuts: Sequence[int]) -> list[Rejection]:
+    """The scenes of a video with several that no clip fits into; arguments as of `plan`."""
+    shots = [shot for shot, _ in _shots(_taken(times, fps, rules.fps, span), cuts)]
+    short = [shot for shot in shots if next(_cut(len(shot), rules, fps), None) is None] if len(shots) > 1 else []
+    return [Rejection(int(shot[0]), "scene too short", f"frame {shot[0]}: {len(shot)} frames") for shot in short]
+
+
+def _shots(numbers: np.ndarray, cuts: Sequence[int]) -> Iterator[tuple[np.ndarray, int]]:
+    """Frames without a cut between them, and how many cuts there are before."""
+    scenes = np.searchsorted(np.asarray(cuts, dtype=np.int64), numbers, side="right")
+    edges = [0, *(np.flatnonzero(np.diff(scenes)) + 1).tolist(), len(numbers)]
+    for first, last in pairwise(edges):
+        if first < last:
+            yield numbers[first:last], int(scenes[first])
 
 
 def _taken(times: np.ndarray, fps: float, target: float, span: tuple[float, float] | None) -> np.ndarray:
@@ -105,14 +121,14 @@ def _cut(total: int, rules: ClipRules, fps: float) -> Iterator[tuple[list[int], 
     if not length:
         picks = strided_within(0, total, total, stride)
         if len(picks) >= max(1, rules.min_frames):
-            yield picks, 0, round(fps / stride, 3)
+            yield picks, 0, _rate(fps / stride)
         return
     if rules.rule == "spread":
         picks, rate = spread(total, length), fps * length / max(total, length)
         if len(picks) == length or _pads(picks, rules):
-            yield picks, length - len(picks), round(rate, 3)
+            yield picks, length - len(picks), _rate(rate)
         return
-    rate = round(fps / stride, 3)
+    rate = _rate(fps / stride)
     fits = total - length * stride if rules.rule == "linspace" else last_start(total, length, stride)
     for start in range(0, fits + 1, rules.clip_stride * stride):
         yield linspace(start, total, length, stride) if rules.rule == "linspace" else strided(start, length, stride), 0, rate
@@ -120,6 +136,11 @@ def _cut(total: int, rules: ClipRules, fps: float) -> Iterator[tuple[list[int], 
         picks = linspace(0, total, length, stride) if rules.rule == "linspace" else strided_within(0, total, length, stride)
         if _pads(picks, rules):
             yield picks, length - len(picks), rate
+
+
+def _rate(fps: float) -> float:
+    """A frame rate as it is stored; no video player takes a rate of 0."""
+    return max(LEAST_RATE, round(fps, 3))
 
 
 def _pads(picks: list[int], rules: ClipRules) -> bool:

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, Protocol
 
-from datasets.shards import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from datasets.shards import IMAGE_SUFFIXES, INDEX, VIDEO_SUFFIXES
 from utils.errors import UserError
 
 MAX_LABEL = 65535
@@ -60,13 +60,16 @@ class Video:
         return sorted(pictures, key=lambda path: natural_key(path.name))
 
     def content_id(self) -> list[int]:
-        """What tells cheaply that the source changed: its bytes, offset and bytes inside its tar, or its number of pictures."""
+        """What tells cheaply that the source changed: its bytes, offset and bytes inside its tar, or its number of pictures.
+
+        Nothing for one that is gone or closed: the report names it, as any other that cannot be read.
+        """
         try:
             if self.member:
                 return list(self.member)
             return [len(self.frames) or len(self.frame_paths())] if self.is_frames else [self.path.stat().st_size]
-        except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror}") from None
+        except OSError:
+            return []
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,11 @@ def hash16(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
+def printable(text: str) -> str:
+    """A text from an archive or the name of a file, safe to show and to keep: what is not printable is written as an escape."""
+    return text if text.isprintable() else "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def natural_key(text: str) -> list[tuple[int, int, str]]:
     """Sort key that counts: a before a2 before a10."""
     parts = re.split(r"([0-9]+)", text)
@@ -125,15 +133,17 @@ def natural_key(text: str) -> list[tuple[int, int, str]]:
 
 
 def _files(root: Path, exclude: Path | None) -> Iterator[Path]:
-    """Files below `root`; hidden names are passed over, links followed, a folder that was seen is not entered again."""
+    """Files below `root`; hidden names and shard sets are passed over, links followed, a folder that was seen is not entered again."""
 
     def fail(error: OSError) -> None:
         raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
 
-    seen = set()
+    seen = {os.path.realpath(exclude)} if exclude is not None else set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
         real = os.path.realpath(folder)
-        if real in seen or (exclude is not None and real == os.path.realpath(exclude)):
+        # A set that was made before, of another split perhaps, has pictures and tars too.
+        is_shard_set = Path(folder) != root and INDEX in names and any(name.startswith("shard-") for name in names)
+        if real in seen or is_shard_set:
             subfolders.clear()
             continue
         seen.add(real)

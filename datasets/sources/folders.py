@@ -7,6 +7,7 @@ from datasets.shards import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from datasets.sources.base import Listing, SourceOptions, Video, natural_key, peek, peek_frames, relative, walk
 from datasets.sources.captions import with_captions
 from datasets.sources.splits import split_off
+from datasets.sources.ucf101 import ucf_group
 
 
 class FolderSource:
@@ -50,7 +51,10 @@ class FramesSource:
 
 
 def labelled(root: Path, paths: list[Path], is_frames: bool) -> Listing:
-    """Videos of the paths, with splits and classes by their folders. Class numbers: natural order, whatever the split."""
+    """Videos of the paths, with splits and classes by their folders. Class numbers: natural order, whatever the split.
+
+    Clips of UCF-101 are often parts of other collections, and copied to other formats: their groups stay together here too.
+    """
     names = [relative(path, root) for path in paths]
     parts = split_off(names)
     has_classes = bool(parts) and all("/" in rest for _, rest in parts)
@@ -58,5 +62,8 @@ def labelled(root: Path, paths: list[Path], is_frames: bool) -> Listing:
     classes = sorted(set(firsts), key=natural_key) if has_classes else []
     index = {name: number for number, name in enumerate(classes)}
     rows = zip(paths, names, parts, firsts, strict=True)
-    videos = [Video(path, name, index.get(first, 0), is_frames=is_frames, split=split) for path, name, (split, _), first in rows]
+    videos = [
+        Video(path, name, index.get(first, 0), is_frames=is_frames, split=split, group=ucf_group(path.name))
+        for path, name, (split, _), first in rows
+    ]
     return Listing(videos, classes)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets.sources.base import SourceOptions, Video, hash16
+from datasets.sources.base import SourceOptions, Video, hash16, printable
 from utils.errors import UserError
 
 SPLITS = ("all", "train", "val", "test")
@@ -61,6 +61,8 @@ def select(videos: list[Video], options: SourceOptions, root: Path) -> list[Vide
         if not fraction:
             raise UserError(f"--split {wanted}: {root} has no official split; say --val-fraction, the share of videos to hold out")
         return [video for video in videos if held_out(video, fraction) == (wanted != "train")]
+    if outside := [video.name for video in videos if not video.split]:
+        _log.warning("%s: %d videos are in no split and are left out, %s is one", root, len(outside), printable(outside[0]))
     if fraction and "val" in official:
         raise UserError(f"--val-fraction {fraction:g}: {root} has a val split of its own; leave the flag out")
     if fraction and wanted in ("train", "val"):

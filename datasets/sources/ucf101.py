@@ -10,6 +10,7 @@ from datasets.sources.base import Listing, SourceOptions, Video, natural_key, pe
 from utils.errors import UserError
 
 UCF_NAME = re.compile(r"v_(?P<class>[A-Za-z0-9]+)_(?P<group>g[0-9]+)_c[0-9]+\.avi")
+UCF_STEM = re.compile(r"v_(?P<class>[A-Za-z0-9]+)_(?P<group>g[0-9]+)_c[0-9]+(?![A-Za-z0-9])")
 UCF_LISTS = "ucfTrainTestlist"
 
 
@@ -41,6 +42,12 @@ class UCF101Source:
             remedy = "give --split-lists FOLDER or --val-fraction"
             raise UserError(f"--split {options.split} needs UCF-101's lists: no {lists or root / UCF_LISTS}; {remedy}")
         return _with_splits(videos, classes, lists, options)
+
+
+def ucf_group(name: str) -> str:
+    """The recording that a file, or a folder of its frames, was cut from, by the naming of UCF-101; empty for another name."""
+    found = UCF_STEM.match(name)
+    return f"{found['class']}/{found['group']}" if found else ""
 
 
 def _videos(tree: Path, paths: list[Path]) -> tuple[list[Video], list[str]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datasets.shards import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from datasets.sources.base import Listing, SourceOptions, Video, class_names, peek, relative, walk
+from datasets.sources.base import Listing, SourceOptions, Video, class_names, peek, printable, relative, walk
 from datasets.sources.captions import MAX_CAPTION_BYTES, check_caption, decode_caption
 from datasets.sources.splits import split_off
 from utils.errors import UserError
@@ -172,8 +172,3 @@ def _caption(members: dict[str, _Member], card: dict[str, Any], fd: int) -> str:
 def _class(members: dict[str, _Member], fd: int) -> str:
     label = _read(members.get("cls"), MAX_CLASS_BYTES, fd).decode(errors="replace").strip()
     return (label.lstrip("0") or "0") if re.fullmatch("[0-9]+", label) else printable(label)
-
-
-def printable(text: str) -> str:
-    """A text from an archive, safe to show and to keep: what is not printable is written as an escape."""
-    return text if text.isprintable() else "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
