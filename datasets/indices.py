@@ -1,5 +1,6 @@
 """The offset indices beside the tars: fetched, checked against index.json, and put together."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ def sidecar_name(shard: str) -> str:
     return Path(shard).stem + ".index.json"
 
 
-def read_tables(storage: Storage, meta: dict[str, Any], bad: dict[int, str], on_bad: str) -> list[Table]:
-    """The offset index of each shard, after a look at the tar's size where that costs nothing. Shards that
+def read_tables(storage: Storage, meta: dict[str, Any], bad: dict[int, str], on_bad: str) -> Iterator[Table]:
+    """The offset index of each shard in turn, after a look at the tar's size where that costs nothing. Shards that
     are wrong raise UserError, or are noted in `bad` when `on_bad` is "skip"."""
 
     def read(number: int) -> Table:
@@ -45,7 +46,7 @@ def read_tables(storage: Storage, meta: dict[str, Any], bad: dict[int, str], on_
 
     with ThreadPoolExecutor(READERS if storage.capacity is not None else 1) as pool:
         try:
-            return list(pool.map(read, range(len(meta["shards"]))))
+            yield from pool.map(read, range(len(meta["shards"])))
         finally:
             pool.shutdown(cancel_futures=True)
 

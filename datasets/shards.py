@@ -15,7 +15,7 @@ import numpy as np
 
 from datasets.indices import BLANK, DAMAGE, INDEX, kept_rows, one_line, read_tables, sidecar_name
 from datasets.storage import CacheConfig, LocalStorage, MissingFile, Storage, open_storage
-from datasets.tables import MAX_INDEX_BYTES, Keys, Table, check_meta, join, parse_json, repeated
+from datasets.tables import MAX_INDEX_BYTES, Keys, check_meta, join, parse_json, repeated
 from utils.errors import UserError
 
 __all__ = ["FORMAT", "IMAGE_SUFFIXES", "INDEX", "SCHEMA", "VIDEO_SUFFIXES", "ShardSet", "frame_sums", "sidecar_name", "word_type"]
@@ -93,18 +93,25 @@ class ShardSet:
         except DAMAGE as error:
             raise UserError(f"{where} is damaged ({one_line(error)}): copy the set again or rerun preprocess.py") from None
         bad: dict[int, str] = {}
-        tables = read_tables(storage, meta, bad, on_bad)
-        opened = cls._assemble(storage, meta, hashlib.sha256(raw).hexdigest(), tables, bad)
+        counts = [entry["samples"] for entry in meta["shards"]]
+        frames = 1 if meta["codec"]["name"] == "latent" else meta["clip_length"]
+        sums = 0 if meta["codec"]["name"] == "mp4" else sum(counts) * frames
+        try:
+            columns = join(read_tables(storage, meta, bad, on_bad), sum(counts), sums)
+        except MemoryError:
+            raise UserError(f"{where} names {sum(counts)} samples, more than there is memory for: use a larger machine or fewer") from None
+        opened = cls._assemble(storage, meta, hashlib.sha256(raw).hexdigest(), counts, columns, bad)
         opened._check_keys(on_bad)
         return opened
 
     @classmethod
-    def _assemble(cls, storage: Storage, meta: dict[str, Any], digest: str, tables: list[Table], bad: dict[int, str]) -> "ShardSet":
-        counts = [table.rows for table in tables]
-        columns = join(tables)
+    def _assemble(
+        cls, storage: Storage, meta: dict[str, Any], digest: str, counts: list[int], columns: dict[str, np.ndarray], bad: dict[int, str]
+    ) -> "ShardSet":
         keys, sums = columns.pop("key"), columns.pop("sums")
-        shard = np.repeat(np.arange(len(tables), dtype=np.int32), counts)
-        first_sum = np.cumsum(columns["frames"]) - columns["frames"]
+        shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        first_sum = np.cumsum(columns["frames"])
+        first_sum -= columns["frames"]
         blank = columns["frames"] == 0
         if blank.any():  # any length that the rest has: no window is ever read of these
             columns["frames"][blank] = columns["frames"][~blank].min() if not blank.all() else max(1, meta["clip_length"])
@@ -115,11 +122,9 @@ class ShardSet:
         return cls(storage, meta, digest, Keys(keys), shard, sums=sums, first_sum=first_sum, bad=bad, bad_samples={}, **columns)
 
     def _check_keys(self, on_bad: OnBad) -> None:
-        known = np.array(
-            [shard not in self.bad or not self.bad[shard].startswith(BLANK) for shard in range(len(self.meta["shards"]))], bool
-        )
-        rows = np.flatnonzero(known[self.shard])
-        twice = rows[repeated(self.keys.raw[rows])].tolist()
+        unknown = [shard for shard, why in self.bad.items() if why.startswith(BLANK)]
+        rows = np.flatnonzero(~np.isin(self.shard, unknown)) if unknown else slice(None)
+        twice = np.arange(self.num_samples)[rows][repeated(self.keys.raw[rows])].tolist()
         if twice and on_bad == "fail":
             raise UserError(f"{self.describe(twice[0])}: the key stands in the set twice ({len(twice)} such samples): rerun preprocess.py")
         self.bad_samples.update(dict.fromkeys(twice, "duplicate key"))

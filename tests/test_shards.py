@@ -8,6 +8,7 @@ import pickle
 import random
 import tarfile
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +20,8 @@ import pytest
 
 from datasets.shards import FORMAT, SCHEMA, ShardSet, frame_sums, sidecar_name
 from datasets.storage import CacheConfig
-from datasets.tables import Keys, repeated
+from datasets.tables import COLUMNS as COLUMN_TYPES
+from datasets.tables import Keys, Table, join, repeated
 from utils.errors import ConfigError, UserError
 
 SHARDS, ROWS, FRAMES, SIDE = 3, 4, 2, 8
@@ -148,7 +150,7 @@ TABLE_LIES = [
     *(put("frames", value) for value in (0, -1, 3, 1 << 40)),
     *(put("label", value) for value in (-1, 2)),
     *(put("crc32", value) for value in (-1, 1 << 32)),
-    *(put("sums", value) for value in ("", "0" * 31, "x" * 32, 5)),
+    *(put("sums", value) for value in ("", "0" * 31, "x" * 32, " " * 32, 5)),
     *(put("key", value) for value in ("../x", "a.b", "", "a b", "a\nb", "x" * 201, "\u00e9", "\x1b[2J")),
     *(lambda folder, name=name: edit_table(folder, lambda table: table.pop(name)) for name in ("key", "offset", "sums", "label")),
     lambda folder: edit_table(folder, lambda table: table["key"].pop()),
@@ -168,6 +170,7 @@ INDEX_LIES = [
     say(name=5),
     say(classes="ab"),
     say(classes=[1]),
+    say(classes=["a", "a"]),
     say(codec={"name": "pickle"}),
     say(codec="npy"),
     say(shards={}),
@@ -176,6 +179,7 @@ INDEX_LIES = [
     say(dropped={"shard-00001.tar": [9]}),
     say(dropped={"shard-00001.tar": 5}),
     say(dropped=5),
+    say(dropped=[["shard-00001.tar", [0]]]),
     say(codec={"name": "latent", "dtype": "object"}, tensors={"z": [1]}),
     say(codec={"name": "latent", "dtype": "float32"}, tensors={"z": [-1]}),
     say(codec={"name": "latent", "dtype": "float32"}),
@@ -285,3 +289,33 @@ def test_a_row_of_a_large_set_takes_little_memory(folder: Path) -> None:
     shards = ShardSet.open(folder)
     held = sum(getattr(shards, name).nbytes for name in COLUMNS if name != "sums") + shards.keys.raw.nbytes
     assert held / shards.num_samples <= 64
+
+
+def test_opening_takes_little_more_memory_than_what_is_held() -> None:
+    def tables() -> Iterator[Table]:
+        for number in range(50):
+            keys = np.array([f"{row:016x}_{number:05d}" for row in range(1000)], dtype=bytes)
+            columns = {name: np.full(1000, number, kind) for name, kind in COLUMN_TYPES.items()}
+            yield Table(1000, columns | {"key": keys, "sums": np.full(16_000, number, np.uint64)})
+
+    tracemalloc.start()
+    try:
+        for expected in (16 * 50_000, 0):
+            tracemalloc.reset_peak()
+            columns = join(tables(), 50_000, expected)
+            assert not len(repeated(columns["key"]))
+            held, peak = sum(column.nbytes for column in columns.values()), tracemalloc.get_traced_memory()[1]
+            assert columns["sums"].tolist() == np.repeat(np.arange(50), 16_000).tolist() and columns["label"][-1] == 49
+            assert peak < (1.3 if expected else 2.5) * held, "room of a size that is not known is made as it goes"
+            del columns
+    finally:
+        tracemalloc.stop()
+
+
+def test_more_samples_than_memory_are_refused_in_a_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("datasets.shards.join", full)
+    with pytest.raises(UserError, match="12 samples, more than there is memory for"):
+        ShardSet.open(folder)
