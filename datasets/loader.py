@@ -155,16 +155,16 @@ class ClipSource(Dataset[Item]):
 
     def _from_threads(self, numbers: Iterator[int]) -> Iterator[Item]:
         # Reading runs at memory speed: more threads than this only contend.
-        with ThreadPoolExecutor(min(self.data.num_workers, MAX_THREADS), thread_name_prefix="clips") as pool:
-            waiting: deque[Future[Item]] = deque()
-            try:
-                for number in numbers:
-                    waiting.append(pool.submit(self._pinned, number))
-                    if len(waiting) > self.data.prefetch:
-                        yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+        pool = ThreadPoolExecutor(min(self.data.num_workers, MAX_THREADS), thread_name_prefix="clips")
+        waiting: deque[Future[Item]] = deque()
+        try:
+            for number in numbers:
+                waiting.append(pool.submit(self._pinned, number))
+                if len(waiting) > self.data.prefetch:
+                    yield waiting.popleft().result()
+        finally:
+            # A thread may be waiting for a store that stalls: the end of a run does not.
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _pinned(self, number: int) -> Item:
         item = self[number]

@@ -10,6 +10,7 @@ no folder, scheme or character that a shell or URL reads as anything else.
 """
 
 import hashlib
+import math
 import os
 import random
 import re
@@ -30,6 +31,7 @@ from utils.errors import ConfigError, UserError
 T = TypeVar("T")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 HASH = re.compile(r"[0-9a-f]{64}")
+MAX_TIMEOUT = 86400
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before the first and, doubling, any further attempt of a transfer."""
 
@@ -58,10 +60,10 @@ class CacheConfig:
 
     def validate(self) -> None:
         """ConfigError for numbers that cannot be."""
-        if not self.cache_gib > 0:
-            raise ConfigError(f"--cache-gib {self.cache_gib} must be more than 0")
-        if not self.fetch_timeout > 0:
-            raise ConfigError(f"--fetch-timeout {self.fetch_timeout} must be more than 0 seconds")
+        if not 0 < self.cache_gib < math.inf:
+            raise ConfigError(f"--cache-gib {self.cache_gib} must be a number above 0")
+        if not 0 < self.fetch_timeout <= MAX_TIMEOUT:
+            raise ConfigError(f"--fetch-timeout {self.fetch_timeout} must be above 0 and at most {MAX_TIMEOUT} seconds")
         if self.fetch_retries < 0:
             raise ConfigError(f"--fetch-retries {self.fetch_retries} is negative: use 0 or more")
 

@@ -160,6 +160,9 @@ def _mendable(error: BaseException) -> UserError | None:
     if isinstance(error, torch.OutOfMemoryError):
         cure = "a larger --accumulation, --activation-checkpointing block, --parallel fsdp on more GPUs or a smaller --global-batch-size"
         return UserError(f"out of GPU memory ({str(error).split('. ')[0]}): try {cure}; --dry-run shows what the state takes")
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        what = " ".join(str(error).split()).rstrip(". ")
+        return UserError(f"{what}: where memory ran out, give a smaller --num-workers or data.prefetch")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return UserError(f"{error}: make room, or write elsewhere, and start the same command again to go on from the last checkpoint")
     return None

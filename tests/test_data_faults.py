@@ -1,8 +1,10 @@
 """Bad samples: named and fatal, or replaced, reported once and counted, the same for any number of ranks and workers."""
 
 import logging
+import multiprocessing
 import re
 import subprocess
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from datasets.faults import FEW
 from datasets.loader import ClipSource
 from engine.metrics import counted
 from launch.env import Env
+from launch.run import _mendable
 from tasks.clips import _open as open_clips_of
 from tests import distributed
 from tests.shard_sets import crc, sample_of, spoil, write_set
@@ -191,6 +194,21 @@ def test_a_set_of_bad_samples_only_ends(tmp_path: Path) -> None:
     spoil(path, *range(8))
     with pytest.raises(UserError, match="no good sample in"):
         take(source(path, max_bad_share=1.0), 0, 1)
+
+
+def test_a_loader_process_that_is_killed_is_said_in_a_line(tmp_path: Path) -> None:
+    path = write_set(tmp_path / "set", [8, 8], lengths=(4,), **MP4)
+    before = multiprocessing.active_children()
+    stream = source(path, workers=1, prefetch=1).batches(0)
+    next(stream)
+    (worker,) = (child for child in multiprocessing.active_children() if child not in before)
+    worker.kill()
+    with pytest.raises(RuntimeError) as caught:
+        for _ in range(20):
+            next(stream)
+            time.sleep(0.05)
+    line = str(_mendable(caught.value))
+    assert line.startswith("DataLoader worker (pid") and "--num-workers" in line and "\n" not in line
 
 
 def count_over_ranks(env: Env, path: str) -> list[dict[str, float]]:

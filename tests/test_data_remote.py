@@ -149,6 +149,21 @@ def test_a_store_that_stalls_is_given_up_and_named(tmp_path: Path) -> None:
     assert time.monotonic() - started < 10
 
 
+def test_a_stream_ends_at_once_while_the_store_stalls(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    order = store.source(batch=4).order
+    shard = open_shards(store.data()).shard
+    last = f"shard-{shard[order.samples(np.arange(48))][-1]:05d}.tar"
+    stalling = store.location.replace("; cat", f"; [ {{}} = {last} ] && sleep 60; cat")
+    batches = store.source(batch=4, path=(stalling,), num_workers=2, prefetch=12, fetch_timeout=4.0).batches(0)
+    next(batches)
+    assert until(lambda: last in store.fetched())
+    time.sleep(0.5)
+    started = time.monotonic()
+    batches.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - started < 2
+
+
 def test_lookahead_survives_trouble_and_ends_while_it_waits() -> None:
     shard = np.repeat(np.arange(12), 4)
     order = Order(Shuffled(48, seed=0, shard=shard, window=3), global_batch=4, shard=shard)

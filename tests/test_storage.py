@@ -262,7 +262,12 @@ def test_commands_may_be_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
         open_storage("pipe:cat /data/{}")
 
 
-@pytest.mark.parametrize("setting", [{"cache_gib": 0.0}, {"fetch_timeout": -1.0}, {"fetch_retries": -1}, {"cache_gib": float("nan")}])
+TOO_MUCH = [{"cache_gib": float("inf")}, {"fetch_timeout": float("inf")}]
+
+
+@pytest.mark.parametrize(
+    "setting", [{"cache_gib": 0.0}, {"fetch_timeout": -1.0}, {"fetch_retries": -1}, {"cache_gib": float("nan")}, *TOO_MUCH]
+)
 def test_numbers_that_cannot_be(setting: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="--" + next(iter(setting)).replace("_", "-")):
         open_storage("http://host/set", CacheConfig(**setting))  # type: ignore[arg-type]
