@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -44,10 +44,14 @@ class Collection:
             return cls(sets, classes, *columns)
         shards = np.cumsum([0, *(len(item.meta["shards"]) for item in sets)])
         sums = np.cumsum([0, *(len(item.sums) for item in sets)])
-        labels = [np.array([classes.index(name) for name in item.classes] or [0], dtype=np.int64)[item.label] for item in sets]
+        number = {name: label for label, name in enumerate(classes)}
+        labels = [np.array([number[name] for name in item.classes] or [0], dtype=np.int64)[item.label] for item in sets]
         joined = {name: np.concatenate([getattr(item, name) for item in sets]) for name in ("offset", "nbytes", "crc32", "frames", "sums")}
+        parts = {name: np.split(column, np.cumsum([len(getattr(item, name)) for item in sets])[:-1]) for name, column in joined.items()}
+        # The sets go on with views of the joined columns: a large collection is not held twice.
+        views = tuple(replace(item, **{name: column[k] for name, column in parts.items()}) for k, item in enumerate(sets))
         return cls(
-            sets,
+            views,
             classes,
             shard=np.concatenate([item.shard + first for item, first in zip(sets, shards, strict=False)]),
             label=np.concatenate(labels),

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from datasets.config import DataConfig, open_shards, resolve
 from datasets.loader import ClipSource
+from datasets.mixture import Collection
 from datasets.order import Order, Shuffled
 from datasets.proportions import MAX_PERIOD, Mixture, quotas
+from datasets.shards import ShardSet
 from tests.shard_sets import sample_of, write_set
 from utils.errors import ConfigError
 
@@ -120,6 +122,17 @@ def test_two_sets_are_one_with_merged_classes(pair: list[str]) -> None:
             found.append(sample)
     assert sorted(found) == [*range(13), *range(100, 112)], "without weights an epoch has every sample of every set once"
     assert f"{pair[1]}/shard-0000" in shards.describe(13) and "clip_00100" in shards.describe(13)
+
+
+def test_the_columns_of_two_sets_are_held_once(pair: list[str]) -> None:
+    alone = [ShardSet.open(path) for path in pair]
+    shards = Collection.of(*alone)
+    for name in ("offset", "nbytes", "crc32", "frames", "sums"):
+        whole = getattr(shards, name)
+        assert np.array_equal(whole, np.concatenate([getattr(item, name) for item in alone]))
+        for item, before in zip(shards.sets, alone, strict=True):
+            own = getattr(item, name)
+            assert np.shares_memory(own, whole) and np.array_equal(own, getattr(before, name))
 
 
 def test_weights_reach_the_stream(pair: list[str]) -> None:
