@@ -47,7 +47,8 @@ class Collection:
         number = {name: label for label, name in enumerate(classes)}
         labels = [np.array([number[name] for name in item.classes] or [0], dtype=np.int64)[item.label] for item in sets]
         joined = {name: np.concatenate([getattr(item, name) for item in sets]) for name in ("offset", "nbytes", "crc32", "frames", "sums")}
-        parts = {name: np.split(column, np.cumsum([len(getattr(item, name)) for item in sets])[:-1]) for name, column in joined.items()}
+        ends = {name: np.cumsum([len(getattr(item, name)) for item in sets])[:-1] for name in joined}
+        parts: dict[str, list[Any]] = {name: np.split(column, ends[name]) for name, column in joined.items()}
         # The sets go on with views of the joined columns: a large collection is not held twice.
         views = tuple(replace(item, **{name: column[k] for name, column in parts.items()}) for k, item in enumerate(sets))
         return cls(
