@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import tempfile
-import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -21,10 +20,8 @@ import numpy as np
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 
-from datasets.ffmpeg import ffmpeg_program, passthrough
+from datasets.ffmpeg import ffmpeg_program, passthrough, read_frame
 
-TIMEOUT = 3600.0
-"""Seconds after which the decoding of one file by ffmpeg is given up."""
 MAX_PIXELS = 1 << 25
 """Pixels of a frame that are decoded at most where nothing else is said: 8K (7680x4320)."""
 PADDING = 1 << 18
@@ -92,7 +89,7 @@ def video_errors(path: Path, reason: str) -> Iterator[None]:
     try:
         yield
     except (FFmpegError, OSError, LookupError, ArithmeticError, UnicodeError, TypeError, AttributeError, MemoryError) as error:
-        raise VideoError(reason, _one_line(str(error), path)) from None
+        raise VideoError(reason, _one_line(getattr(error, "strerror", None) or str(error), path)) from None
 
 
 def open_video(path: Path) -> av.container.InputContainer:
@@ -240,13 +237,11 @@ def _decode_ffmpeg(path: Path, info: VideoInfo, wanted: Callable[[int], bool]) -
         raise VideoError("unusable file name", "the name is not valid text: rename the file") from None
     size = info.height * info.width * 3
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, bufsize=max(size, 1 << 16))
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, bufsize=0)
         assert process.stdout is not None
-        timer = threading.Timer(TIMEOUT, process.kill)
-        timer.start()
         try:
             number = 0
-            while len(data := process.stdout.read(size)) == size:
+            while len(data := read_frame(process.stdout, size)) == size:
                 if wanted(number):
                     yield np.frombuffer(data, dtype=np.uint8).reshape(info.height, info.width, 3)
                 number += 1
@@ -254,8 +249,9 @@ def _decode_ffmpeg(path: Path, info: VideoInfo, wanted: Callable[[int], bool]) -
             message = os.pread(errors.fileno(), 4096, 0).decode(errors="replace")
             if process.returncode or message.strip() or data:
                 raise VideoError("damaged", _one_line(message, path) if message.strip() else f"ffmpeg ended with {process.returncode}")
+        except TimeoutError as error:
+            raise VideoError("damaged", str(error)) from None
         finally:
-            timer.cancel()
             process.kill()
             process.wait()
             process.stdout.close()

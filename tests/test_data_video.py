@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 
+from datasets import video
 from datasets.video import (
     VideoError,
     decode,
@@ -154,3 +155,12 @@ def test_a_window_past_the_end_is_an_error() -> None:
 
 def test_the_system_has_a_decoder_program_or_says_so() -> None:
     assert ffmpeg_program() is None or shutil.which(ffmpeg_program())
+
+
+@pytest.mark.skipif(ffmpeg_program() is None, reason="no ffmpeg program")
+def test_an_ffmpeg_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "a.mp4", 5)
+    monkeypatch.setattr(video, "ffmpeg_command", lambda program, path, info: ["sleep", "60"])
+    monkeypatch.setattr("datasets.ffmpeg.PATIENCE", 0.1)
+    with pytest.raises(VideoError, match=r"gave nothing for 0.1 seconds"):
+        read(path, "ffmpeg")

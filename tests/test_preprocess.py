@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datasets.prepare.parts import Part, locked
 from datasets.shards import ShardSet
 from datasets.sources.base import Video
 from datasets.transforms import resize_clip
@@ -231,6 +232,28 @@ def test_other_settings_do_not_touch_a_set(videos: Path, tmp_path: Path) -> None
     assert folder_bytes(tmp_path / "set") == before
     run(*flags, "--clip-length", 8, "--overwrite")
     assert ShardSet.open(tmp_path / "set").clip_length == 8
+
+
+def test_overwrite_deletes_a_set_and_nothing_else(videos: Path, tmp_path: Path) -> None:
+    flags = (videos, "--out", tmp_path / "set", "--image-size", 16, 16)
+    run(*flags)
+    (tmp_path / "set/mine.tmp").write_text("not made here")
+    before = folder_bytes(tmp_path / "set")
+    run(tmp_path / "mistyped", "--out", tmp_path / "set", "--overwrite", code=1)
+    assert folder_bytes(tmp_path / "set") == before
+    (tmp_path / "set/.work").mkdir()
+    with locked(Part(tmp_path / "set", 3, 0, 1)):
+        assert "another preprocess.py is writing part 3" in run(*flags, "--overwrite", code=1)
+    assert before.items() <= folder_bytes(tmp_path / "set").items()
+    run(*flags, "--clip-length", 8, "--overwrite")
+    assert (tmp_path / "set/mine.tmp").exists()
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web/index.json").write_text('{"pages": []}')
+    assert "holds a shard set made of other" in run(videos, "--out", tmp_path / "web", code=1)
+    for text in ('{"pages": []}', "[]", "page"):
+        (tmp_path / "web/index.json").write_text(text)
+        assert "is not of a shard set" in run(videos, "--out", tmp_path / "web", "--overwrite", code=1)
+        assert (tmp_path / "web/index.json").read_text() == text
 
 
 def test_help_documents_every_flag() -> None:

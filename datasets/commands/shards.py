@@ -1,8 +1,10 @@
 """`preprocess.py shards`: videos -> shards."""
 
 import argparse
+import json
 import shutil
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -10,10 +12,10 @@ import torch
 from datasets.commands.options import DIGITS, clip_rules
 from datasets.commands.parser import Progress
 from datasets.prepare.build import Outcome, SetInfo, Task, build
-from datasets.prepare.parts import WORK
+from datasets.prepare.parts import WORK, Part, locked
 from datasets.prepare.report import REPORT, read_report, summary
 from datasets.prepare.writer import remove_set
-from datasets.shards import INDEX
+from datasets.shards import FORMAT, INDEX
 from datasets.sources import SourceOptions, detect, list_videos
 from datasets.sources.base import Listing
 from datasets.synthetic import LICENCE, DigitsConfig, make_digits
@@ -27,11 +29,13 @@ def run_shards(args: argparse.Namespace) -> None:
     task, parts = _task(args)
     root, name, licence = _source(args)
     rules = clip_rules(args)
-    if args.overwrite:
-        _clear(args.out)
     if args.dataset_name == DIGITS:
+        if args.overwrite:
+            _clear(args.out)
         make_digits(root, DigitsConfig(args.num_videos, rules.size, args.video_frames, args.digits, args.seed))
     layout, listing = _list(args, root)
+    if args.overwrite and args.dataset_name != DIGITS:
+        _clear(args.out)  # not before the new set's videos are found: a slip must not cost the old one
     info = SetInfo(
         name=_printable(name or (layout if layout == "UCF101" else root.resolve().stem if root.is_file() else root.resolve().name)),
         source=layout,
@@ -135,9 +139,28 @@ def _tell(args: argparse.Namespace, outcome: Outcome, task: Task, layout: str, l
 
 
 def _clear(out: Path) -> None:
-    """Deletes a shard set, and nothing that preprocess.py did not write."""
-    if (out / INDEX).exists() or (out / WORK).exists() or next(out.glob("shard-*.tar"), None):
-        remove_set(out)
-        shutil.rmtree(out / WORK, ignore_errors=True)
+    """Deletes a shard set, and nothing that preprocess.py did not write. UserError when a process is still writing it."""
+    with ExitStack() as stack:
+        try:
+            for folder in sorted((out / WORK).glob("part-*")):
+                stack.enter_context(locked(Part(out, int(folder.name.removeprefix("part-")) or None, 0, 0)))
+        except OSError as error:
+            raise UserError(f"cannot delete the set in {out}: {error.strerror}") from None
+        if (out / WORK).exists() or next(out.glob("shard-*.tar"), None) or _is_index(out / INDEX):
+            remove_set(out)
+            shutil.rmtree(out / WORK, ignore_errors=True)
     if (out / "source" / "digits.json").exists():
         shutil.rmtree(out / "source")
+
+
+def _is_index(path: Path) -> bool:
+    """Whether there is an index.json that a shard set left. UserError for one of another program."""
+    try:
+        is_ours = json.loads(path.read_bytes())["format"] == FORMAT
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise UserError(f"--overwrite: {path} is not of a shard set: choose another --out, or delete it yourself")
+    return True

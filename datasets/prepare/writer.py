@@ -158,7 +158,8 @@ def remove_shards(folder: Path, keep: int, part: int | None = None) -> None:
 
 def remove_set(folder: Path) -> None:
     """Deletes what the toolkit wrote into a shard folder."""
-    _remove(folder, ("shard-*.tar", "shard-*.index.json", "*.tmp", ".*.tmp", *SET_FILES), set())
+    unfinished = ("shard-*.tar.tmp", ".shard-*.tmp", *(f".{name}.*.tmp" for name in SET_FILES))
+    _remove(folder, ("shard-*.tar", "shard-*.index.json", *unfinished, *SET_FILES), set())
 
 
 def _remove(folder: Path, patterns: tuple[str, ...], kept: set[str]) -> None:
