@@ -19,6 +19,8 @@ from utils.errors import ConfigError, UserError
 
 PART = ".part"
 LOCK = "lock"
+FAILED = b"kinoform: not fetched: "
+MAX_WORD = 2000
 WAIT = 0.1
 """Seconds between two looks for room that other downloads hold."""
 
@@ -47,8 +49,8 @@ class Cache:
     def open(self, name: str, nbytes: int, write: Callable[[int], None], stopped: Callable[[], bool] = lambda: False) -> int:
         """An open descriptor of the file `name` of `nbytes` bytes, which `write` fills first when it is not there.
 
-        Of several who ask at once one writes and the others wait. What `write` raises is passed on and nothing is kept. Raises
-        ConfigError for a file larger than the cache, UserError when the folder cannot be written.
+        Of several who ask at once one writes and the others wait. What `write` raises is passed on and nothing is kept; a UserError
+        is also what the others get. Raises ConfigError for a file larger than the cache, UserError when the folder cannot be written.
         """
         if (found := self.lookup(name, nbytes)) is not None:
             return found
@@ -61,7 +63,12 @@ class Cache:
                     part.unlink()
                     return found
                 self._reserve(file, nbytes, stopped)
-                write(file)
+                try:
+                    write(file)
+                except UserError as error:
+                    if not stopped():
+                        _leave_word(file, str(error))
+                    raise
                 _touch(file)
                 os.fsync(file)
                 os.replace(part, self.folder / name)
@@ -86,17 +93,18 @@ class Cache:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 if _same(file, part):
                     break
+                if word := _word(file):
+                    raise UserError(word)
             except BaseException:
-                os.close(file)
+                _release(file)
                 raise
-            os.close(file)  # whoever held it has renamed or removed it meanwhile
+            _release(file)  # whoever held it has renamed or removed it meanwhile
         try:
             yield file
         finally:
             if _same(file, part):
                 part.unlink(missing_ok=True)
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing does not free it where a process forked meanwhile
-            os.close(file)
+            _release(file)
 
     def _reserve(self, file: int, nbytes: int, stopped: Callable[[], bool]) -> None:
         """Gives the part its full size, once the rest leaves room for it."""
@@ -146,6 +154,24 @@ def _touch(file: int | Path) -> None:
     """Marks a file as used now; to the nanosecond, for the clock that the kernel itself would use stands still for milliseconds."""
     now = time.time_ns()
     os.utime(file, ns=(now, now))
+
+
+def _release(file: int) -> None:
+    fcntl.flock(file, fcntl.LOCK_UN)  # closing does not free it where a process forked meanwhile
+    os.close(file)
+
+
+def _leave_word(file: int, text: str) -> None:
+    """Why a `.part` was given up, for those who wait for its lock: each would else try as long as this process did."""
+    with suppress(OSError):
+        os.ftruncate(file, 0)
+        os.pwrite(file, FAILED + text.encode()[:MAX_WORD], 0)
+
+
+def _word(file: int) -> str:
+    """What `_leave_word` left in a file; empty when it holds anything else."""
+    data = os.pread(file, len(FAILED) + MAX_WORD, 0)
+    return data.removeprefix(FAILED).decode(errors="replace") if data.startswith(FAILED) else ""
 
 
 def _same(file: int, path: Path) -> bool:

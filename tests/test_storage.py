@@ -367,6 +367,20 @@ def test_the_bound_holds_while_many_fetch(server: Server, config: CacheConfig) -
     assert not wrong and len(server.asked) == 5 and 100_000 <= most <= 250_000
 
 
+def test_those_who_wait_for_a_file_share_its_failure(server: Server, config: CacheConfig) -> None:
+    storage, words = open_storage(server.url("stall"), config), list[str]()
+    threads = [threading.Thread(target=lambda: words.append(refused(storage))) for _ in range(6)]
+    began = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(server.asked) == 2 and time.monotonic() - began < 5, "two attempts for all, not for each"
+    assert len(words) == 6 and len(set(words)) == 1 and "no bytes for 1 s (2 attempts)" in words[0]
+    assert kept(config) == []
+    assert "2 attempts" in refused(storage) and len(server.asked) == 4, "who comes later tries again"
+
+
 def test_a_file_larger_than_the_cache_is_refused_with_the_size_to_give(server: Server, config: CacheConfig) -> None:
     storage = open_storage(server.url("ok"), small(config, 0.5))
     assert "use --cache-gib 1 or more" in refused(storage, kind=ConfigError)
