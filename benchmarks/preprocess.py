@@ -147,7 +147,7 @@ def report(name: str, videos: Path, size: int, rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--videos", type=Path, help="a flat folder of own videos, all whole")
-    parser.add_argument("--count", type=int, default=12, help="videos of each kind made without --videos (default 12)")
+    parser.add_argument("--count", type=int, default=24, help="videos of each kind made without --videos (default 24)")
     parser.add_argument("--frames", type=int, default=180, help="frames of each (default 180)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256], help="sides of the clips (default 64 128 256)")
     parser.add_argument("--rounds", type=int, default=2, help="the best of so many (default 2)")

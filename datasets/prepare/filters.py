@@ -64,7 +64,7 @@ def motion(frames: np.ndarray) -> float:
     """Mean absolute difference of neighbouring frames of uint8 (t, h, w, 3), 0 to 1; 0 for a single frame."""
     if len(frames) < 2:
         return 0.0
-    small, total = _look(frames), 0
+    small, total = np.ascontiguousarray(_look(frames)).reshape(len(frames), -1), 0
     for first in range(0, len(small) - 1, TOGETHER):  # a whole video would take its size in memory three times more
         before, after = small[first:-1][:TOGETHER], small[first + 1 :][:TOGETHER]
         total += int((np.maximum(before, after) - np.minimum(before, after)).sum(dtype=np.int64))
