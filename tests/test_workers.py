@@ -17,10 +17,10 @@ RULES = ClipRules(size=(16, 16), clip_length=4, clip_stride=4, decoder="pyav")
 def test_many_clips_go_through_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     video = Video(write_video(tmp_path / "a.mp4", noise_frames(24)), "a.mp4")
     few = prepare(video, RULES, "class", tmp_path / "few")
-    assert few.payload and not (tmp_path / "few").exists()
+    assert few.payloads and not (tmp_path / "few").exists()
     monkeypatch.setattr(workers, "IN_MEMORY", limit)
     many = prepare(video, RULES, "class", tmp_path / "many")
-    assert many.payload is None and (tmp_path / "many").stat().st_size == len(few.payload)
+    assert many.payloads is None and (tmp_path / "many").read_bytes() == b"".join(few.payloads)
     clips = list(read_spool(few, tmp_path / "few"))
     assert len(clips) == 6 and clips == list(read_spool(many, tmp_path / "many"))
     assert [list(sample.members) for sample, _ in clips] == [["npy", "json", "cls"]] * 6

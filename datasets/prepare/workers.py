@@ -1,6 +1,5 @@
 """Worker processes that turn source videos into encoded clips, a little ahead of the one writer that asks for them in order."""
 
-import io
 import multiprocessing
 import os
 import signal
@@ -34,38 +33,47 @@ IN_MEMORY = 32 << 20
 
 @dataclass(frozen=True)
 class Prepared:
-    """Clips of one video: for each its sample without payloads and (extension, size) of its members, which follow each other in
-    `payload`, or in a spool file where they are many."""
+    """Clips of one video: for each its sample without payloads and (extension, size) of its members. Their bytes follow each other in
+    `payloads`, or in a spool file where they are many."""
 
     rows: list[tuple[Sample, list[tuple[str, int]], Facts]]
     skipped: tuple[str, str, str] | None = None
     rejected: tuple[Rejection, ...] = ()
-    payload: bytes | None = None
+    payloads: list[bytes] | None = None
 
 
 def prepare(video: Video, rules: ClipRules, class_name: str | None, spool: Path) -> Prepared:
     """Decodes a video into clips; `spool` is where they go if they are many. A video that cannot be used gives the reason instead."""
     rows, rejected = [], list[Rejection]()
-    memory = io.BytesIO()
+    held, nbytes = list[bytes](), 0
     with ExitStack() as stack:
-        file: BinaryIO = memory
+        file: BinaryIO | None = None
         try:
             for sample, facts in samples(video, rules, class_name, rejected):
-                if file is memory and memory.tell() > IN_MEMORY:
-                    file = stack.enter_context(spool.open("wb"))
-                    file.write(memory.getbuffer())
-                sizes = [(extension, file.write(payload)) for extension, payload in sample.members.items()]
+                held += sample.members.values()
+                sizes = [(extension, len(payload)) for extension, payload in sample.members.items()]
                 rows.append((replace(sample, members={}), sizes, facts))
+                nbytes += sum(size for _, size in sizes)
+                if nbytes > IN_MEMORY:
+                    file = file or stack.enter_context(spool.open("wb"))
+                    file.writelines(held)
+                    held = []
         except VideoError as error:
-            return Prepared([], (video.name, error.reason, str(error)), payload=b"")
-    return Prepared(rows, rejected=tuple(rejected), payload=memory.getvalue() if file is memory else None)
+            return Prepared([], (video.name, error.reason, str(error)), payloads=[])
+    return Prepared(rows, rejected=tuple(rejected), payloads=held if file is None else None)
 
 
 def read_spool(prepared: Prepared, spool: Path) -> Iterator[tuple[Sample, Facts]]:
     """(sample, what is known of it) for each clip of a video."""
-    with spool.open("rb") if prepared.payload is None else io.BytesIO(prepared.payload) as file:
+    with ExitStack() as stack:
+        pieces: Iterator[bytes]
+        if prepared.payloads is None:
+            file = stack.enter_context(spool.open("rb"))
+            pieces = (file.read(size) for _, sizes, _ in prepared.rows for _, size in sizes)
+        else:
+            pieces = iter(prepared.payloads)
         for sample, sizes, facts in prepared.rows:
-            yield replace(sample, members={extension: file.read(size) for extension, size in sizes}), facts
+            yield replace(sample, members={extension: next(pieces) for extension, _ in sizes}), facts
 
 
 def _start_worker(stop: Connection) -> None:
@@ -166,7 +174,7 @@ def _alone(video: Video, rules: ClipRules, class_name: str | None, spool: Path) 
     except EOFError:
         process.join()
         trouble = f"the process ended with {_signal_name(process.exitcode)}"
-        result = Prepared([], (video.name, "crashes the decoder", trouble), payload=b"")
+        result = Prepared([], (video.name, "crashes the decoder", trouble), payloads=[])
         if process.exitcode == -signal.SIGKILL:
             raise UserError(
                 f"the process that prepared {video.name} was killed, probably for lack of memory: "

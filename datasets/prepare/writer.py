@@ -40,9 +40,9 @@ def dump_json(value: object) -> bytes:
 
 def npy_bytes(frames: np.ndarray) -> bytes:
     """uint8 (t, h, w, c) as a npy file."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(frames), version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
+    frames, header = np.ascontiguousarray(frames), io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(frames))
+    return header.getvalue() + frames.tobytes()
 
 
 def sums_text(frames: np.ndarray) -> str:
