@@ -122,7 +122,8 @@ class ClipReader:
             except (UserError, OSError) as error:
                 faults[k] = self._unreadable(samples[k], error)
         there = np.array([k for k in range(len(rows)) if k not in faults], dtype=np.int64) if faults else np.arange(len(rows))
-        sums = frame_sums(out if len(there) == len(out) else out[rows[there]])
+        in_order = np.array_equal(rows[there], np.arange(len(out)))  # all of it: no copy is needed
+        sums = frame_sums(out if in_order else out[rows[there]])
         wrong = (sums != shards.sums[shards.first_sum[samples[there]][:, None] + frames[there]]).any(axis=1)
         for k in there[wrong].tolist():
             faults[k] = self._fault(samples[k], "checksum", f"is damaged (checksum): {_AGAIN}")

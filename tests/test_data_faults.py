@@ -9,18 +9,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from datasets.config import DataConfig, open_shards
 from datasets.faults import FEW
 from datasets.loader import ClipSource
+from datasets.reader import ClipReader
+from datasets.shards import ShardSet
 from engine.metrics import counted
 from launch.env import Env
 from launch.run import _mendable
 from tasks.clips import _open as open_clips_of
 from tests import distributed
-from tests.shard_sets import crc, sample_of, spoil, write_set
+from tests.shard_sets import crc, frames_of, sample_of, spoil, write_set
 from utils.errors import UserError
 
 MP4 = {"codec": "mp4", "size": (16, 16)}
@@ -62,6 +65,25 @@ def test_bad_samples_are_replaced_alike_by_all_worlds_workers_and_restarts(tmp_p
         for step in range(4):
             joined = {name: torch.cat([part[step][name] for part in parts]) for name in alone[0]}
             assert crc(joined) == crc(alone[first + step])
+
+
+def test_rows_are_filled_in_any_order(tmp_path: Path) -> None:
+    path = write_set(tmp_path / "set", [4], lengths=(4,))
+    reader = ClipReader(ShardSet.open(path), 4)
+    out, rows, samples = reader.empty(3), np.array([2, 0, 1]), np.array([3, 1, 0])
+    assert reader.fill(out, rows, samples, np.zeros(3, np.int64)) == [], "sums are compared row by row"
+    assert (out[rows] == [frames_of(sample, 4).reshape(4, -1) for sample in samples.tolist()]).all()
+
+
+def test_a_small_batch_of_bad_samples_of_two_kinds_is_replaced_as_a_large_one(tmp_path: Path) -> None:
+    path = write_set(tmp_path / "set", [6, 6, 6, 6], lengths=(4,))
+    spoil(path, *range(6))
+    (path / "shard-00002.tar").unlink()
+    more = {"max_bad_share": 1.0, "n_frames": 4}
+    alone = take(source(path, batch=24, **more), 0, 4)
+    parts = [take(source(path, batch=24, rank=rank, world_size=12, **more), 0, 4) for rank in range(12)]
+    for step, expected in enumerate(alone):
+        assert crc({name: torch.cat([part[step][name] for part in parts]) for name in expected}) == crc(expected)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
