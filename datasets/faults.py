@@ -60,7 +60,7 @@ class FaultLog:
 
     def record(self, seen: int, faults: Sequence[Fault]) -> None:
         """Count a micro-batch of `seen` samples and report what is new. UserError with a summary when too many are bad."""
-        self._seen += seen
+        self._seen += seen + len(faults)  # for each bad one another was read
         self._replaced += len(faults)
         for fault in faults:
             if fault.sample not in self._samples:

@@ -195,6 +195,16 @@ def test_too_many_end_the_run_with_a_summary(tmp_path: Path) -> None:
     take(source(path, max_bad_share=0.25), 0, 30)
 
 
+def test_what_is_read_in_place_of_bad_samples_counts_as_read(tmp_path: Path) -> None:
+    path = write_set(tmp_path / "set", [80], lengths=(4,))
+    spoil(path, *range(72))
+    take(source(path, batch=4, max_bad_share=1.0), 0, 30)
+    with pytest.raises(UserError, match="samples read are bad") as caught:
+        take(source(path, batch=4, max_bad_share=0.5), 0, 30)
+    bad, read = map(int, re.findall(r"\d+", str(caught.value))[:2])
+    assert FEW < bad <= read < 80
+
+
 def test_a_few_never_end_a_run_unless_none_are_allowed(tmp_path: Path) -> None:
     path = write_set(tmp_path / "set", [12, 12], lengths=(4,))
     spoil(path, *range(FEW))
