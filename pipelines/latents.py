@@ -95,7 +95,7 @@ def add_latents_arguments(parser: argparse.ArgumentParser) -> None:
     speed("--nproc_per_node", metavar="G", help="processes, one per GPU (`gpu`) or core, each of which takes its share of the shards")
     speed("--cache-dir", default="", metavar="FOLDER", help="where fetched shards are kept (default ~/.cache/kinoform)")
     speed("--cache-gib", type=number(), default=64.0, metavar="GIB", help="most that they may take (default 64)")
-    speed("--task-id", type=whole(0), default=0, metavar="I", help="which of --num-tasks jobs this is, from 0; jobs may run at any time")
+    speed("--task-id", type=whole(0), metavar="I", help="which of --num-tasks jobs this is, from 0; jobs may run at any time")
     speed("--num-tasks", type=whole(1), default=1, metavar="N", help="jobs that share the set out among them (default 1)")
 
 
@@ -120,8 +120,10 @@ def run_latents(args: argparse.Namespace, rank: int = 0, world_size: int = 1, de
 
 def prepare(args: argparse.Namespace, rank: int, world_size: int, device: torch.device) -> tuple[LatentJob, Share]:
     """The checked job of a command line, and this process's share of it. Raises ConfigError or UserError in one line."""
-    if args.task_id >= args.num_tasks:
-        raise ConfigError(f"--task-id {args.task_id}: from 0 to {args.num_tasks - 1} (--num-tasks {args.num_tasks})")
+    task = 0 if args.task_id is None and args.num_tasks == 1 else args.task_id
+    if task is None or task >= args.num_tasks:
+        given = "is missing" if task is None else str(task)
+        raise ConfigError(f"--task-id {given}: from 0 to {args.num_tasks - 1} (--num-tasks {args.num_tasks})")
     cache = CacheConfig(args.cache_dir, args.cache_gib)
     cache.validate()
     pixels = ShardSet.open(args.shards, cache=cache, on_bad=args.on_bad_sample)
@@ -148,7 +150,7 @@ def prepare(args: argparse.Namespace, rank: int, world_size: int, device: torch.
         raise ConfigError(f"--ae {args.ae} takes clips of {length} frames, those of {args.shards} have {pixels.meta['clip_length']}")
     rules = LatentRules(length, args.window_stride or length, args.dtype, args.precision, args.on_bad_sample)
     job = LatentJob(pixels, args.out, rules, encoder.identity(), encode_with(encoder, device), args.batch_size, args.workers)
-    return job, Share(args.task_id * world_size + rank, args.num_tasks * world_size)
+    return job, Share(task * world_size + rank, args.num_tasks * world_size)
 
 
 def encode_with(encoder: LatentEncoder, device: torch.device) -> Encode:

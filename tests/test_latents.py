@@ -250,6 +250,7 @@ def test_longer_videos_are_cut_into_windows(ae: Path, tmp_path: Path) -> None:
     ("argv", "message"),
     [
         (("--task-id", 2, "--num-tasks", 2), "--task-id 2: from 0 to 1"),
+        (("--num-tasks", 2), "--task-id is missing: from 0 to 1"),
         (("--dtype", "float32"), "holds a set made of other clips, by another autoencoder or with other settings: choose another --out"),
     ],
 )
@@ -310,7 +311,7 @@ def test_two_processes_on_one_shard_are_told(pixels: Path, ae: Path, tmp_path: P
 
     def rival(*args: object) -> None:
         monkeypatch.undo()
-        with pytest.raises(UserError, match="is being written by another"):
+        with pytest.raises(UserError, match="another preprocess.py is writing"):
             encode_set(task, Share(), lambda samples: None)
         raise KeyboardInterrupt
 

@@ -39,7 +39,7 @@ def add_shards_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what").add_argument
-    add("source", nargs="?", type=Path, help="folder of videos, or a manifest")
+    add("source", nargs="?", type=Path, metavar="VIDEOS", help="folder of videos, or a manifest")
     add("--source", "--data-path", dest="source_flag", type=Path, metavar="FOLDER", help="the same, as a flag")
     add("--out", type=Path, required=True, metavar="SHARDS", help="folder for the shard set")
     add(
@@ -96,13 +96,13 @@ def _add_clips(parser: argparse.ArgumentParser) -> None:
     add("--antialias", action=argparse.BooleanOptionalAction, help="filter before making smaller (default: yes)")
     add("--centre", choices=["floor", "round"], help="which way a crop leans that cannot be in the middle (default floor)")
     add("--on-short", choices=["skip", "pad"], default="skip", help="short videos: skip (default), or repeat the last frame")
-    add("--min-frames", type=whole(1), default=1, metavar="N", help="with --clip-length video: leave out shorter ones (default 1)")
+    add("--min-frames", type=whole(1), default=1, metavar="N", help="least frames of a whole video or padded clip (default 1)")
     add("--max-clips-per-video", type=whole(0), default=0, metavar="N", help="from the beginning of each video (default 0: all)")
     add("--frames-fps", type=number(MIN_RATE, MAX_RATE), default=25.0, metavar="FPS", help="frame rate of frame folders (default 25)")
 
 
 def _add_filters(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("filters", "What is left out is counted and named in report.json.").add_argument
+    add = parser.add_argument_group("filters", "What is left out is counted by reason and named in report.json.").add_argument
     none, defaults = "(default 0: no bound)", FilterRules()
     add("--min-fps", type=number(), default=0.0, metavar="FPS", help=f"least frame rate of a video {none}")
     add("--max-fps", type=number(), default=0.0, metavar="FPS", help=f"highest frame rate of a video {none}")

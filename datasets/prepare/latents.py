@@ -8,14 +8,12 @@ A shard of latents depends on its pixel shard, the autoencoder, the rules and th
 among them, meet nowhere, and may be killed at any moment. Whoever finds all shards finished writes index.json.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +21,9 @@ from typing import Any, Literal
 import numpy as np
 from safetensors.numpy import save
 
-from datasets.prepare.build import WORK
 from datasets.prepare.carry import carried, with_window
 from datasets.prepare.moments import Moments, statistics
+from datasets.prepare.parts import WORK, held
 from datasets.prepare.writer import Sample, ShardWriter, dump_json, finished_shard, shard_entry, shard_name
 from datasets.reader import ClipReader
 from datasets.shards import INDEX, SCHEMA, ShardSet, frame_sums, sidecar_name
@@ -118,7 +116,7 @@ def encode_set(job: LatentJob, share: Share, progress: Callable[[int], None]) ->
             if _finished(job, number):
                 progress(len(job.windows(number)))
                 continue
-            with _locked(job, number):
+            with held(job.out / WORK / f"{number}.lock", str(job.out / shard_name(number))):
                 _encode_shard(job, number, progress)
         return _finish(job)
     except OSError as error:
@@ -136,17 +134,6 @@ def _complete(job: LatentJob) -> dict[str, Any]:
     if not same:
         raise UserError(f"{job.out} holds a set made of other clips, by another autoencoder or with other settings: choose another --out")
     return index
-
-
-@contextmanager
-def _locked(job: LatentJob, number: int) -> Iterator[None]:
-    """Holds a shard for this process; the lock goes with the process, however it ends."""
-    with (job.out / WORK / f"{number}.lock").open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{job.out / shard_name(number)} is being written by another process") from None
-        yield
 
 
 def _finished(job: LatentJob, number: int) -> bool:

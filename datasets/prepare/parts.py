@@ -81,12 +81,18 @@ def cut_parts(out: Path, videos: int, count: int) -> list[Part]:
 def locked(part: Part) -> Iterator[None]:
     """Holds a part for this process; the lock goes with the process, however it ends. UserError when another one holds it."""
     part.folder.mkdir(parents=True, exist_ok=True)
-    with (part.folder / "lock").open("wb") as lock:
+    with held(part.folder / "lock", str(part.out) if part.number is None else f"part {part.number} of {part.out}"):
+        yield
+
+
+@contextmanager
+def held(path: Path, what: str) -> Iterator[None]:
+    """Holds a lock file. UserError that names `what` when another process holds it."""
+    with path.open("wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            which = "" if part.number is None else f"part {part.number} of "
-            raise UserError(f"another preprocess.py is writing {which}{part.out}: wait for it, or end it first") from None
+            raise UserError(f"another preprocess.py is writing {what}: wait for it, or end it first") from None
         except OSError as error:
             # A cluster's file system may have no locks. Tasks of one array have different parts: they need none.
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
