@@ -7,6 +7,7 @@ by worker processes, because decoding holds the interpreter's lock too long for 
 import itertools
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -182,6 +183,8 @@ class ClipSource(Dataset[Item]):
                 num_workers=self.data.num_workers,
                 prefetch_factor=max(1, self.data.prefetch),
                 pin_memory=torch.cuda.is_available(),
+                # They share the memory of the indices, and have this process for a parent; Python 3.14 would do otherwise.
+                multiprocessing_context="fork" if sys.platform == "linux" else None,
                 worker_init_fn=_obey_parent_only,
                 collate_fn=_as_is,
             )

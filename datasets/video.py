@@ -285,6 +285,6 @@ def decode_window(payload: bytes, start: int, n_frames: int, size: tuple[int, in
                     frames.append(convert(frame, format="rgb24").to_ndarray())
                 if len(frames) == n_frames:
                     return np.stack(frames)
-    except (FFmpegError, ArithmeticError, IndexError, TypeError) as error:
+    except (FFmpegError, OSError, LookupError, ArithmeticError, TypeError, AttributeError, MemoryError) as error:
         raise ValueError(str(error)) from None
     raise ValueError(f"{len(frames)} of {n_frames} frames from frame {start} on")

@@ -153,6 +153,13 @@ def test_a_window_past_the_end_is_an_error() -> None:
         decode_window(b"\0" * 100, 0, 1)
 
 
+def test_a_stored_clip_of_an_unknown_codec_is_an_error() -> None:
+    payload = encode_mp4(noise_frames(4), 25)
+    assert payload.count(b"avc1") >= 1
+    with pytest.raises(ValueError):
+        decode_window(payload.replace(b"avc1", b"zzzz"), 0, 4)
+
+
 def test_the_system_has_a_decoder_program_or_says_so() -> None:
     assert ffmpeg_program() is None or shutil.which(ffmpeg_program())
 
