@@ -16,7 +16,7 @@ from datasets.loader import ClipSource
 from datasets.mixture import Collection
 from datasets.reader import MAX_FILES, ClipReader
 from datasets.shards import ShardSet
-from tests.shard_sets import SIZE, frames_of, sample_of, write_set
+from tests.shard_sets import SIZE, frames_of, sample_of, spoil, write_set
 from utils.errors import ConfigError
 
 Batches = list[dict[str, torch.Tensor]]
@@ -66,6 +66,31 @@ def test_any_cut_of_the_stream_is_the_same_stream(data: st.DataObject) -> None:
     for epoch in range(2):
         seen = [sample for b in alone[epoch * (n // batch) : (epoch + 1) * (n // batch)] for sample, _ in sample_of(b["video"])]
         assert len(set(seen)) == len(seen) == n // batch * batch, "an epoch repeats nothing and drops less than a batch"
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_cut_of_a_damaged_mixture_is_the_same_stream(data: st.DataObject) -> None:
+    worlds = st.sampled_from([1, 2, 4, 8])
+    with tempfile.TemporaryDirectory() as folder:
+        paths = []
+        for number in range(data.draw(st.integers(1, 3))):
+            sizes = data.draw(st.lists(st.integers(0, 8), min_size=1, max_size=4).filter(lambda found: sum(found) > 0))
+            path = write_set(Path(folder) / str(number), [*sizes, 8], lengths=(4,), first=100 * number)
+            spoil(path, *data.draw(st.lists(st.integers(0, sum(sizes) - 1), max_size=sum(sizes) // 2, unique=True)))
+            if data.draw(st.booleans()):
+                (path / "shard-00000.tar").write_bytes(b"")
+            paths.append(str(path))
+        weights = tuple(data.draw(st.sampled_from([0.5, 1.0, 3.0])) for _ in paths) if data.draw(st.booleans()) else ()
+        base = {"n_frames": 2, "flip": True, "shuffle": data.draw(st.sampled_from(["full", "block"])), "shuffle_shards": 2}
+        base |= {"path": tuple(paths), "weights": weights, "on_bad_sample": "skip", "max_bad_share": 1.0}
+        shards = open_shards(DataConfig(**base))
+        world, batch = data.draw(worlds), 8 * data.draw(st.integers(1, shards.num_samples // 8))
+        alone = take(shards, DataConfig(num_workers=0, **base), 0, 4, global_batch_size=batch)
+        stop, workers = data.draw(st.integers(0, 3)), DataConfig(num_workers=data.draw(st.sampled_from([0, 2])), **base)
+        parts = [take(shards, workers, stop, 4 - stop, rank=rank, global_batch_size=batch, world_size=world) for rank in range(world)]
+    joined = [{name: torch.cat([part[step][name] for part in parts]) for name in alone[0]} for step in range(4 - stop)]
+    assert equal(joined, alone[stop:])
 
 
 def test_a_rank_reads_few_shards_of_a_batch_of_blocks(tmp_path: Path) -> None:
