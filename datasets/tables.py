@@ -14,8 +14,10 @@ import numpy as np
 
 from datasets.storage import HASH, check_name
 
-MAX_INDEX_BYTES = 1 << 28
+MAX_INDEX_BYTES = 1 << 26
 MAX_SIDECAR_BYTES = 1 << 28
+MAX_JSON_LISTS = 1 << 20
+"""Lists and objects of an index: an empty one takes 20 times the memory of its text."""
 MAX_SHARD_BYTES = 1 << 42
 MAX_MEMBER_BYTES = (1 << 33) - 1
 """What the size field of a tar member can say."""
@@ -108,6 +110,8 @@ def join(tables: Iterable[Table], rows: int, sums: int) -> dict[str, np.ndarray]
 
 def parse_json(raw: bytes) -> dict[str, Any]:
     """A JSON object; ValueError otherwise."""
+    if raw.count(b"[") + raw.count(b"{") > MAX_JSON_LISTS:
+        raise ValueError("too many lists")
     try:
         value = json.loads(raw)
     except RecursionError:

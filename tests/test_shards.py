@@ -214,7 +214,18 @@ def test_a_lying_offset_index_is_skipped_with_its_shard(folder: Path, lie: Spoil
     assert shards.fault(4) == shards.bad[1] and shards.fault(3) is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"format": 1' + "0" * 9999 + "}", "\x00\xff"])
+NO_JSON = {
+    "nothing": "",
+    "list": "[]",
+    "cut": "{",
+    "deep": "[" * 100_000,
+    "lists": '{"a": [' + "[]," * (1 << 20) + "0]}",
+    "digits": '{"format": 1' + "0" * 9999 + "}",
+    "bytes": "\x00\xff",
+}
+
+
+@pytest.mark.parametrize("text", NO_JSON.values(), ids=NO_JSON)
 def test_an_index_that_is_no_json_is_refused(folder: Path, text: str) -> None:
     (folder / "index.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match="damaged"):
