@@ -168,6 +168,14 @@ def test_scenes_too_short_for_a_clip_are_left_out_by_name(tmp_path: Path) -> Non
     assert make(path, replace(RULES, scenes="split", on_short="pad"))[1] == []
 
 
+def test_a_strip_is_not_blown_up(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", noise_frames(5, (2, 2048)))
+    rules = replace(RULES, size=(512, 512), resize="shorter-side")
+    with pytest.raises(VideoError, match=r"2048x2 would have to be scaled by 256"):
+        make(path, rules)
+    assert len(make(path, replace(rules, resize="crop"))[0]) == 1
+
+
 def test_frames_hours_apart_have_a_rate(tmp_path: Path) -> None:
     rules = replace(RULES, clip_length=1, frame_stride=100_000, codec="mp4")
     ((sample, facts),) = make(write_video(tmp_path / "a.mp4", 9), rules)[0]

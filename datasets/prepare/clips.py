@@ -69,6 +69,7 @@ def video_clips(video: Video, rules: ClipRules, rejected: list[Rejection]) -> Ge
     with open_reel(video, rules) as reel:
         seconds = _seconds(video, reel)
         check_video(*reel.size, reel.fps, seconds, rules.filters)
+        _check_narrow(reel.size, rules)
         cuts = find_cuts(reel.small()) if rules.scenes == "split" else []
         kept, before = 0, len(rejected)
         with closing(_cut(video, reel, rules, cuts, rejected, lambda: 0 < rules.max_clips <= kept)) as found:
@@ -91,6 +92,13 @@ def _seconds(video: Video, reel: Reel) -> float:
     if start >= end:
         raise VideoError("part outside the video", f"from {start:g} s on, the video has {end:.2f} s")
     return min(stop, end) - start
+
+
+def _check_narrow(size: tuple[int, int], rules: ClipRules) -> None:
+    """VideoError for a strip that would be scaled to more than any video may have before it is cropped."""
+    scale = max(rules.size[0] / size[0], rules.size[1] / size[1])
+    if rules.resize not in ("crop", "square", "stretch") and size[0] * size[1] * scale**2 > rules.filters.max_pixels:
+        raise VideoError("too narrow", f"{size[1]}x{size[0]} would have to be scaled by {scale:.3g}; --resize crop does not")
 
 
 def _nothing(rules: ClipRules, rejected: list[Rejection]) -> VideoError:
