@@ -27,7 +27,7 @@ Job = tuple[Video, ClipRules, str | None, Path]
 """The arguments of `prepare`."""
 
 
-IN_MEMORY = 64 << 20
+IN_MEMORY = 16 << 20
 """Bytes of clips of one video that go from a worker to the writer without a file."""
 
 
