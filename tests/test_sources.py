@@ -65,6 +65,8 @@ def test_a_layout_is_detected(tmp_path: Path, layout: str) -> None:
         ("x", ["v_Archery_g01_c01.avi"], "UCF101"),
         ("x", ["v_Archery_g01_c01.avi", "other.avi"], "folder"),
         ("x", ["video_00001.mp4", "thumbnail.png"], "CLEVRER"),
+        ("x", ["3/video_00003.mp4", "4/video_00004.mp4"], "folder"),
+        ("x", ["val_vid/video_10000.mp4", "train_vid/video_00000.mp4"], "CLEVRER"),
         ("mnist", ["deep/er/1.mp4"], "folder"),
         ("x", ["1.mp4", "1.tar"], "folder"),
         ("x", ["a/1.png", "1.tar"], "frames"),

@@ -51,9 +51,11 @@ class CLEVRERSource:
     honours: frozenset[str] = frozenset()
 
     def matches(self, root: Path, options: SourceOptions) -> bool:
-        """All videos are named as in CLEVRER."""
+        """All videos are named as in CLEVRER, and so are their folders: any other may be classes."""
         videos = peek(root, VIDEO_SUFFIXES, options.exclude)
-        return bool(videos) and all(CLEVRER_NAME.fullmatch(path.name) for path in videos)
+        folders = {part for path in videos for part in relative(path, root).split("/")[:-1]}
+        named = all(part.startswith("video_") or folder_split(part) for part in folders)
+        return bool(videos) and named and all(CLEVRER_NAME.fullmatch(path.name) for path in videos)
 
     def list(self, root: Path, options: SourceOptions) -> Listing:
         """All videos in natural order. UserError for another name, and for a video that is there twice: it could be in two splits."""
