@@ -59,7 +59,7 @@ def write_sheet(folder: Path, entries: list[dict[str, Any]], codec: str, classes
     for place, strip in enumerate(strips):
         sheet.paste(strip, (GAP + place % columns * across, GAP + place // columns * down))
     buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG")
+    sheet.save(buffer, format="PNG", compress_level=1)
     path = path or folder / SHEET
     atomic_write_bytes(path, buffer.getvalue())
     return path
