@@ -136,6 +136,7 @@ def report(shards: ShardSet, batch: int, workers: list[int], rounds: int, root: 
         line = f"  {name:<26} {rate:>9.0f} clips/s {size / value / 1e9:>7.2f} GB/s   ratio {share:.3f}"
         plain = name.replace("stream", "webdataset")
         print(line + (f"   to webdataset {best[plain] / value:.2f}" if plain != name else ""), flush=True)
+    print(f"  target: at least {WEBDATASET_TARGET} of webdataset" + (f", {TARGET} of the raw read" if shards.codec == "npy" else ""))
 
 
 def digits(folder: Path, rules: ClipRules, videos: int) -> ShardSet:
