@@ -28,7 +28,7 @@ from datasets.transforms import resize_clip
 from datasets.video import ffmpeg_program, probe
 
 TARGET = 1.5
-"""Our preparation against scripts around the ffmpeg program."""
+"""Our preparation against one ffmpeg process a video with the same resize."""
 BASELINE = "script: ffmpeg process a video, torch resize"
 PER_CLIP = "script: ffmpeg process a clip, scaled by it"
 KINDS = {"mpeg4 320x240": ("mpeg4", "avi", (240, 320)), "h264 340x256": ("libx264", "mp4", (256, 340))}
@@ -145,7 +145,7 @@ def report(name: str, videos: Path, size: int, rounds: int) -> None:
     for variant, rate in rates.items():
         ratios = f"ratio {rate / baseline:.2f}   to a process a clip {rate / per_clip:.2f}"
         print(f"  {variant:<44} {counts[variant]:>5} clips {rate:>8.1f} clips/s of a core   {ratios}", flush=True)
-    print(f"  target: preprocess.py at least {TARGET} of the ffmpeg program's scripts")
+    print(f"  target: preprocess.py at least {TARGET} (ratio)")
 
 
 def main() -> None:
