@@ -21,7 +21,7 @@ from datasets.sources.base import Video
 from datasets.transforms import resize_clip
 from datasets.video import decode, probe
 from tests.preprocessing import command, report, run
-from tests.videos import folder_bytes, noise_frames, write_tree, write_video
+from tests.videos import folder_digests, noise_frames, write_tree, write_video
 
 
 def clip(shards: ShardSet, sample: int) -> np.ndarray:
@@ -60,10 +60,10 @@ def test_workers_do_not_change_a_byte(videos: Path, tmp_path: Path) -> None:
     flags = ("--clip-length", 8, "--shard-size", 3, "--image-size", 16, 16)
     for workers in (1, 2):
         run(videos, "--out", tmp_path / str(workers), *flags, "--workers", workers)
-    before = folder_bytes(tmp_path / "2")
-    assert folder_bytes(tmp_path / "1") == before
+    before = folder_digests(tmp_path / "2")
+    assert folder_digests(tmp_path / "1") == before
     run(videos, "--out", tmp_path / "2", *flags)
-    assert folder_bytes(tmp_path / "2") == before
+    assert folder_digests(tmp_path / "2") == before
 
 
 def tear_down_group(process: subprocess.Popen[bytes]) -> None:
@@ -92,7 +92,7 @@ def test_kills_at_any_moment_leave_nothing_behind(tmp_path: Path) -> None:
         stops.add(len(list(out.glob("shard-*.index.json"))))
     run(*flags, "--out", out)
     assert len(stops) > 1, "the kills did not fall into the work"
-    assert folder_bytes(out) == folder_bytes(tmp_path / "whole")
+    assert folder_digests(out) == folder_digests(tmp_path / "whole")
 
 
 def test_a_shard_damaged_after_a_kill_is_made_again(videos: Path, tmp_path: Path) -> None:
@@ -106,8 +106,10 @@ def test_a_shard_damaged_after_a_kill_is_made_again(videos: Path, tmp_path: Path
     data = bytearray((tmp_path / "half" / "shard-00001.tar").read_bytes())
     data[5000] ^= 1
     (tmp_path / "half" / "shard-00001.tar").write_bytes(data)
+    for name in (".index.json.1234abcd.tmp", ".report.json.1234abcd.tmp", ".shard-00000.index.json.1234abcd.tmp"):
+        (tmp_path / "half" / name).write_bytes(b"half written")
     run(*flags, "--out", tmp_path / "half")
-    assert folder_bytes(tmp_path / "half") == folder_bytes(tmp_path / "whole")
+    assert folder_digests(tmp_path / "half") == folder_digests(tmp_path / "whole")
 
 
 def test_files_that_cannot_be_used_are_named_with_the_reason(videos: Path, tmp_path: Path) -> None:
@@ -191,12 +193,12 @@ def test_moving_digits_are_video_files_that_become_shards(tmp_path: Path) -> Non
     run(*flags, "--out", tmp_path / "b")
     shards = ShardSet.open(tmp_path / "a")
     assert shards.num_samples == 80 and shards.classes == list("0123456789") and len(list((tmp_path / "a").glob("source/*/*.mp4"))) == 20
-    assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
+    assert folder_digests(tmp_path / "a") == folder_digests(tmp_path / "b")
     for sample in range(shards.num_samples):
         frames = clip(shards, sample).astype(int)
         assert frames.max() > 200 and np.abs(frames[-1] - frames[0]).sum() > 1000, "the digits must move"
     run(*flags, "--out", tmp_path / "c", "--seed", 1)
-    assert folder_bytes(tmp_path / "c") != folder_bytes(tmp_path / "a")
+    assert folder_digests(tmp_path / "c") != folder_digests(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -227,9 +229,9 @@ def test_the_script_prints_an_error_as_one_line() -> None:
 def test_other_settings_do_not_touch_a_set(videos: Path, tmp_path: Path) -> None:
     flags = (videos, "--out", tmp_path / "set", "--image-size", 16, 16)
     run(*flags)
-    before = folder_bytes(tmp_path / "set")
+    before = folder_digests(tmp_path / "set")
     assert "--overwrite" in run(*flags, "--clip-length", 8, code=1)
-    assert folder_bytes(tmp_path / "set") == before
+    assert folder_digests(tmp_path / "set") == before
     run(*flags, "--clip-length", 8, "--overwrite")
     assert ShardSet.open(tmp_path / "set").clip_length == 8
 
@@ -238,13 +240,13 @@ def test_overwrite_deletes_a_set_and_nothing_else(videos: Path, tmp_path: Path) 
     flags = (videos, "--out", tmp_path / "set", "--image-size", 16, 16)
     run(*flags)
     (tmp_path / "set/mine.tmp").write_text("not made here")
-    before = folder_bytes(tmp_path / "set")
+    before = folder_digests(tmp_path / "set")
     run(tmp_path / "mistyped", "--out", tmp_path / "set", "--overwrite", code=1)
-    assert folder_bytes(tmp_path / "set") == before
+    assert folder_digests(tmp_path / "set") == before
     (tmp_path / "set/.work").mkdir()
     with locked(Part(tmp_path / "set", 3, 0, 1)):
         assert "another preprocess.py is writing part 3" in run(*flags, "--overwrite", code=1)
-    assert before.items() <= folder_bytes(tmp_path / "set").items()
+    assert before.items() <= folder_digests(tmp_path / "set").items()
     run(*flags, "--clip-length", 8, "--overwrite")
     assert (tmp_path / "set/mine.tmp").exists()
     (tmp_path / "web").mkdir()

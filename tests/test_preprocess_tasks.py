@@ -23,7 +23,7 @@ from datasets.prepare.workers import prepare_all, read_spool
 from datasets.shards import ShardSet
 from datasets.sources.base import Video
 from tests.preprocessing import call, command, report, run
-from tests.videos import folder_bytes, write_tree, write_video
+from tests.videos import folder_digests, write_tree, write_video
 from utils.errors import UserError
 
 FLAGS = ("--clip-length", 4, "--shard-size", 6, "--image-size", 16, 16, "--decoder", "pyav", "--name", "toy")
@@ -52,10 +52,10 @@ def test_tasks_in_any_order_make_the_same_set(videos: Path, whole: Path, tmp_pat
         waiting = 3 - len(set(order[: number + 1]))
         assert f"{waiting} parts of the set are still to be made" in printed if waiting else "of 11 videos" in printed
         assert (tmp_path / "set" / "index.json").exists() == (waiting == 0)
-    assert folder_bytes(tmp_path / "set") == folder_bytes(whole)
-    before = folder_bytes(tmp_path / "set")
+    assert folder_digests(tmp_path / "set") == folder_digests(whole)
+    before = folder_digests(tmp_path / "set")
     assert "was complete already" in run(videos, "--out", tmp_path / "set", *FLAGS, "--task-id", 1, "--num-tasks", 3)
-    assert folder_bytes(tmp_path / "set") == before
+    assert folder_digests(tmp_path / "set") == before
 
 
 def test_parts_are_disjoint_and_complete(videos: Path, whole: Path, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_parts_are_disjoint_and_complete(videos: Path, whole: Path, tmp_path: Pa
 def test_the_number_of_tasks_and_of_workers_does_not_matter(videos: Path, whole: Path, tmp_path: Path) -> None:
     run(videos, "--out", tmp_path / "set", *FLAGS, "--task-id", 0, "--num-tasks", 4, "--parts", 3)
     run(videos, "--out", tmp_path / "set", *FLAGS, "--parts", 3, "--workers", 2)
-    assert folder_bytes(tmp_path / "set") == folder_bytes(whole)
+    assert folder_digests(tmp_path / "set") == folder_digests(whole)
 
 
 def test_more_parts_than_videos(videos: Path, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_tasks_at_once_and_killed(videos: Path, whole: Path, tmp_path: Path) -> 
     for process in tasks:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-    assert folder_bytes(out) == folder_bytes(whole)
+    assert folder_digests(out) == folder_digests(whole)
 
 
 def test_a_part_is_made_by_one_process(videos: Path, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_an_unfinished_set_names_its_parts(videos: Path, tmp_path: Path) -> None
 def test_underscores_are_dashes(videos: Path, whole: Path, tmp_path: Path) -> None:
     flags = [flag.replace("-", "_").replace("__", "--", 1) if isinstance(flag, str) else flag for flag in FLAGS]
     run(f"--data_path={videos}", "--out", tmp_path / "set", *flags, "--parts", 3)
-    assert folder_bytes(tmp_path / "set") == folder_bytes(whole)
+    assert folder_digests(tmp_path / "set") == folder_digests(whole)
 
 
 def full_disk(after: int) -> Callable[[Path, bytes], None]:
@@ -164,7 +164,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     assert said == f"cannot write to {tmp_path / 'set'}: No space left on device; mend that and run the same command again, it goes on\n"
     assert not list((tmp_path / "set").rglob("*.tmp")) and not list((tmp_path / "set").rglob("*.spool"))
     run(*flags)
-    assert folder_bytes(tmp_path / "set") == folder_bytes(whole)
+    assert folder_digests(tmp_path / "set") == folder_digests(whole)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -178,7 +178,7 @@ def test_a_file_that_cannot_grow_leaves_nothing_half_written(videos: Path, whole
     done = subprocess.run(command(*flags), capture_output=True, text=True, timeout=120, preexec_fn=limit, check=False)
     assert done.returncode == 1 and done.stderr.startswith("error: cannot write to") and len(done.stderr.splitlines()) == 1, done.stderr
     run(*flags)
-    assert folder_bytes(tmp_path / "set") == folder_bytes(whole)
+    assert folder_digests(tmp_path / "set") == folder_digests(whole)
 
 
 def test_a_shard_lost_before_the_end_is_made_again(videos: Path, whole: Path, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_shard_lost_before_the_end_is_made_again(videos: Path, whole: Path, tm
     (tmp_path / "set/shard-0001-00000.tar").write_bytes(b"")
     assert "1 parts" in run(videos, "--out", tmp_path / "set", *FLAGS, "--task-id", 2, "--num-tasks", 3)
     run(videos, "--out", tmp_path / "set", *FLAGS, "--task-id", 1, "--num-tasks", 3)
-    assert folder_bytes(tmp_path / "set") == folder_bytes(whole)
+    assert folder_digests(tmp_path / "set") == folder_digests(whole)
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def test_duplicates_are_the_same_after_a_kill(copies: Path, tmp_path: Path) -> N
         (half / ".work").mkdir()
         (half / ".work/plan").write_text(json.dumps({"plan": index["plan"], "parts": 1}))
         run(*flags, "--out", half)
-        assert folder_bytes(half) == folder_bytes(tmp_path / "whole")
+        assert folder_digests(half) == folder_digests(tmp_path / "whole")
 
 
 def test_a_task_that_comes_second_at_the_end_is_done_too(
@@ -263,7 +263,7 @@ def test_stopping_with_ctrl_c_leaves_a_set_that_goes_on(videos: Path, whole: Pat
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and b"Traceback" not in errors
     run(videos, "--out", out, *FLAGS, "--parts", 3)
-    assert folder_bytes(out) == folder_bytes(whole)
+    assert folder_digests(out) == folder_digests(whole)
 
 
 class Bomb:

@@ -1,5 +1,6 @@
 """Small real video files for tests of the data path."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,6 +39,10 @@ def write_tree(root: Path, names: Sequence[str], frames: int = 20) -> Path:
     return root
 
 
-def folder_bytes(folder: Path) -> dict[str, bytes]:
-    """Relative path -> content of every file below a folder."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+def folder_digests(folder: Path) -> dict[str, str]:
+    """Relative path -> SHA-256 of every file below a folder: short enough to read when two folders differ."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

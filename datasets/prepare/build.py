@@ -4,24 +4,23 @@ What a set holds depends on the list of videos, the rules and the number of part
 workers, on the order in which they come, or on restarts.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets.prepare.clips import MP4_CRF, ClipRules
 from datasets.prepare.copies import Copies
-from datasets.prepare.parts import WORK, Cut, Part, cut_parts, locked, make_part
+from datasets.prepare.parts import WORK, Cut, Part, cut_parts, finishing, locked, make_part
 from datasets.prepare.report import Tally, write_report
 from datasets.prepare.sheet import write_sheet
-from datasets.prepare.writer import dump_json
+from datasets.prepare.writer import dump_json, remove_unfinished
 from datasets.shards import FORMAT, INDEX, SCHEMA, sidecar_name
 from datasets.sources.base import Listing
 from utils.errors import UserError
@@ -163,19 +162,9 @@ def _make_parts(
         progress(before, made)
 
 
-@contextmanager
-def _finishing(out: Path) -> Iterator[None]:
-    """One task after the other. Without locks on the file system two may do the same work, with the same bytes."""
-    with (out / WORK / "finish").open("wb") as lock:
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _finish(parts: list[Part], listing: Listing, rules: ClipRules, info: SetInfo, out: Path, plan: str) -> int:
     """Writes what stands over the shards, once all parts are made. Returns how many are not."""
-    (out / WORK).mkdir(exist_ok=True)
-    with _finishing(out):
+    with finishing(out):
         waiting = sum(not part.marked for part in parts)
         made = [] if waiting else [done for part in parts if (done := part.done()) is not None]
         if (out / INDEX).exists():
@@ -195,6 +184,7 @@ def _finish(parts: list[Part], listing: Listing, rules: ClipRules, info: SetInfo
             why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
             raise UserError(f"no clip could be made of {len(listing.videos)} videos ({why}): see {out / 'report.json'}")
         write_sheet(out, entries, rules.codec, listing.classes)
+        remove_unfinished(out)
         atomic_write_bytes(out / INDEX, _index(listing, rules, info, entries, total, plan, dropped))
     return 0
 

@@ -23,8 +23,8 @@ from safetensors.numpy import save
 
 from datasets.prepare.carry import carried, with_window
 from datasets.prepare.moments import Moments, statistics
-from datasets.prepare.parts import WORK, held
-from datasets.prepare.writer import Sample, ShardWriter, dump_json, finished_shard, shard_entry, shard_name
+from datasets.prepare.parts import WORK, finishing, held
+from datasets.prepare.writer import Sample, ShardWriter, dump_json, finished_shard, remove_unfinished, shard_entry, shard_name
 from datasets.reader import ClipReader
 from datasets.shards import INDEX, SCHEMA, ShardSet, frame_sums, sidecar_name
 from utils.errors import UserError
@@ -118,10 +118,16 @@ def encode_set(job: LatentJob, share: Share, progress: Callable[[int], None]) ->
                 continue
             with held(job.out / WORK / f"{number}.lock", str(job.out / shard_name(number))):
                 _encode_shard(job, number, progress)
-        return _finish(job)
+        with finishing(job.out):
+            index = _complete(job) if (job.out / INDEX).exists() else _finish(job)
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and (job.out / INDEX).exists():
+            return _complete(job)  # another process wrote the index, and has taken the work folder away
         why = f"{error.strerror or error} ({error.filename or job.out})"
         raise UserError(f"cannot write to {job.out}: {why}; mend that and run the same command again, it goes on") from None
+    if index is not None:
+        shutil.rmtree(job.out / WORK, ignore_errors=True)
+    return index
 
 
 def _complete(job: LatentJob) -> dict[str, Any]:
@@ -236,7 +242,7 @@ def _sample(job: LatentJob, window: tuple[int, int], tensors: Tensors, members: 
 
 
 def _finish(job: LatentJob) -> dict[str, Any] | None:
-    """Writes index.json when all shards are there. Whoever does it writes the same bytes."""
+    """Writes index.json when all shards are there."""
     tables = []
     for number in job.shards:
         try:
@@ -252,8 +258,8 @@ def _finish(job: LatentJob) -> dict[str, Any] | None:
     if not sum(entry["samples"] for entry in entries):
         raise UserError(f"no clip of {job.pixels.folder} could be encoded: {_left_out(progress)}")
     index = _index(job, [entry for entry in entries if entry["samples"]], progress)
+    remove_unfinished(job.out)
     atomic_write_bytes(job.out / INDEX, json.dumps(index, indent=1, sort_keys=True).encode() + b"\n")
-    shutil.rmtree(job.out / WORK, ignore_errors=True)
     return index
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,16 @@ def held(path: Path, what: str) -> Iterator[None]:
             # A cluster's file system may have no locks. Tasks of one array have different parts: they need none.
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                 raise
+        yield
+
+
+@contextmanager
+def finishing(out: Path) -> Iterator[None]:
+    """One process after the other. Without locks on the file system two may do the same work, with the same bytes."""
+    (out / WORK).mkdir(exist_ok=True)
+    with (out / WORK / "finish").open("wb") as lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

@@ -19,6 +19,7 @@ from utils.files import atomic_write_bytes, fsync_path, sha256_file
 
 SET_FILES = ("index.json", "report.json", "sheet.png")
 """What stands in a set's folder beside the shards."""
+_UNFINISHED = ("shard-*.tar.tmp", ".shard-*.tmp", *(f".{name}.*.tmp" for name in SET_FILES))
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,14 @@ def remove_shards(folder: Path, keep: int, part: int | None = None) -> None:
     _remove(folder, (f"{stem}*", f".{stem}*.tmp"), kept)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Deletes what killed processes left half written. Only when all shards of the set are finished."""
+    _remove(folder, _UNFINISHED, set())
+
+
 def remove_set(folder: Path) -> None:
     """Deletes what the toolkit wrote into a shard folder."""
-    unfinished = ("shard-*.tar.tmp", ".shard-*.tmp", *(f".{name}.*.tmp" for name in SET_FILES))
-    _remove(folder, ("shard-*.tar", "shard-*.index.json", *unfinished, *SET_FILES), set())
+    _remove(folder, ("shard-*.tar", "shard-*.index.json", *_UNFINISHED, *SET_FILES), set())
 
 
 def _remove(folder: Path, patterns: tuple[str, ...], kept: set[str]) -> None:
