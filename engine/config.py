@@ -9,7 +9,7 @@ from utils.errors import ConfigError
 
 _LOWEST = {
     "train": {"global_batch_size": 1, "accumulation": 1, "epochs": 1, "max_steps": 0, "max_bad_steps": 0},
-    "optim": {"lr": 0, "eps": 0, "weight_decay": 0, "clip_norm": 0, "warmup_steps": 0, "final_lr_ratio": 0},
+    "optim": {"lr": 0, "eps": 0, "weight_decay": 0, "clip_norm": 0, "clip_start": 0, "warmup_steps": 0, "final_lr_ratio": 0},
     "parallel": {"shard_size": 0, "timeout": 1},
     "checkpoint": {"every": 0, "keep_last": 0},
     "log": {"every": 0, "preview_every": 0, "eval_every": 0, "eval_batches": 0},
@@ -25,11 +25,11 @@ class TrainConfig:
     """Name of the run; empty: system and stage."""
     global_batch_size: int = flag(256, "global-batch-size")
     """Samples per optimiser step over all ranks and accumulation steps."""
-    accumulation: int = flag(1, "accumulation")
+    accumulation: int = flag(1, "accumulation", "gradient-accumulation", "gradient-accumulation-steps")
     """Micro-batches per optimiser step; gradients are exchanged on the last one only."""
     epochs: int = flag(1, "epochs")
     """Passes over the training set."""
-    max_steps: int = flag(0, "max-steps")
+    max_steps: int = flag(0, "max-steps", "max-train-steps")
     """End exactly at this optimiser step, whatever the epochs; 0: by epochs."""
     seed: int = flag(0, "global-seed", "seed")
     """Seed of the weights, the order of samples and all noise. Results do not depend on the number of ranks."""
@@ -49,8 +49,10 @@ class OptimConfig:
     """AdamW's epsilon."""
     weight_decay: float = flag(0.0, "weight-decay")
     """Decoupled weight decay."""
-    clip_norm: float = flag(0.0, "clip-norm")
+    clip_norm: float = flag(0.0, "clip-norm", "clip-max-norm")
     """Clip the gradient of each network to this total norm; 0: no clipping (the norm is still logged)."""
+    clip_start: int = flag(0, "clip-start", "start-clip-iter")
+    """First step (from 0) that is clipped; the norms logged before it tell what clip_norm should be."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warm-up."""
     warmup_steps: int = flag(0, "warmup-steps")
@@ -76,7 +78,9 @@ class ParallelConfig:
     """hsdp: ranks per shard group; 0: the ranks of one node."""
     precision: Literal["bf16", "fp32"] = flag("bf16", "precision")
     """Precision of the arithmetic; weights, gradients' reduction, optimiser and EMA stay fp32."""
-    activation_checkpointing: Literal["none", "block", "selective"] = flag("none", "activation-checkpointing")
+    activation_checkpointing: Literal["none", "block", "selective"] = flag(
+        "none", "activation-checkpointing", "gradient-checkpointing", bare="block"
+    )
     """Recompute activations in the backward: block: all of each block; selective: all but the outputs of matrix products and attention."""
     compile: Literal["auto", "on", "off"] = flag("auto", "compile")
     """torch.compile of each block; auto: on with a GPU."""

@@ -21,6 +21,11 @@ def learning_rate(config: OptimConfig, step: int, total: int) -> float:
     return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+def clip_limit(config: OptimConfig, step: int) -> float:
+    """Norm that the gradient of step `step` (from 0) is clipped to; 0: not clipped."""
+    return config.clip_norm if step >= config.clip_start else 0.0
+
+
 def build_optimizer(parameters: Sequence[nn.Parameter], config: OptimConfig, *, sharded: bool) -> Optimizer:
     """Fused AdamW over the parameters as they are after wrapping."""
     # An optimiser over the parameters from before sharding would step tensors that nobody uses, without an error.

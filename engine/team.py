@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from engine.config import ParallelConfig, RunConfig
 from engine.ema import Ema
-from engine.optim import build_optimizer, gradient_norm, guarded_step, learning_rate
+from engine.optim import build_optimizer, clip_limit, gradient_norm, guarded_step, learning_rate
 from engine.shard import Replicated, device_mesh, parallelize
 from engine.task import Network
 from launch.env import Env
@@ -96,7 +96,7 @@ class Team:
         rate = learning_rate(optim, step, total)
         for group in member.optimizer.param_groups:
             group["lr"] = rate
-        guarded_step(member.optimizer, norm, optim.clip_norm, divisor, finite)
+        guarded_step(member.optimizer, norm, clip_limit(optim, step), divisor, finite)
         if member.ema:
             member.ema.update(step)
         return rate

@@ -1,6 +1,7 @@
 """The training loop: equal losses however it is spread, equal to a plain loop written here; skipped steps, stops, restarts."""
 
 import json
+import math
 import os
 import signal
 import sys
@@ -56,9 +57,11 @@ def train_all(env: Env, folder: str, modes: Mapping[str, dict[str, Any]], method
     return {name: str(train(env, f"{folder}/{name}", changes, methods=methods)) for name, changes in modes.items()}
 
 
-def reference(steps: int, gan: bool = False) -> tuple[list[float], list[float], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+def reference(
+    steps: int, gan: bool = False, **changes: Any
+) -> tuple[list[float], list[float], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """A plain loop over whole batches: losses, norms, weights, average, critic's weights."""
-    config = toy_config("unused", max_steps=steps)
+    config = toy_config("unused", max_steps=steps, **changes)
     torch.manual_seed(derive_seed(config.train.seed, "weights"))
     net = Net()
     fixed = nn.Linear(16, 16)
@@ -77,7 +80,7 @@ def reference(steps: int, gan: bool = False) -> tuple[list[float], list[float], 
         loss = task.loss("net", modules, batch, rng).total / len(batch["index"])
         net.zero_grad()
         loss.backward()
-        norms.append(float(nn.utils.clip_grad_norm_(net.parameters(), optim.clip_norm)))
+        norms.append(float(nn.utils.clip_grad_norm_(net.parameters(), optim.clip_norm if step >= optim.clip_start else math.inf)))
         optimizer.param_groups[0]["lr"] = learning_rate(optim, step, steps)
         optimizer.step()
         losses.append(loss.item())
@@ -92,8 +95,8 @@ def reference(steps: int, gan: bool = False) -> tuple[list[float], list[float], 
     return losses, norms, net.state_dict(), average, critic.state_dict()
 
 
-def check_against_reference(run: Path) -> None:
-    losses, norms, weights, average, _ = reference(5)
+def check_against_reference(run: Path, **changes: Any) -> None:
+    losses, norms, weights, average, _ = reference(5, **changes)
     assert [line["loss"] for line in lines(run)] == pytest.approx(losses, rel=3e-7)
     assert [line["grad_norm/net"] for line in lines(run)] == pytest.approx(norms, rel=2e-6)
     for name, expected in (("model", weights), ("ema", average)):
@@ -108,6 +111,16 @@ def test_one_process_agrees_with_a_plain_loop(tmp_path: Path) -> None:
     with distributed(60) as env:
         for folder in train_all(env, str(tmp_path), modes).values():
             check_against_reference(Path(folder))
+
+
+def test_clipping_starts_at_its_step_and_cuts_the_whole_accumulated_gradient(tmp_path: Path) -> None:
+    """Not each micro-batch's running sum, and from the first step on no micro-batch more or less than the others have."""
+    changes = {"clip_norm": 0.05, "clip_start": 3, "warmup_steps": 0, "schedule": "constant"}
+    always, late = reference(5, **(changes | {"clip_start": 0})), reference(5, **changes)
+    assert any(not torch.allclose(always[2][name], value, atol=1e-3) for name, value in late[2].items()), "the start makes a difference"
+    with distributed(60) as env:
+        folder = train(env, str(tmp_path), {"mode": "ddp", "accumulation": 4} | changes)
+    check_against_reference(folder, **changes)
 
 
 @pytest.mark.slow

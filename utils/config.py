@@ -30,7 +30,12 @@ Values = dict[str, tuple[Any, str]]
 _HOW_TO_SET = """Settings: the defaults, then each --config FILE (YAML) in order, then the flags below.
 Dashes and underscores are the same; --group.name=value and group.name=value work too."""
 
-STAGE_SCRIPTS = {"autoencoder": "train_ae.py", "content": "train_content_diffusion.py", "motion": "train_motion_diffusion.py"}
+STAGE_SCRIPTS = {
+    "autoencoder": "train_ae.py",
+    "content": "train_content_diffusion.py",
+    "motion": "train_motion_diffusion.py",
+    "denoiser": "train_dit.py",
+}
 
 
 def flag(default: Any, *aliases: str, bare: Any = None) -> Any:
