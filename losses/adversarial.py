@@ -1,4 +1,4 @@
-"""Adversarial losses on patch logits and feature matching (spec, cmd.md section 4). All give one value per sample, (B,)."""
+"""Adversarial losses on patch logits and feature matching (spec, cmd.md section 4; lsgan: latte.md section 4.3). All give one value per sample, (B,)."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -6,21 +6,25 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-Kind = Literal["hinge", "vanilla"]
+Kind = Literal["hinge", "vanilla", "lsgan"]
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: Kind = "hinge") -> Tensor:
-    """Logits (B, ...) -> (B,). hinge: 0.5 (relu(1 - real) + relu(1 + fake)); vanilla: 0.5 (softplus(-real) + softplus(fake))."""
+    """Logits (B, ...) -> (B,). hinge: 0.5 (relu(1 - real) + relu(1 + fake)); vanilla: 0.5 (softplus(-real) + softplus(fake));
+    lsgan: 0.5 ((real - 1)^2 + fake^2), each the mean over a sample's patches.
+    """
     if kind == "hinge":
         return 0.5 * (_mean(F.relu(1 - real)) + _mean(F.relu(1 + fake)))
     if kind == "vanilla":
         return 0.5 * (_mean(F.softplus(-real)) + _mean(F.softplus(fake)))
-    raise ValueError(f"unknown discriminator loss {kind!r}: hinge or vanilla")
+    if kind == "lsgan":
+        return 0.5 * (_mean((real - 1).square()) + _mean(fake.square()))
+    raise ValueError(f"unknown discriminator loss {kind!r}: hinge, vanilla or lsgan")
 
 
-def generator_loss(fake: Tensor) -> Tensor:
-    """Logits (B, ...) of generated samples -> their negative mean, (B,)."""
-    return -_mean(fake)
+def generator_loss(fake: Tensor, kind: Kind = "hinge") -> Tensor:
+    """Logits (B, ...) of generated samples -> (B,): their negative mean; lsgan: the mean of (fake - 1)^2."""
+    return _mean((fake - 1).square()) if kind == "lsgan" else -_mean(fake)
 
 
 def feature_matching(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:

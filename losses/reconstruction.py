@@ -1,4 +1,4 @@
-"""Reconstruction losses of CMD's autoencoder (spec, cmd.md section 4). All give one value per sample, (B,)."""
+"""Reconstruction losses of the autoencoders (spec, cmd.md section 4, latte.md section 4.3). All give one value per sample, (B,)."""
 
 from collections.abc import Callable
 
@@ -12,8 +12,13 @@ def l1(target: Tensor, recon: Tensor) -> Tensor:
 
 
 def mse(target: Tensor, recon: Tensor) -> Tensor:
-    """Mean squared error of clips (B, ...): the whole loss in latent mode."""
+    """Mean squared error of clips or frames (B, ...)."""
     return (target - recon).square().flatten(1).mean(1)
+
+
+def kl_to_standard(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL divergence of diagonal Gaussians (B, ...) from the standard normal, summed over all elements of a sample, in nats."""
+    return 0.5 * (logvar.exp() + mean.square() - 1 - logvar).flatten(1).sum(1)
 
 
 def pick_frame(video: Tensor, index: Tensor) -> Tensor:

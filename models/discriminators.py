@@ -1,6 +1,9 @@
-"""PatchGAN discriminators for frames (2-D) and clips (3-D) (spec, cmd.md section 4). Built only when the adversarial loss is enabled."""
+"""PatchGAN discriminators, built only when an adversarial loss is enabled: CMD's pair for frames (2-D) and clips (3-D) (spec, cmd.md
+section 4), and the one for frames of Latte's VAE (spec, latte.md section 4.2)."""
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -57,6 +60,58 @@ class Discriminators(nn.Module):
     def forward(self, frames: Tensor, clips: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Frames (B, C, h, w), clips (B, C, T, h, w) -> stage outputs of the 2-D and of the 3-D discriminator."""
         return self.discriminator_2d(frames), self.discriminator_3d(clips)
+
+
+@dataclass(frozen=True)
+class FrameDiscriminatorConfig:
+    channels: int = 3
+    """Channels of the frames."""
+    conv_channels: tuple[int, ...] = (64, 128, 256)
+    """Widths of the stages before the logits."""
+    kernels: tuple[int, ...] = (4, 4, 4, 4)
+    """Stage by stage, that of the logits last: side of the kernel."""
+    strides: tuple[int, ...] = (2, 2, 2, 1)
+    """Its stride."""
+    paddings: tuple[int, ...] = (1, 1, 1, 1)
+    """Its padding."""
+    norm: Literal["batch", "group"] = "batch"
+    """batch: statistics of the micro-batch on each rank, as in the release; group: of each frame alone, so that results depend neither on
+    the number of ranks nor on accumulation."""
+
+    def __post_init__(self) -> None:
+        stages = len(self.conv_channels) + 1
+        if stages < 2 or {len(self.kernels), len(self.strides), len(self.paddings)} != {stages}:
+            raise ValueError(f"kernels, strides and paddings need one entry more than conv_channels {self.conv_channels}, which needs one")
+        if min(self.channels, *self.conv_channels, *self.kernels, *self.strides) < 1 or min(self.paddings) < 0:
+            raise ValueError("channels, conv_channels, kernels and strides must be at least 1, paddings at least 0")
+
+
+class FrameDiscriminator(nn.Module):
+    """Stages of convolution, norm (not in the first) and leaky ReLU; the last convolution alone gives one logit per patch.
+
+    Only the first convolution has a bias. State names and initialisation are the tutorial release's.
+    """
+
+    def __init__(self, config: FrameDiscriminatorConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = (config.channels, *config.conv_channels, 1)
+        last = len(widths) - 2
+        shapes = zip(widths, widths[1:], config.kernels, config.strides, config.paddings, strict=False)
+        self.layers = nn.ModuleList()
+        for k, shape in enumerate(shapes):
+            norm = _norm(config.norm, widths[k + 1]) if 0 < k < last else nn.Identity()
+            self.layers.append(nn.Sequential(nn.Conv2d(*shape, bias=k == 0), norm, nn.LeakyReLU(0.2) if k < last else nn.Identity()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Frames (B, C, h, w) -> logits (B, 1, r, s)."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def _norm(kind: Literal["batch", "group"], width: int) -> nn.Module:
+    return nn.BatchNorm2d(width) if kind == "batch" else nn.GroupNorm(math.gcd(8, width), width)
 
 
 def _init(module: nn.Module) -> None:

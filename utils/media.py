@@ -24,6 +24,25 @@ def to_uint8(video: Tensor) -> Tensor:
     return video.float().clamp(-1.0, 1.0).add(1.0).mul(127.5).round().to(torch.uint8)
 
 
+_LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in ITU-R 601's luma, which is also Pillow's "L"."""
+
+
+def to_channels(video: Tensor, channels: int) -> Tensor:
+    """Float RGB b 3 ... -> b channels ..., for networks of 3 channels (as it is) or 1 (luma). Raises ValueError for other numbers."""
+    if channels == 3:
+        return video
+    if channels != 1:
+        raise ValueError(f"frames have 3 channels, or 1 as luma, not {channels}")
+    red, green, blue = video.split(1, dim=1)
+    return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+
+
+def to_rgb(video: Tensor) -> Tensor:
+    """b 1 ... -> b 3 ..., the channel repeated; three channels as they are."""
+    return video if video.shape[1] == 3 else video.expand(-1, 3, *video.shape[2:])
+
+
 def grid(videos: Tensor, columns: int = 0, gap: int = 2) -> Tensor:
     """Videos b c t h w (or images b c h w) side by side with `gap` pixels between -> c t H W (or c H W). columns 0: nearly square.
 
