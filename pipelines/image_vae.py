@@ -1,31 +1,52 @@
-"""Latent mode's image VAE: a pretrained diffusers AutoencoderKL that is read from a local folder and never trained."""
+"""Frozen VAEs that see one frame at a time: a pretrained diffusers AutoencoderKL read from a local folder, or a frame VAE of ours."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from models.autoencoders.frame_vae import FrameVAE
+from pipelines.loading import Weights, load_frame_vae
 from utils.errors import ConfigError, UserError
 from utils.files import sha256_file
+from utils.media import to_channels, to_rgb
+
+SD_SCALE = 0.18215
+"""Factor of Stable Diffusion's latents: about 1 / their standard deviation."""
 
 
 class ImageVae(nn.Module):
-    """Frames of a clip to scaled latents and back, float32, `chunk` frames at a time.
+    """Frames of a clip to latents and back, float32, `chunk` frames at a time.
 
-    `autoencoder` has diffusers' interface: `encode(x).latent_dist` with `mean` and `std`, `decode(z).sample`.
+    `autoencoder` has diffusers' interface: `encode(x).latent_dist` with `mean` and `std`, `decode(z).sample`; x b 3 h w.
     """
 
-    def __init__(self, autoencoder: Any, *, channels: int, factor: int, scale_factor: float, chunk: int = 16, sha256: str = "") -> None:
+    def __init__(
+        self,
+        autoencoder: Any,
+        *,
+        channels: int,
+        factor: int,
+        scale_factor: float,
+        chunk: int = 16,
+        sha256: str = "",
+        kind: Literal["sd", "latte"] = "sd",
+    ) -> None:
         super().__init__()
+        if chunk < 1:
+            raise ConfigError(f"vae.chunk {chunk}: at least 1 frame at a time")
         self.autoencoder = autoencoder.float().eval().requires_grad_(False)
         self.channels = channels
         self.factor = factor
         self.scale_factor = scale_factor
         self.chunk = chunk
         self.sha256 = sha256
+        self.kind = kind
+        """sd: diffusers' AutoencoderKL; latte: a frame VAE of ours."""
 
     def latent_shape(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
         """Shape b c t h w of a clip -> shape of its latents. Raises UserError when the frame is not a multiple of the factor."""
@@ -45,27 +66,79 @@ class ImageVae(nn.Module):
         return rearrange(latents * self.scale_factor, "(b t) c h w -> b c t h w", b=len(video))
 
     @torch.no_grad()
+    def moments(self, video: Tensor) -> Tensor:
+        """b 3 t h w in [-1, 1] -> b 2C t h' w' float32: the posterior's mean, then its standard deviation; nothing is scaled."""
+        self.latent_shape(video.shape)
+        frames = rearrange(video.float(), "b c t h w -> (b t) c h w").split(self.chunk)
+        with torch.autocast(video.device.type, enabled=False):
+            posteriors = [self.autoencoder.encode(f).latent_dist for f in frames]
+        both = torch.cat([torch.cat([p.mean, p.std], dim=1) for p in posteriors])
+        return rearrange(both, "(b t) c h w -> b c t h w", b=len(video))
+
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents b C t h' w' -> clip b 3 t h w, about [-1, 1]."""
-        frames = rearrange(latents.float() / self.scale_factor, "b c t h w -> (b t) c h w").split(self.chunk)
+        return self.decode_raw(latents.float() / self.scale_factor)
+
+    @torch.no_grad()
+    def decode_raw(self, latents: Tensor) -> Tensor:
+        """Latents b C t h' w' as the VAE itself has them -> clip b 3 t h w, about [-1, 1]."""
+        frames = rearrange(latents.float(), "b c t h w -> (b t) c h w").split(self.chunk)
         with torch.autocast(latents.device.type, enabled=False):
             decoded = torch.cat([self.autoencoder.decode(f).sample for f in frames])
         return rearrange(decoded, "(b t) c h w -> b c t h w", b=len(latents))
+
+
+class FrameCoder(nn.Module):
+    """A frame VAE of ours with diffusers' interface. One of gray frames is shown their luma, and its gray is given back as RGB."""
+
+    def __init__(self, network: FrameVAE) -> None:
+        super().__init__()
+        self.network = network
+
+    def encode(self, frames: Tensor) -> SimpleNamespace:
+        """Frames b 3 h w -> the posterior: `latent_dist` with `mean` and `std`, each b C h' w'."""
+        mean, logvar = self.network.moments(to_channels(frames, self.network.config.channels))
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=torch.exp(0.5 * logvar)))
+
+    def decode(self, latents: Tensor) -> SimpleNamespace:
+        """Latents b C h' w' -> `sample`, frames b 3 h w."""
+        return SimpleNamespace(sample=to_rgb(self.network.decode(latents)))
+
+
+def open_codec(ae: str, weights: Weights = "ema", vae: str = "", chunk: int = 16) -> tuple[ImageVae, dict[str, Any]]:
+    """The frame-wise VAE of `ae` or of `vae`, and what ties latents and exports to it: sha256, weights, path, kind.
+
+    `ae`: an export or run folder of ours. `vae`: folder of a diffusers AutoencoderKL, for want of `ae`. Latents are not scaled here
+    (`moments`, `decode_raw`). Raises UserError or ConfigError in one line.
+    """
+    if bool(ae) == bool(vae):
+        raise ConfigError(f"which autoencoder? give {'one of ' * bool(ae)}--ae (a frame VAE of train_ae.py) or --vae (a diffusers folder)")
+    if vae:
+        image_vae = load_image_vae(vae, SD_SCALE, chunk)
+        return image_vae, {"sha256": image_vae.sha256, "weights": "model", "path": str(Path(vae).absolute()), "kind": "sd"}
+    loaded = load_frame_vae(ae, weights)
+    config = loaded.config
+    image_vae = ImageVae(
+        FrameCoder(cast(FrameVAE, loaded.module)),
+        channels=config.z_channels,
+        factor=config.factor,
+        scale_factor=1.0,
+        chunk=chunk,
+        sha256=loaded.sha256,
+        kind="latte",
+    )
+    return image_vae, {"sha256": loaded.sha256, "weights": loaded.weights, "path": str(Path(ae).absolute()), "kind": "latte"}
 
 
 def load_image_vae(path: str, scale_factor: float, chunk: int = 16) -> ImageVae:
     """The VAE of a local diffusers folder. Raises UserError when the folder or the package is missing."""
     folder = Path(path)
     if not path or not (folder / "config.json").is_file():
-        raise UserError(
-            f"latent mode needs an image VAE: --vae FOLDER with a diffusers AutoencoderKL (config.json and weights), not '{path}'"
-        )
-    if chunk < 1:
-        raise ConfigError(f"vae.chunk {chunk}: at least 1 frame at a time")
+        raise UserError(f"an image VAE is needed: --vae FOLDER with a diffusers AutoencoderKL (config.json and weights), not '{path}'")
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise UserError(f"latent mode reads its image VAE with diffusers, which does not import ({error}): pip install diffusers") from None
+        raise UserError(f"image VAEs are read with diffusers, which does not import ({error}): pip install diffusers") from None
     weights = next(
         (f for f in sorted(folder.iterdir()) if f.name.startswith("diffusion_pytorch_model") and f.suffix in (".safetensors", ".bin")), None
     )

@@ -1,4 +1,4 @@
-"""Trained networks of CMD from an export, a run folder or an official checkpoint."""
+"""Trained networks from an export, a run folder or an official checkpoint."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffusion import DiffusionConfig
 from models.autoencoders.cmd import CMDAEConfig, CMDAutoencoder
+from models.autoencoders.frame_vae import FrameVAE, FrameVAEConfig
 from models.official import cmd as official
 from models.official.checkpoint import State, unwrap
 from models.transformers.dit import ContentDiT, DiTConfig
@@ -74,6 +75,11 @@ def load_motion(path: str | Path, ae: CMDAEConfig, weights: Weights = "ema") -> 
     return _official_network(path, MotionDiT, "mdiff_model", official.import_motion, describe, "motion")
 
 
+def load_frame_vae(path: str | Path, weights: Weights = "ema") -> Loaded:
+    """Latte's frame VAE. Raises UserError when the file is something else."""
+    return _exported_network(path, weights, FrameVAE, FrameVAEConfig, "autoencoder", "latte")
+
+
 def diffusion_of(loaded: Loaded) -> DiffusionConfig:
     """The process that a content or motion model was trained on; an official one's is the default."""
     return from_dict(DiffusionConfig, loaded.card.get("diffusion", {}), f"{loaded.path}: diffusion")
@@ -84,11 +90,13 @@ def is_official(path: str | Path) -> bool:
     return Path(path).suffix in OFFICIAL_SUFFIXES
 
 
-def _exported_network(path: str | Path, weights: Weights, network: Callable[[Any], nn.Module], config: type[Any], stage: str) -> Loaded:
+def _exported_network(
+    path: str | Path, weights: Weights, network: Callable[[Any], nn.Module], config: type[Any], stage: str, system: str = "cmd"
+) -> Loaded:
     state, card, digest = read_export(path, which=weights)
     found = f"{card.get('system')} {card.get('stage')}"
-    if found != f"cmd {stage}":
-        raise UserError(f"{path} is an export of '{found}', a 'cmd {stage}' is wanted here")
+    if found != f"{system} {stage}":
+        raise UserError(f"{path} is an export of '{found}', a '{system} {stage}' is wanted here")
     model = from_dict(config, card["model"], f"{path}: model")
     return Loaded(_frozen(network, model, state, path), model, card, digest, str(path), weights)
 
