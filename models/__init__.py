@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from models.transformers.dit import ContentDiT, DiTConfig
+from models.transformers.latte import Latte, LatteConfig
 from models.transformers.motion_dit import MotionDiT, MotionDiTConfig
 
 
@@ -24,6 +25,7 @@ _FAMILIES = {
     "DiT": Model(ContentDiT, DiTConfig(input_size=(32, 32), in_channels=4, num_classes=1000)),
     "ContentDiT": Model(ContentDiT, DiTConfig()),
     "MotionDiT": Model(MotionDiT, MotionDiTConfig()),
+    "Latte": Model(Latte, LatteConfig()),
 }
 
 MODELS = {

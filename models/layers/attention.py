@@ -38,11 +38,13 @@ def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     """Multi-head self-attention over axis 1 or axis 0 of a (N, M, D) or (M, N, D) tensor; fused qkv and output linear, both with bias."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, head_dim: int = 0) -> None:
+        """`head_dim` 0: dim / heads."""
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        width = heads * head_dim or dim
+        self.qkv = nn.Linear(dim, 3 * width)
+        self.proj = nn.Linear(width, dim)
 
     def forward(self, x: Tensor, rope: Tables | None = None, over_first: bool = False) -> Tensor:
         """(B, N, D) -> (B, N, D), or (N, B, D) -> (N, B, D) when `over_first`; `rope` turns queries and keys by position.

@@ -1,5 +1,6 @@
 """Position tables, patches, and embeddings of timesteps, labels and vectors."""
 
+import functools
 import math
 from typing import Literal
 
@@ -8,6 +9,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 PosGrid = Literal["true", "release"]
+TimeOrder = Literal["cos_sin", "sin_cos"]
+GridOrder = Literal["wh", "hw"]
 
 
 def sincos_1d(positions: Tensor, dim: int) -> Tensor:
@@ -17,11 +20,12 @@ def sincos_1d(positions: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def sincos_2d(dim: int, grid: tuple[int, int], pos_grid: PosGrid = "true") -> Tensor:
+def sincos_2d(dim: int, grid: tuple[int, int], pos_grid: PosGrid = "true", order: GridOrder = "wh") -> Tensor:
     """Fixed position table of a row-major (rows, columns) grid, (rows * columns, dim) float32, on the CPU.
 
-    The first half of the channels encodes the column, the second the row (spec, cmd.md section 7). "release" builds it on a
-    square of the same token count, as the CMD release did whatever the grid. Computed in float64.
+    The first half of the channels encodes the column, the second the row (spec, cmd.md section 7); `order` "hw" the other way round
+    (latte.md section 2.4). "release" builds it on a square of the same token count, as the CMD release did whatever the grid.
+    Computed in float64.
     Raises ValueError when `dim` is not a multiple of 4, or for "release" when the token count is not a square.
     """
     if dim % 4:
@@ -33,7 +37,8 @@ def sincos_2d(dim: int, grid: tuple[int, int], pos_grid: PosGrid = "true") -> Te
             raise ValueError(f"pos_grid 'release' needs a square number of tokens, not {rows} x {columns}; use pos_grid 'true'")
         rows = columns = side
     row, column = torch.meshgrid(torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu"), indexing="ij")
-    table = torch.cat([sincos_1d(column.flatten(), dim // 2), sincos_1d(row.flatten(), dim // 2)], dim=1)
+    first, second = (column, row) if order == "wh" else (row, column)
+    table = torch.cat([sincos_1d(first.flatten(), dim // 2), sincos_1d(second.flatten(), dim // 2)], dim=1)
     return table.to(torch.float32)
 
 
@@ -43,25 +48,45 @@ def position_parameter(dim: int, grid: tuple[int, int], pos_grid: PosGrid) -> nn
     return nn.Parameter(table[None], requires_grad=False)
 
 
-def timestep_frequencies(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """(B,) -> (B, dim) float32: [cos(t w_i) | sin(t w_i)], w_i = max_period^(-i / (dim // 2)); an odd `dim` ends in a zero."""
+@functools.lru_cache(maxsize=32)
+def grid_table(dim: int, grid: tuple[int, int], order: GridOrder, device: torch.device) -> Tensor:
+    """`sincos_2d` of the true grid on a device, (rows * columns, dim) float32, kept: do not write to it."""
+    with torch.inference_mode(False):  # what sampling asks for first, training may use
+        return sincos_2d(dim, grid, order=order).to(device)
+
+
+@functools.lru_cache(maxsize=32)
+def frame_table(dim: int, frames: int, device: torch.device) -> Tensor:
+    """Fixed position table of frames 0, 1, ... on a device, (frames, dim) float32, kept: do not write to it (latte.md section 2.4)."""
+    with torch.inference_mode(False):
+        return sincos_1d(torch.arange(frames, device="cpu"), dim).to(device, torch.float32)
+
+
+def timestep_frequencies(t: Tensor, dim: int, max_period: float = 10000.0, order: TimeOrder = "cos_sin") -> Tensor:
+    """(B,) -> (B, dim) float32: [cos(t w_i) | sin(t w_i)], or the sines first, w_i = max_period^(-i / (dim // 2)).
+
+    An odd `dim` ends in a zero.
+    """
     half = dim // 2
     rate = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t.float()[:, None] * rate
-    return nn.functional.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
+    halves = (angles.cos(), angles.sin()) if order == "cos_sin" else (angles.sin(), angles.cos())
+    return nn.functional.pad(torch.cat(halves, dim=1), (0, dim % 2))
 
 
 class TimestepEmbedder(nn.Module):
     """Step index -> vector: 256 frequencies, linear, SiLU, linear."""
 
-    def __init__(self, dim: int, frequencies: int = 256) -> None:
+    def __init__(self, dim: int, frequencies: int = 256, order: TimeOrder = "cos_sin") -> None:
         super().__init__()
         self.frequencies = frequencies
+        self.order: TimeOrder = order
         self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
         """(B,) -> (B, D). The frequencies are computed in float32 whatever the weights' dtype."""
-        return self.mlp(timestep_frequencies(t, self.frequencies).to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]
+        table = timestep_frequencies(t, self.frequencies, order=self.order)
+        return self.mlp(table.to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]
 
 
 class LabelEmbedder(nn.Module):
@@ -111,6 +136,22 @@ class VectorEmbedder(nn.Module):
         return self.null
 
 
+class TextEmbedder(nn.Module):
+    """A flattened text feature -> vector: SiLU, linear (latte.md section 2.5). "None" is a feature of zeros: no weights of its own."""
+
+    def __init__(self, cond_dim: int, dim: int) -> None:
+        super().__init__()
+        self.cond_dim = cond_dim
+        self.proj = nn.Linear(cond_dim, dim)
+
+    def forward(self, cond: Tensor | None, batch: int, drop: Tensor | None = None) -> Tensor:
+        """(B, ...) of cond_dim numbers each, or None (none for all) -> (B, D); `drop` (B,) bool takes features away."""
+        if cond is None:
+            return self.proj(self.proj.weight.new_zeros(batch, self.cond_dim))
+        cond = nn.functional.silu(cond.flatten(1).to(self.proj.weight.dtype))
+        return self.proj(cond if drop is None else cond.masked_fill(drop[:, None], 0.0))
+
+
 class PatchEmbed(nn.Module):
     """Image -> row-major tokens by a convolution of kernel = stride = patch size."""
 
@@ -121,6 +162,12 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, N, D)."""
         return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+
+    def frames(self, x: Tensor) -> Tensor:
+        """The same for every frame of (B, C, T, h, w) -> (T, B, N, D), dense in this order, as one matrix product."""
+        p, q = self.proj.kernel_size
+        patches = rearrange(x.to(self.proj.weight.dtype), "b c t (r p) (s q) -> t b (r s) (c p q)", p=p, q=q)
+        return nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 def unpatchify(x: Tensor, grid: tuple[int, int], patch: int) -> Tensor:

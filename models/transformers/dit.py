@@ -64,8 +64,8 @@ class DiTConfig:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, N, D) scaled and shifted per sample by (B, D) vectors."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """x (..., N, D) scaled and shifted by vectors (..., D), which are spread over the tokens: (B, D) is one for each sample."""
+    return x * (1 + scale.unsqueeze(-2)) + shift.unsqueeze(-2)
 
 
 class Mlp(nn.Module):
@@ -83,19 +83,29 @@ class Mlp(nn.Module):
 class DiTBlock(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero)."""
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float) -> None:
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, head_dim: int = 0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attn = SelfAttention(dim, heads)
+        self.attn = SelfAttention(dim, heads, head_dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, N, D), condition (B, D) -> (B, N, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+    def forward(self, x: Tensor, c: Tensor, over_first: bool = False) -> Tensor:
+        """Tokens (B, N, D), condition (B, D) -> (B, N, D).
+
+        Tokens may have more axes before N, and the condition the same ones, or ones of size 1 that are spread over the tokens'.
+        `over_first`: attention runs along the first of them instead of along N.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
+        x = x + gate1.unsqueeze(-2) * self._attend(modulate(self.norm1(x), shift1, scale1), over_first)
+        return x + gate2.unsqueeze(-2) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+    def _attend(self, x: Tensor, over_first: bool) -> Tensor:
+        # The axes that attention does not run along lie side by side either way, so they become one without a copy.
+        if over_first:
+            return self.attn(x.flatten(1, -2), over_first=True).view(x.shape)
+        return self.attn(x.flatten(0, -3)).view(x.shape)
 
 
 class FinalLayer(nn.Module):
@@ -108,8 +118,8 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, N, D), condition (B, D) -> (B, N, patch * patch * out_channels)."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        """(B, N, D), condition (B, D) -> (B, N, patch * patch * out_channels); more axes as in a block."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
