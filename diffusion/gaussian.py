@@ -1,4 +1,4 @@
-"""The Gaussian diffusion process: forward noising, what a network's output says about x_{t-1}, and the training losses.
+"""The Gaussian diffusion process: what a network's output says about x_{t-1}, and the training losses.
 
 Spec: diffusion sections 2-5. Tensors are (b, ...) with the channels on `channel_dim`; t is (b,) int64, an index of this (possibly
 respaced) process. All arithmetic is float32 in the order of the published code, whatever precision the network ran in.
@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.forward import ForwardProcess
 from diffusion.likelihood import LN2, discretised_log_likelihood, mean_flat, normal_kl
-from diffusion.schedules import check_betas, tables
+from utils.rng import SampleRng
 
-Predict = Literal["eps", "x0"]
+Predict = Literal["eps", "x0", "v"]
 Variance = Literal["learned_range", "fixed_small", "fixed_large"]
 Loss = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
+Weighting = Literal["none", "min_snr"]
 Denoiser = Callable[..., Any]
 """(x, original timesteps (b,) int64, **conditions) -> output, or (output, anything)."""
 
@@ -37,11 +39,12 @@ class Prediction(NamedTuple):
     """What the network returned beside its output."""
 
 
-class GaussianDiffusion:
+class GaussianDiffusion(ForwardProcess):
     """A diffusion process over T = len(betas) steps.
 
-    `predict`: what the network's first C channels are; `variance`: learned_range takes C more channels, which interpolate the log
-    variance between its bounds; `timestep_map`: the index that the network is given for each step (default: the step itself).
+    `predict`: what the network's first C channels are (v: the velocity of `ForwardProcess`); `variance`: learned_range takes C more
+    channels, which interpolate the log variance between its bounds; `weighting`: of the mse over the timesteps, min_snr with gamma
+    `min_snr_gamma`; `timestep_map`: the index that the network is given for each step (default: the step itself).
     """
 
     def __init__(
@@ -51,71 +54,26 @@ class GaussianDiffusion:
         predict: Predict = "eps",
         variance: Variance = "learned_range",
         loss: Loss = "mse",
+        weighting: Weighting = "none",
+        min_snr_gamma: float = 5.0,
         timestep_map: Sequence[int] | None = None,
         channel_dim: int = 1,
     ) -> None:
-        _check_option("predict", predict, ("eps", "x0"))
+        _check_option("predict", predict, ("eps", "x0", "v"))
         _check_option("variance", variance, ("learned_range", *FIXED_TABLES))
         _check_option("loss", loss, ("mse", "rescaled_mse", "kl", "rescaled_kl"))
-        betas = check_betas(betas)
+        _check_option("weighting", weighting, ("none", "min_snr"))
+        if weighting == "min_snr" and loss in ("kl", "rescaled_kl"):
+            raise ValueError(f"weighting min_snr weighs the mse, which loss {loss!r} does not have")
+        if not min_snr_gamma > 0:
+            raise ValueError(f"min_snr_gamma {min_snr_gamma}: above 0")
+        super().__init__(betas, timestep_map)
         self.predict, self.variance, self.loss, self.channel_dim = predict, variance, loss, channel_dim
-        self.num_timesteps = len(betas)
-        self.timestep_map = list(range(len(betas))) if timestep_map is None else list(timestep_map)
-        if len(self.timestep_map) != self.num_timesteps:
-            raise ValueError(f"timestep_map has {len(self.timestep_map)} entries for {self.num_timesteps} steps")
-        self.tables = tables(betas)
-        """Name -> (T,) float64."""
-        self._ends_in_noise = bool(betas[-1] == 1.0)  # A reaches 0 and 1/A infinity: x_0 and eps cannot be told from each other there
-        on_cpu = {name: torch.from_numpy(table).float() for name, table in self.tables.items()}
-        on_cpu["timestep_map"] = torch.tensor(self.timestep_map)
-        self._on_device = {torch.device("cpu"): on_cpu}
+        self.weighting, self.min_snr_gamma = weighting, min_snr_gamma
 
-    def lookup(self, name: str, t: Tensor, like: Tensor) -> Tensor:
-        """Entries t of a table as float32, (b, 1, ...) to broadcast against `like`."""
-        return self._device_tables(t.device)[name][t].reshape(-1, *[1] * (like.ndim - 1))
-
-    def original_timesteps(self, t: Tensor) -> Tensor:
-        """The indices that the network receives, (b,) int64."""
-        return self._device_tables(t.device)["timestep_map"][t]
-
-    def _device_tables(self, device: torch.device) -> dict[str, Tensor]:
-        """Float32 copies, made once a device: a lookup never copies from the host."""
-        if device not in self._on_device:
-            self._on_device[device] = {name: table.to(device) for name, table in self._on_device[torch.device("cpu")].items()}
-        return self._on_device[device]
-
-    # ---- forward process
-
-    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t for standard normal `noise` of x0's shape."""
-        x0, noise = x0.float(), noise.float()
-        return self.lookup("sqrt_alphas_cumprod", t, x0) * x0 + self.lookup("sqrt_one_minus_alphas_cumprod", t, x0) * noise
-
-    def q_mean_variance(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log variance of q(x_t | x_0), each of x0's shape."""
-        mean = self.lookup("sqrt_alphas_cumprod", t, x0) * x0
-        variance = self.lookup("one_minus_alphas_cumprod", t, x0).expand_as(x0)
-        return mean, variance, self.lookup("log_one_minus_alphas_cumprod", t, x0).expand_as(x0)
-
-    def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and (clipped) log variance of q(x_{t-1} | x_t, x_0), each of x_t's shape."""
-        mean = self.lookup("posterior_mean_coef1", t, x_t) * x0 + self.lookup("posterior_mean_coef2", t, x_t) * x_t
-        variance = self.lookup("posterior_variance", t, x_t).expand_as(x_t)
-        return mean, variance, self.lookup("posterior_log_variance_clipped", t, x_t).expand_as(x_t)
-
-    def x0_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The x_0 that together with `eps` gives x_t."""
-        self._check_invertible()
-        return self.lookup("sqrt_recip_alphas_cumprod", t, x_t) * x_t - self.lookup("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
-
-    def eps_from_x0(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-        """The noise that together with `x0` gives x_t."""
-        self._check_invertible()
-        return (self.lookup("sqrt_recip_alphas_cumprod", t, x_t) * x_t - x0) / self.lookup("sqrt_recipm1_alphas_cumprod", t, x_t)
-
-    def _check_invertible(self) -> None:
-        if self._ends_in_noise:
-            raise ValueError("the last beta of this schedule is 1 (jsd): x_0 cannot be recovered from eps, use another schedule")
+    def sample_timesteps(self, rng: SampleRng) -> Tensor:
+        """A step of this process for each sample, all alike, (b,) int64."""
+        return rng.integers("timestep", self.num_timesteps)
 
     # ---- the network's view
 
@@ -151,12 +109,17 @@ class GaussianDiffusion:
             variance = torch.exp(log_variance)
         else:
             variance, log_variance = (self.lookup(name, t, x).expand_as(x) for name in FIXED_TABLES[self.variance])
-        x0 = self.x0_from_eps(x, t, output) if self.predict == "eps" else output
+        x0 = self._x0_of(output, x, t)
         if denoised_fn is not None:
             x0 = denoised_fn(x0)
         if clip_denoised:
             x0 = x0.clamp(-1, 1)
         return Prediction(self.q_posterior(x0, x, t)[0], variance, log_variance, x0)
+
+    def _x0_of(self, estimate: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        if self.predict == "eps":
+            return self.x0_from_eps(x, t, estimate)
+        return self.x0_from_v(x, t, estimate) if self.predict == "v" else estimate
 
     def p_mean_variance(
         self,
@@ -186,7 +149,7 @@ class GaussianDiffusion:
     ) -> dict[str, Tensor]:
         """Per-sample terms, each (b,) float32: `loss` always, `mse` for the mse losses, `vb` where the bound is part of the loss.
 
-        loss = mse + vb for mse (rescaled_mse: vb is times T/1000 already), vb for kl, T vb for rescaled_kl.
+        loss = w mse + vb for mse (rescaled_mse: vb is times T/1000 already), w being `mse_weight`; vb for kl, T vb for rescaled_kl.
         """
         x0 = x0.float()
         x_t = self.q_sample(x0, t, noise)
@@ -194,20 +157,37 @@ class GaussianDiffusion:
         if self.loss in ("kl", "rescaled_kl"):
             vb = self.variational_bound(x0, x_t, t, self.predict_from(output, x_t, t))
             return {"loss": vb * self.num_timesteps if self.loss == "rescaled_kl" else vb, "vb": vb}
+        target = self._target(x0, t, noise.float())
         if self.variance != "learned_range":
-            mse = mean_flat((self._target(x0, noise) - output) ** 2)
-            return {"loss": mse, "mse": mse}
+            mse = mean_flat((target - output) ** 2)
+            return {"loss": self._weighted(mse, t), "mse": mse}
         estimate, v = output.chunk(2, dim=self.channel_dim)
-        mse = mean_flat((self._target(x0, noise) - estimate) ** 2)
+        mse = mean_flat((target - estimate) ** 2)
         # The bound trains the variance only: through the mean its gradient is far noisier than the mse.
         frozen = torch.cat([estimate.detach(), v], dim=self.channel_dim)
         vb = self.variational_bound(x0, x_t, t, self.predict_from(frozen, x_t, t))
         if self.loss == "rescaled_mse":
             vb = vb * (self.num_timesteps / 1000.0)
-        return {"loss": mse + vb, "mse": mse, "vb": vb}
+        return {"loss": self._weighted(mse, t) + vb, "mse": mse, "vb": vb}
 
-    def _target(self, x0: Tensor, noise: Tensor) -> Tensor:
-        return noise.float() if self.predict == "eps" else x0
+    def _target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        if self.predict == "v":
+            return self.velocity(x0, t, noise)
+        return noise if self.predict == "eps" else x0
+
+    def _weighted(self, mse: Tensor, t: Tensor) -> Tensor:
+        return mse if self.weighting == "none" else self.mse_weight(t) * mse
+
+    def mse_weight(self, t: Tensor) -> Tensor:
+        """Weight of each sample's mse, (b,): min(SNR, gamma) on x_0's error (Hang et al. 2023, section 3.4), the same in terms of eps
+        and v, whose errors are SNR and SNR + 1 times that of x_0. 1 without weighting."""
+        if self.weighting == "none":
+            return torch.ones(t.shape, device=t.device)
+        snr = self._device_tables(t.device)["snr"][t]
+        if self.predict == "eps":
+            return (self.min_snr_gamma / snr).clamp(max=1.0)
+        capped = snr.clamp(max=self.min_snr_gamma)
+        return capped / (snr + 1) if self.predict == "v" else capped
 
     # ---- evaluation
 

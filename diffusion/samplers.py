@@ -78,7 +78,7 @@ def ddim_sample(
         t = _full(x, step)
         p = diffusion.p_mean_variance(model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs)
         if cond_fn is not None:
-            p = _condition_score(diffusion, p, cond_fn, x, step, model_kwargs)
+            p = condition_score(diffusion, p, cond_fn, x, step, model_kwargs)
         x = p.x0 * float(on_x0[step]) + float(on_eps[step]) * diffusion.eps_from_x0(x, t, p.x0)
         if step > 0 and eta > 0 and noise is not None:
             x = x + float(sigma[step]) * noise(k)
@@ -107,7 +107,7 @@ def ddim_reverse(
         t = _full(x, k)
         p = diffusion.p_mean_variance(model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs)
         if cond_fn is not None:
-            p = _condition_score(diffusion, p, cond_fn, x, k, model_kwargs)
+            p = condition_score(diffusion, p, cond_fn, x, k, model_kwargs)
         x = p.x0 * float(on_x0[k]) + float(on_eps[k]) * diffusion.eps_from_x0(x, t, p.x0)
         if callback is not None:
             callback(k, x, p.x0)
@@ -139,7 +139,7 @@ def _condition_gradient(diffusion: GaussianDiffusion, cond_fn: Denoiser, x: Tens
         return cond_fn(x.detach(), diffusion.original_timesteps(t), **(model_kwargs or {})).detach().float()
 
 
-def _condition_score(
+def condition_score(
     diffusion: GaussianDiffusion, p: Prediction, cond_fn: Denoiser, x: Tensor, step: int, model_kwargs: Kwargs
 ) -> Prediction:
     """Classifier guidance of eps; x_0 and the mean follow from it and are not clipped again."""

@@ -136,6 +136,7 @@ def tables(betas: np.ndarray) -> dict[str, np.ndarray]:
         "alphas_cumprod_prev": previous,
         "alphas_cumprod_next": np.append(cumulative[1:], 0.0),
         "one_minus_alphas_cumprod": 1.0 - cumulative,
+        "snr": cumulative / (1.0 - cumulative),
         "sqrt_alphas_cumprod": np.sqrt(cumulative),
         "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - cumulative),
         "log_one_minus_alphas_cumprod": np.log(1.0 - cumulative),

@@ -8,11 +8,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion import DiffusionConfig, GaussianDiffusion, build
+from diffusion import DiffusionConfig, FlowMatching, GaussianDiffusion, Process, build
+from diffusion.dpm_solver import dpm_solver_sample
+from diffusion.flow_samplers import euler_sample, heun_sample
 from diffusion.guidance import ClassifierFreeGuidance
-from diffusion.samplers import ddim_sample, ddpm_sample
+from diffusion.samplers import Callback, Noise, ddim_sample, ddpm_sample
 from utils.errors import ConfigError
 from utils.rng import SampleRng
+
+Sampler = Literal["auto", "ddim", "ddpm", "dpm++", "euler", "heun"]
+SAMPLERS: dict[str, tuple[Sampler, ...]] = {"ddpm": ("ddim", "ddpm", "dpm++"), "flow": ("euler", "heun")}
+"""Process -> its samplers, the first of which is `auto`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +27,8 @@ class Sampling:
 
     steps: int = 50
     """Denoising steps, spread evenly over those of training."""
-    sampler: Literal["ddim", "ddpm"] = "ddim"
-    """DDIM, or ancestral sampling (DDPM)."""
+    sampler: Sampler = "auto"
+    """ddim, ddpm (ancestral) or dpm++ (DPM-Solver++(2M)); of a flow euler or heun. auto: ddim, of a flow euler."""
     eta: float = 0.0
     """DDIM: share of fresh noise; 0 is deterministic."""
     guidance: float = 1.0
@@ -31,6 +37,18 @@ class Sampling:
     """Channels that are guided; None: all. The published DiT and CMD samplers guide 3."""
     clip: bool = False
     """Keep the estimate of the clean sample in [-1, 1] at each step (for data of that range)."""
+    respacing: str = ""
+    """Which steps of training are taken, in place of `steps`: "50" evenly, "10,15,20" per equal section, "ddim50" at one stride."""
+
+    def resolved(self, diffusion: DiffusionConfig) -> "Sampling":
+        """The same with `auto` replaced. Raises ConfigError with one line when it does not suit the process."""
+        known = SAMPLERS[diffusion.process]
+        if self.sampler not in ("auto", *known):
+            raise ConfigError(f"sampler {self.sampler}: the model's process is {diffusion.process}, which has {', '.join(known)}")
+        sampler = known[0] if self.sampler == "auto" else self.sampler
+        if self.respacing and diffusion.process == "flow":
+            raise ConfigError(f"respacing {self.respacing!r}: a flow has no steps to choose from, give a number of steps")
+        return dataclasses.replace(self, sampler=sampler)
 
 
 def sample(
@@ -43,30 +61,68 @@ def sample(
     *,
     condition: Mapping[str, Tensor] | None = None,
     always: Mapping[str, Tensor] | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
     """One draw (*shape) for each sample of `rng`, (b, *shape) float32 on its device.
 
     `condition` (`y` or `cond`) is what guidance takes away in its second half, `always` (the keyframe) what both halves keep.
+    `callback(k, x, x0)` sees x after step k of `count_steps` and the estimate of the clean sample that led to it.
+    Raises ConfigError when the sampling does not suit the process.
     """
     given = dict(condition or {})
     if given and sampling.guidance != 1:
         given["drop"] = torch.zeros(len(rng), dtype=torch.bool, device=rng.device)
         model = ClassifierFreeGuidance(model, sampling.guidance, {"drop": True}, sampling.cfg_channels)
     kwargs = given | dict(always or {})
+    sampling = sampling.resolved(diffusion)
+    process = respaced(diffusion, sampling.respacing or sampling.steps)
     start = rng.normal(f"{stream}/start", shape)
 
     def noise(step: int) -> Tensor:
         return rng.normal(f"{stream}/step-{step}", shape)
 
-    process = respaced(diffusion, sampling.steps)
+    if isinstance(process, FlowMatching):
+        integrate = heun_sample if sampling.sampler == "heun" else euler_sample
+        return integrate(process, model, start, steps=sampling.steps, clip_denoised=sampling.clip, model_kwargs=kwargs, callback=callback)
+    return _denoise(process, model, start, sampling, noise, kwargs, callback)
+
+
+def _denoise(
+    process: GaussianDiffusion,
+    model: Callable[..., Tensor],
+    start: Tensor,
+    sampling: Sampling,
+    noise: Noise,
+    kwargs: Mapping[str, Tensor],
+    callback: Callback | None,
+) -> Tensor:
+    """`start` through a process of noising steps."""
     if sampling.sampler == "ddpm":
-        return ddpm_sample(process, model, start, noise=noise, clip_denoised=sampling.clip, model_kwargs=kwargs)
-    return ddim_sample(process, model, start, noise=noise, eta=sampling.eta, clip_denoised=sampling.clip, model_kwargs=kwargs)
+        return ddpm_sample(process, model, start, noise=noise, clip_denoised=sampling.clip, model_kwargs=kwargs, callback=callback)
+    if sampling.sampler == "dpm++":
+        return dpm_solver_sample(process, model, start, clip_denoised=sampling.clip, model_kwargs=kwargs, callback=callback)
+    return ddim_sample(
+        process, model, start, noise=noise, eta=sampling.eta, clip_denoised=sampling.clip, model_kwargs=kwargs, callback=callback
+    )
+
+
+def count_steps(diffusion: DiffusionConfig, sampling: Sampling) -> int:
+    """How many steps a sampling takes. Raises ConfigError when it does not suit the process."""
+    sampling = sampling.resolved(diffusion)
+    process = respaced(diffusion, sampling.respacing or sampling.steps)
+    return sampling.steps if isinstance(process, FlowMatching) else process.num_timesteps
 
 
 @lru_cache(maxsize=16)
-def respaced(diffusion: DiffusionConfig, steps: int) -> GaussianDiffusion:
-    """The process in `steps` evenly spread steps. Raises ConfigError when there are fewer in it."""
-    if not 1 <= steps <= diffusion.steps:
+def respaced(diffusion: DiffusionConfig, steps: int | str) -> Process:
+    """The process in `steps` evenly spread steps, or in those of a respacing string; a flow has no steps of its own.
+
+    Raises ConfigError when that cannot be done.
+    """
+    if diffusion.process == "flow":
+        if isinstance(steps, int) and steps < 1:
+            raise ConfigError(f"{steps} sampling steps: at least 1")
+        return build(diffusion)
+    if isinstance(steps, int) and not 1 <= steps <= diffusion.steps:
         raise ConfigError(f"{steps} sampling steps: the model was trained with {diffusion.steps}, so 1 to {diffusion.steps} are possible")
     return build(dataclasses.replace(diffusion, respacing=str(steps)))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from datasets.loader import ClipSource
 from diffusion import build as build_process
+from diffusion import learned_variance
 from engine.task import Batch, LossOutput, Network
 from launch.env import Env
 from models.transformers.dit import ContentDiT
@@ -65,7 +66,7 @@ class CMDContentTask:
             config.model,
             input_size=first.size,
             in_channels=first.channels,
-            learn_sigma=config.diffusion.variance == "learned_range",
+            learn_sigma=learned_variance(config.diffusion),
             **self.condition.overrides(),
         )
 

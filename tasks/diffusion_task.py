@@ -11,7 +11,8 @@ from torch import Tensor
 
 import models
 from datasets.config import DataConfig
-from diffusion import DiffusionConfig, GaussianDiffusion
+from diffusion import DiffusionConfig, Process
+from diffusion import build as build_process
 from engine.config import RunConfig
 from engine.task import Batch, LossOutput, Network
 from pipelines.image_vae import ImageVae, vae_of
@@ -236,11 +237,9 @@ def named_size(family: str, sizes: Any, **overrides: Any) -> Any:
         raise ConfigError(f"model: {error}") from None
 
 
-def denoising_loss(
-    process: GaussianDiffusion, model: Callable[..., Tensor], x0: Tensor, rng: SampleRng, kwargs: Mapping[str, Tensor]
-) -> LossOutput:
+def denoising_loss(process: Process, model: Callable[..., Tensor], x0: Tensor, rng: SampleRng, kwargs: Mapping[str, Tensor]) -> LossOutput:
     """Loss of a denoiser on clean samples b ..., each with its addressed timestep and noise (spec diffusion.md section 5)."""
-    t = rng.integers("timestep", process.num_timesteps)
+    t = process.sample_timesteps(rng)
     terms = process.training_losses(model, x0, t, rng.normal("noise", tuple(x0.shape[1:])), kwargs)
     total, count = terms.pop("loss").sum(), len(x0)
     return LossOutput(total, count, {name: (value.detach().sum(), count) for name, value in terms.items()})
@@ -257,17 +256,25 @@ def say_unused(final: bool, is_main: bool) -> None:
         log.warning("--final is accepted for compatibility; it had no effect in the release and has none here")
 
 
-def check_settings(family: str, name: str, condition: ConditionConfig, preview: PreviewConfig, diffusion: DiffusionConfig) -> None:
+def check_settings(
+    family: str,
+    name: str,
+    condition: ConditionConfig,
+    preview: PreviewConfig,
+    diffusion: DiffusionConfig,
+    flag_of_name: str = "--motion-model-config",
+) -> None:
     """Raises ConfigError on settings that cannot work, whatever the data."""
     try:
         models.resolve(name, family)
     except ValueError as error:
-        raise ConfigError(f"--motion-model-config {name}: {error}") from None
+        raise ConfigError(f"{flag_of_name} {name}: {error}") from None
     if not 0 <= condition.dropout < 1:
         raise ConfigError(f"condition.dropout {condition.dropout}: a share in [0, 1) is wanted")
     if condition.num_classes < -1:
         raise ConfigError(f"--num-classes {condition.num_classes}: -1 (those of the shard set), 0 (no classes) or their number")
     if preview.samples < 1:
         raise ConfigError(f"preview.samples {preview.samples}: at least 1")
-    if not 1 <= preview.steps <= diffusion.steps:
+    build_process(diffusion)
+    if preview.steps < 1 or (diffusion.process == "ddpm" and preview.steps > diffusion.steps):
         raise ConfigError(f"preview.steps {preview.steps}: between 1 and diffusion.steps = {diffusion.steps}")

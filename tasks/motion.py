@@ -8,6 +8,7 @@ from torch import Tensor
 
 from datasets.loader import ClipSource
 from diffusion import build as build_process
+from diffusion import learned_variance
 from engine.config import OptimConfig
 from engine.task import Batch, LossOutput, Network
 from launch.env import Env
@@ -73,7 +74,7 @@ class CMDMotionTask:
             keyframe_size=first.size,
             keyframe_channels=first.channels,
             keyframe_patch_size=config.model.keyframe_patch_size,
-            learn_sigma=config.diffusion.variance == "learned_range",
+            learn_sigma=learned_variance(config.diffusion),
             **self.condition.overrides(),
         )
 
