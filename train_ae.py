@@ -1,7 +1,7 @@
-"""Train an autoencoder (CMD: a clip to a content frame and a motion latent, and back).
+"""Train an autoencoder (CMD: a clip to a content frame and a motion latent, and back; Latte: a VAE of single frames).
 
   torchrun --standalone --nproc_per_node 2 train_ae.py --config configs/cmd/tiny.yaml --data-path SHARDS
-  python train_ae.py --nproc_per_node 2 --config configs/cmd/tiny.yaml --data-path SHARDS
+  python train_ae.py --nproc_per_node 2 --config configs/latte/tiny.yaml --data-path SHARDS
 
 The same line starts a run, resumes it and finds it finished. Exit status: 0 done; 75 stopped by a signal
 and saved; 130 Ctrl-C; 2 wrong settings; 1 any other error.
@@ -9,19 +9,27 @@ and saved; 130 Ctrl-C; 2 wrong settings; 1 any other error.
 
 from engine.loop import fit
 from engine.plan import report
-from launch.env import distributed
+from engine.task import BatchSource, Task
+from launch.env import Env, distributed
 from launch.run import parse_launch, run_main
-from tasks.autoencoder import build
+from tasks import autoencoder, frame_vae
 from tasks.autoencoder_config import CMDAutoencoderConfig
+from tasks.frame_vae_config import FrameVAERunConfig
 from utils.config import dump_yaml, load_config, to_dict
 
 PROG = "train_ae.py"
+SCHEMAS: dict[str, type[CMDAutoencoderConfig | FrameVAERunConfig]] = {"cmd": CMDAutoencoderConfig, "latte": FrameVAERunConfig}
+
+
+def build(config: CMDAutoencoderConfig | FrameVAERunConfig, env: Env) -> tuple[Task, BatchSource, BatchSource | None]:
+    """Task, training samples and validation samples of the config's system."""
+    return frame_vae.build(config, env) if isinstance(config, FrameVAERunConfig) else autoencoder.build(config, env)
 
 
 def main() -> None:
     """Command line -> config -> task -> `fit`."""
     launch = parse_launch(__doc__ or "")
-    config = load_config({"cmd": CMDAutoencoderConfig}, launch.argv, prog=PROG, description=launch.about)
+    config = load_config(SCHEMAS, launch.argv, prog=PROG, description=launch.about)
     config.validate()
     if launch.print_config:
         print(dump_yaml(to_dict(config)), end="")

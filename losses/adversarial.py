@@ -1,4 +1,7 @@
-"""Adversarial losses on patch logits and feature matching (spec, cmd.md section 4; lsgan: latte.md section 4.3). All give one value per sample, (B,)."""
+"""Adversarial losses on patch logits and feature matching (spec, cmd.md section 4; lsgan: latte.md section 4.3).
+
+All give one value per sample, (B,).
+"""
 
 from collections.abc import Sequence
 from typing import Literal

@@ -85,6 +85,15 @@ class FrameDiscriminatorConfig:
         if min(self.channels, *self.conv_channels, *self.kernels, *self.strides) < 1 or min(self.paddings) < 0:
             raise ValueError("channels, conv_channels, kernels and strides must be at least 1, paddings at least 0")
 
+    def logits_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of a frame. Raises ValueError for one that is too small."""
+        frame = f"{height} x {width}"
+        for kernel, stride, padding in zip(self.kernels, self.strides, self.paddings, strict=True):
+            height, width = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
+        if min(height, width) < 1:
+            raise ValueError(f"frames of {frame} are too small for a discriminator with conv_channels {self.conv_channels}")
+        return height, width
+
 
 class FrameDiscriminator(nn.Module):
     """Stages of convolution, norm (not in the first) and leaky ReLU; the last convolution alone gives one logit per patch.

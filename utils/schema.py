@@ -93,7 +93,10 @@ def build(cls: type[T], values: Mapping[str, tuple[Any, str]], base: T | None = 
             raise ConfigError(f"'{path}' is missing: it has no default")
         else:
             given[item.name] = start
-    return cls(**given)
+    try:
+        return cls(**given)
+    except ValueError as error:  # the dataclass's own check of its values
+        raise ConfigError(f"{prefix.rstrip('.') or cls.__name__}: {error}") from None
 
 
 def cast(kind: Any, value: Any, where: str) -> Any:

@@ -3,6 +3,7 @@
 Letters: B batch, C channels of a frame, Z of a latent. State names are the tutorial release's. Nothing is drawn here: noise is an argument.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -101,7 +102,7 @@ class Residuals(nn.Module):
 
     def __init__(self, config: FrameVAEConfig, widths: tuple[int, ...], attended: tuple[int, ...]) -> None:
         super().__init__()
-        groups, pairs = config.norm_channels, list(zip(widths, widths[1:], strict=False))
+        groups, pairs = config.norm_channels, list(itertools.pairwise(widths))
         self.resnet_conv_first = nn.ModuleList(_stage(groups, before, after) for before, after in pairs)
         self.resnet_conv_second = nn.ModuleList(_stage(groups, after, after) for _, after in pairs)
         self.residual_input_conv = nn.ModuleList(nn.Conv2d(before, after, 1) for before, after in pairs)
@@ -177,14 +178,13 @@ class FrameVAE(nn.Module):
         levels = list(zip(widths, widths[1:], config.down_sample, config.attn_down, strict=False))
         self.encoder_conv_in = nn.Conv2d(config.channels, widths[0], 3, padding=1)
         self.encoder_layers = nn.ModuleList(DownBlock(config, *level) for level in levels)
-        self.encoder_mids = nn.ModuleList(MidBlock(config, before, after) for before, after in zip(mids, mids[1:], strict=False))
+        self.encoder_mids = nn.ModuleList(MidBlock(config, *pair) for pair in itertools.pairwise(mids))
         self.encoder_norm_out = nn.GroupNorm(groups, mids[-1])
         self.encoder_conv_out = nn.Conv2d(mids[-1], 2 * z, 3, padding=1)
         self.pre_quant_conv = nn.Conv2d(2 * z, 2 * z, 1)
         self.post_quant_conv = nn.Conv2d(z, z, 1)
         self.decoder_conv_in = nn.Conv2d(z, mids[-1], 3, padding=1)
-        mids = mids[::-1]
-        self.decoder_mids = nn.ModuleList(MidBlock(config, before, after) for before, after in zip(mids, mids[1:], strict=False))
+        self.decoder_mids = nn.ModuleList(MidBlock(config, *pair) for pair in itertools.pairwise(mids[::-1]))
         self.decoder_layers = nn.ModuleList(UpBlock(config, after, before, *flags) for before, after, *flags in reversed(levels))
         self.decoder_norm_out = nn.GroupNorm(groups, widths[0])
         self.decoder_conv_out = nn.Conv2d(widths[0], config.channels, 3, padding=1)
