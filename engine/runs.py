@@ -17,7 +17,7 @@ import torch.distributed as dist
 from engine import manifest
 from engine.config import RunConfig
 from launch.env import Env
-from utils.config import load_yaml, save_yaml, to_dict
+from utils.config import from_dict, load_yaml, save_yaml, to_dict
 from utils.errors import ConfigError, UserError
 from utils.files import atomic_write_text
 
@@ -81,7 +81,7 @@ def _open(config: RunConfig, name: str) -> Run:
     try:
         results.mkdir(parents=True, exist_ok=True)
         if config.train.resume == "auto":
-            run = _newest(results, name, identity(config)) or Run(_create(results, name, config), None)
+            run = _newest(results, name, config) or Run(_create(results, name, config), None)
         elif config.train.resume == "none":
             run = Run(_create(results, name, config), None)
         else:
@@ -99,12 +99,22 @@ def _runs(results: Path, name: str = "") -> list[tuple[int, Path]]:
     return sorted((int(match.group(1)), place) for match, place in matches if match and place.is_dir())
 
 
-def _newest(results: Path, name: str, wanted: str) -> Run | None:
+def _newest(results: Path, name: str, config: RunConfig) -> Run | None:
     for _, folder in reversed(_runs(results, name)):
-        place = folder / IDENTITY
-        if place.is_file() and place.read_text().strip() == wanted:
+        if (folder / IDENTITY).is_file() and _is_run_of(folder, config):
             return Run(folder, _newest_good(folder))
     return None
+
+
+def _is_run_of(folder: Path, config: RunConfig) -> bool:
+    """Whether a run folder is of these settings. One of an older version counts with the defaults of the settings added since."""
+    wanted = identity(config)
+    if (folder / IDENTITY).read_text().strip() == wanted:
+        return True
+    try:
+        return identity(from_dict(type(config), load_yaml(folder / "config.yaml"), str(folder))) == wanted
+    except UserError:
+        return False
 
 
 def _newest_good(folder: Path) -> Path | None:
@@ -145,7 +155,7 @@ def _named(place: Path, config: RunConfig) -> Run:
     if not place.exists() or not (folder / IDENTITY).is_file():
         what = "does not exist" if not place.exists() else "is neither a run folder nor one of its checkpoints"
         raise UserError(f"--resume {place}: {what}; give <results-dir>/<NNN>-<name> or .../checkpoints/step_<step>")
-    if (folder / IDENTITY).read_text().strip() != identity(config):
+    if not _is_run_of(folder, config):
         changes = _differences(load_yaml(folder / "config.yaml"), to_dict(config))
         raise UserError(f"--resume {place}: that run has other settings: {changes}; give the same ones, or start anew with --resume none")
     checkpoint = place if is_checkpoint else next(reversed(manifest.folders(folder)), None)

@@ -15,7 +15,7 @@ from engine.config import RunConfig, TrainConfig
 from engine.runs import identity, open_run
 from launch.env import Env
 from tests.distributed import run
-from utils.config import flag, load_yaml
+from utils.config import flag, load_yaml, save_yaml
 from utils.errors import ConfigError, UserError
 
 ENV = Env.single()
@@ -71,6 +71,28 @@ def test_identity_leaves_out_what_may_change(tmp_path: Path) -> None:
         assert identity(same) == identity(base)
     other = (config(tmp_path, seed=1), config(tmp_path, depth=5), replace(base, optim=replace(base.optim, lr=2e-4)))
     assert len({identity(base), *map(identity, other)}) == 4
+
+
+def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_what_was_added(tmp_path: Path) -> None:
+    """Settings that did not exist when the run began were at their defaults: auto and a path find it, but not for other values."""
+    folder = open_run(config(tmp_path), "toy", ENV).folder
+    older = load_yaml(folder / "config.yaml")
+    del older["model"]["size"]
+
+    def as_before() -> None:
+        save_yaml(folder / "config.yaml", older)
+        (folder / "identity").write_text("0" * 64 + "\n")
+
+    as_before()
+    assert open_run(config(tmp_path), "toy", ENV).folder == folder
+    as_before()
+    saved = save(folder, 5)
+    assert open_run(config(tmp_path, resume=str(folder)), "toy", ENV).resume_from == saved
+    as_before()
+    other = replace(config(tmp_path), model=ModelConfig(size=(4, 4)))
+    assert open_run(other, "toy", ENV).folder != folder
+    with pytest.raises(UserError, match=r"model\.size"):
+        open_run(replace(other, train=replace(other.train, resume=str(folder))), "toy", ENV)
 
 
 def test_auto_goes_back_past_damaged_checkpoints_and_says_which(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
