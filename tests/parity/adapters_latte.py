@@ -8,7 +8,10 @@ from PIL import Image
 from torch import Tensor
 
 from datasets.frames import linspace, linspace_last_start, strided_within
-from tests.parity import adapters_latte_vae  # noqa: F401 - registers its checks
+from tests.parity import (
+    adapters_latte_net,  # noqa: F401 - registers its checks
+    adapters_latte_vae,  # noqa: F401 - registers its checks
+)
 from tests.parity.case import Case, adapter
 from tests.parity.data_cases import numbers, resized
 

@@ -133,7 +133,7 @@ class Case:
         for name in self.names(f"{group}/"):
             key = name.removeprefix(f"{group}/")
             if key in grads:
-                self.compare(name, grads[key].norm().reshape(1), rel, abs)
+                self.compare(name, grads[key].norm().reshape(self.tensor(name).shape), rel, abs)  # () or (1,)
             else:
                 self.errors.append(f"{name}: ours has no gradient of that name")
                 self._used.add(name)
