@@ -1,7 +1,8 @@
 """`preprocess.py latents`: a pixel shard set through the encoder of a trained pipeline into a latent shard set.
 
-A system takes part with one entry of `ENCODERS`: what opens its pipeline, which then says what clips it takes, what identifies it, and
-`encode_latents(video) -> {name: tensor}`, which alone decides what is stored of a clip.
+A system takes part with one entry of `ENCODERS`: what opens its pipeline. An encoder of clips says what clips it takes, and its
+`encode_latents(video) -> {name: tensor}` alone decides what is stored of one. An encoder of frames gives the moments of each
+frame's posterior, `encode_moments(video)`, of clips of any length.
 """
 
 import argparse
@@ -9,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from datasets.prepare.latents import Encode, LatentJob, LatentRules, Share, enco
 from datasets.shards import INDEX, ShardSet
 from datasets.storage import CacheConfig
 from pipelines.cmd import CMDPipeline
+from pipelines.image_vae import SD_SCALE
 from pipelines.loading import is_official
 from utils.errors import ConfigError
 from utils.media import to_float
@@ -28,8 +30,8 @@ from utils.weights import read_card
 SUMMARY = "shards -> shards of latents; goes on where it was stopped"
 
 
-class LatentEncoder(Protocol):
-    """A pipeline as far as latents are concerned."""
+class ClipEncoder(Protocol):
+    """A pipeline that encodes clips of a fixed number of frames, as far as latents are concerned."""
 
     @property
     def clip_shape(self) -> tuple[int, int, int]:
@@ -40,6 +42,23 @@ class LatentEncoder(Protocol):
 
     def encode_latents(self, video: Tensor) -> dict[str, Tensor]:
         """Clips b 3 t h w in [-1, 1] -> name -> tensors b ..., what a latent set stores of them."""
+
+
+@runtime_checkable
+class FrameEncoder(Protocol):
+    """A pipeline that encodes every frame alone."""
+
+    def identity(self) -> dict[str, Any]:
+        """As of a ClipEncoder."""
+
+    def encode_moments(self, video: Tensor) -> Tensor:
+        """Clips b 3 t h w in [-1, 1] -> b 2C t h' w' float32: means of the posteriors, and then their standard deviations.
+
+        UserError for a size that it cannot take.
+        """
+
+
+LatentEncoder = ClipEncoder | FrameEncoder
 
 
 @dataclass(frozen=True)
@@ -55,6 +74,8 @@ class EncoderOptions:
     """Of the clips; read for official checkpoints only, as `n_frames` is."""
     precision: Literal["fp32", "bf16"] = "fp32"
     device: torch.device = torch.device("cpu")
+    chunk: int = 32
+    """Frames that a frame-wise autoencoder takes at a time."""
 
 
 def _cmd(options: EncoderOptions) -> LatentEncoder:
@@ -72,24 +93,39 @@ def _cmd(options: EncoderOptions) -> LatentEncoder:
 
 ENCODERS: dict[str, Callable[[EncoderOptions], LatentEncoder]] = {"cmd": _cmd}
 """System -> what opens its encoder."""
+IMAGE_VAE = "latte"
+"""The system whose autoencoder may be an image VAE alone."""
 
 
 def add_latents_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `preprocess.py latents`."""
     add = parser.add_argument_group("what").add_argument
     add("shards", metavar="SHARDS", help="pixel shard set: the folder that preprocess.py shards wrote, or a URL of one")
-    add("--ae", required=True, metavar="EXPORT", help="trained autoencoder: its run or export folder, or an official checkpoint (.pt)")
+    add("--ae", default="", metavar="EXPORT", help="trained autoencoder: its run or export folder, or an official checkpoint")
     add("--out", type=Path, required=True, metavar="LATENTS", help="folder for the latent set")
     add("--weights", choices=["ema", "model"], default="ema", help="which of the export's weights (default ema, where there are any)")
-    add("--vae", default="", metavar="FOLDER", help="image VAE of an autoencoder in latent mode; the mean of its posterior is encoded")
-    add("--scale-factor", type=number(), default=0.18215, metavar="F", help="factor of the image VAE's latents (default 0.18215)")
-    add("--system", choices=sorted(ENCODERS), default="cmd", help="whose official checkpoint --ae is (default cmd)")
+    add("--vae", default="", metavar="FOLDER", help="image VAE: of an autoencoder in latent mode, or, without --ae, to encode the frames")
+    add(
+        "--scale-factor",
+        "--latent-scale",
+        type=number(1e-6),
+        metavar="F",
+        help=f"factor of the image VAE's latents (default {SD_SCALE}); of encoders of frames: what latents are to be multiplied by in "
+        "training (default: measured, so that they have unit variance)",
+    )
+    add("--system", choices=sorted(ENCODERS), help="whose official checkpoint or image VAE it is (default: cmd, for --vae alone latte)")
+    add(
+        "--store",
+        choices=["moments", "sample"],
+        help="encoders of frames: mean and deviation of each posterior (default), or a draw from it",
+    )
+    add("--seed", type=whole(0), metavar="N", help="of --store sample: what the draws depend on, with clip and frame (default 0)")
     add("--n-frames", type=whole(1), metavar="N", help="frames that an official checkpoint takes (default: those of the clips)")
     add("--window-stride", type=whole(1), metavar="N", help="longer clips: frames between two windows (default: the autoencoder's)")
     add("--dtype", choices=["float16", "float32"], default="float16", help="stored numbers (default float16)")
     add("--on-bad-sample", choices=["fail", "skip"], default="fail", help="damaged clips: stop (default), or leave them out and say so")
     speed = parser.add_argument_group("speed").add_argument
-    speed("--batch-size", type=whole(1), default=32, metavar="N", help="clips through the encoder at a time (default 32)")
+    speed("--batch-size", type=whole(1), default=32, metavar="N", help="clips, or frames, through the encoder at a time (default 32)")
     speed("--precision", choices=["fp32", "bf16"], default="fp32", help="arithmetic of the encoder (default fp32)")
     speed("--workers", type=whole(1), default=2, metavar="N", help="threads of each process that read and decode ahead (default 2)")
     speed("--nproc_per_node", metavar="G", help="processes, one per GPU (`gpu`) or core, each of which takes its share of the shards")
@@ -135,22 +171,58 @@ def prepare(args: argparse.Namespace, rank: int, world_size: int, device: torch.
         # The order of sums depends on the number of threads, and so do the last bits; more processes use more cores.
         torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")  # as training does
-    frames = args.n_frames or pixels.meta["clip_length"] or 16
-    options = EncoderOptions(
-        args.ae, args.weights, args.vae, args.scale_factor, frames, pixels.size, precision=args.precision, device=device
-    )
-    system = args.system if is_official(args.ae) else read_card(args.ae).get("system")
+    encoder = _open(args, pixels, device)
+    rules, encode = _rules(args, encoder, pixels), encode_with(encoder, device)
+    job = LatentJob(pixels, args.out, rules, encoder.identity(), encode, args.batch_size, args.workers)
+    if job.framewise:
+        job.encode(np.zeros((1, 1, *pixels.size, 3), np.uint8))  # a size that it cannot take is told before anything is written
+    return job, Share(task * world_size + rank, args.num_tasks * world_size)
+
+
+def _open(args: argparse.Namespace, pixels: ShardSet, device: torch.device) -> LatentEncoder:
+    """The encoder of a command line. Raises ConfigError or UserError in one line."""
+    if not (args.ae or args.vae):
+        raise ConfigError("say what encodes the clips: --ae, a trained autoencoder, or --vae, an image VAE")
+    system = args.system or ("cmd" if args.ae else IMAGE_VAE)
+    if args.ae and not is_official(args.ae):
+        system = read_card(args.ae).get("system")
     if system not in ENCODERS:
-        raise ConfigError(f"--ae {args.ae} is an export of '{system}': latents are made by {', '.join(ENCODERS)}")
-    encoder = ENCODERS[system](options)
+        what = f"--ae {args.ae} is an export of '{system}'" if args.ae else f"--vae {args.vae} without --ae"
+        raise ConfigError(f"{what}: latents are made by {', '.join(ENCODERS)}")
+    options = EncoderOptions(
+        args.ae,
+        args.weights,
+        args.vae,
+        args.scale_factor or SD_SCALE,
+        args.n_frames or pixels.meta["clip_length"] or 16,
+        pixels.size,
+        precision=args.precision,
+        device=device,
+        chunk=args.batch_size,
+    )
+    return ENCODERS[system](options)
+
+
+def _rules(args: argparse.Namespace, encoder: LatentEncoder, pixels: ShardSet) -> LatentRules:
+    """What decides the values. ConfigError for options that mean nothing to the encoder, and for clips that it does not take."""
+    common = {"dtype": args.dtype, "precision": args.precision, "on_bad": args.on_bad_sample}
+    what = args.ae or args.vae
+    if isinstance(encoder, FrameEncoder):
+        _refuse(args, ("n_frames", "window_stride"), f"{what} encodes frame by frame, clips of any length")
+        return LatentRules(0, 0, **common, store=args.store or "moments", seed=args.seed or 0, scale=args.scale_factor or 0.0)
+    _refuse(args, ("store", "seed"), f"{what} encodes clips as a whole, and says itself what is stored of them")
     length, *size = encoder.clip_shape
     if tuple(size) != pixels.size:
-        raise ConfigError(f"--ae {args.ae} takes frames of {size[0]}x{size[1]}, {args.shards} holds {pixels.size[0]}x{pixels.size[1]}")
+        raise ConfigError(f"--ae {what} takes frames of {size[0]}x{size[1]}, {args.shards} holds {pixels.size[0]}x{pixels.size[1]}")
     if length > pixels.meta["clip_length"] > 0:
-        raise ConfigError(f"--ae {args.ae} takes clips of {length} frames, those of {args.shards} have {pixels.meta['clip_length']}")
-    rules = LatentRules(length, args.window_stride or length, args.dtype, args.precision, args.on_bad_sample)
-    job = LatentJob(pixels, args.out, rules, encoder.identity(), encode_with(encoder, device), args.batch_size, args.workers)
-    return job, Share(task * world_size + rank, args.num_tasks * world_size)
+        raise ConfigError(f"--ae {what} takes clips of {length} frames, those of {args.shards} have {pixels.meta['clip_length']}")
+    return LatentRules(length, args.window_stride or length, **common)
+
+
+def _refuse(args: argparse.Namespace, options: tuple[str, ...], why: str) -> None:
+    for option in options:
+        if getattr(args, option) is not None:
+            raise ConfigError(f"--{option.replace('_', '-')} means nothing here: {why}")
 
 
 def encode_with(encoder: LatentEncoder, device: torch.device) -> Encode:
@@ -159,7 +231,8 @@ def encode_with(encoder: LatentEncoder, device: torch.device) -> Encode:
     def encode(frames: np.ndarray) -> dict[str, np.ndarray]:
         with torch.inference_mode():
             video = to_float(torch.from_numpy(frames).to(device).permute(0, 4, 1, 2, 3))
-            return {name: value.float().cpu().numpy() for name, value in encoder.encode_latents(video).items()}
+            found = {"moments": encoder.encode_moments(video)} if isinstance(encoder, FrameEncoder) else encoder.encode_latents(video)
+            return {name: value.float().cpu().numpy() for name, value in found.items()}
 
     return encode
 
@@ -174,5 +247,8 @@ def _told(job: LatentJob, index: Mapping[str, Any]) -> str:
         f"{name} {'x'.join(map(str, shape))} (mean {index['mean'][name]:.4g}, std {index['std'][name]:.4g})"
         for name, shape in index["tensors"].items()
     )
+    if job.framewise:
+        latent = index["latent"]
+        tensors += f" a frame; draws have mean {latent['mean']:.4g}, std {latent['std']:.4g}, scale {latent['scale']:.5g}"
     lines.append(f"{index['samples']} samples of {job.rules.dtype} latents: {tensors}: {job.out}")
     return "\n".join(lines)

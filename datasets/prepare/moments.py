@@ -46,3 +46,20 @@ def statistics(shards: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for key, value in values.items():
             found[key][name] = value
     return found
+
+
+def posterior_statistics(shards: Sequence[dict[str, Any]], scale: float = 0.0) -> dict[str, float]:
+    """Mean and std of latents drawn from the posteriors, and the scale and shift that training uses: 1 / std and the mean, or the
+    `scale` that is given, and 0.
+
+    `shards`: what `to_dict` gave for each, of the posteriors' `mean` and `std`, or of one draw from each, `sample`. The variance of a
+    draw is that of the means and the mean of the variances.
+    """
+    found = statistics(shards)
+    drawn = "mean" if "mean" in found["mean"] else "sample"
+    mean, variance = found["mean"][drawn], found["std"][drawn] ** 2
+    if drawn == "mean":
+        variance += found["mean"]["std"] ** 2 + found["std"]["std"] ** 2
+    std = math.sqrt(variance)
+    measured = {"mean": mean, "std": std}
+    return measured | ({"scale": scale, "shift": 0.0} if scale else {"scale": 1 / std if std else 1.0, "shift": mean})
