@@ -1,4 +1,4 @@
-"""Latte's first stage: a VAE of single frames, trained with squared error, KL, LPIPS and a patch discriminator (spec, latte.md section 4.3)."""
+"""Latte's first stage: a VAE of single frames; squared error, KL, LPIPS and a patch discriminator (spec, latte.md section 4.3)."""
 
 import dataclasses
 from typing import Any
@@ -126,7 +126,8 @@ class FrameVAETask:
 
     def _latents(self, networks: Networks, frames: Tensor, rng: SampleRng) -> Tensor:
         """Posterior samples (b, Z, h', w')."""
-        return sample(*networks["ae"].moments(frames), self._noise(rng))
+        mean, logvar = networks["ae"].moments(frames)
+        return sample(mean, logvar, self._noise(rng))
 
     def _step(self, rng: SampleRng) -> int:
         """Optimiser step that the samples belong to."""
@@ -141,7 +142,7 @@ class FrameVAETask:
     def _discriminator_loss(self, networks: Networks, frames: Tensor, rng: SampleRng) -> LossOutput:
         """Loss of the discriminator; no gradient reaches the autoencoder.
 
-        The reconstructions are those of the autoencoder's turn, before its update, as in the release; a call without such a turn makes them.
+        The reconstructions are those of the autoencoder's turn, before its update, as in the release; without such a turn they are made.
         """
         recon = self._made.pop((self._step(rng), int(rng.index[0])), None)
         if recon is None:

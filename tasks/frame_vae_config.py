@@ -17,7 +17,7 @@ class FrameAdversarialConfig:
     weight: float = flag(0.5, "disc-weight")
     """Factor of the adversarial loss (least squares) in both losses, the autoencoder's and the discriminator's; 0: no discriminator."""
     start_step: int = flag(5000, "disc-start")
-    """Optimiser step of the run at which the discriminator and its loss set in. (The release counts micro-batches since the last restart.)"""
+    """Optimiser step of the run at which the discriminator and its loss set in. (The release counts from each restart.)"""
     lr: float = 0.0
     """Learning rate of the discriminator's own AdamW; 0: the autoencoder's."""
     betas: tuple[float, float] = (0.5, 0.999)
