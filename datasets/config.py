@@ -27,6 +27,11 @@ class DataConfig:
     """Distance of the frames of a clip in the stored clip; 1: consecutive frames."""
     clip_rule: Literal["consecutive", "linspace"] = flag("consecutive", "clip-rule")
     """consecutive: every frame_interval-th frame; linspace: frames spread evenly over n_frames x frame_interval, both ends taken."""
+    frame_sample_prob: float = flag(0.0, "frame-sample-prob")
+    """0: samples are clips. Above 0: samples are single frames, each frame of each stored clip kept with this probability; an epoch
+    has every kept frame once. n_frames is 1 then, and neither frame_interval nor clip_rule has a meaning."""
+    images: int = flag(0, "num-images", "use-image-num")
+    """Frames of other clips, drawn at random, that come beside each clip for joint training on videos and images."""
     image_size: tuple[int, int] = flag((0, 0), "image-size")
     """Height and width; 0 0: as stored. Anything else must be what the shards hold."""
     num_workers: int = flag(4, "num-workers")
@@ -69,6 +74,7 @@ def resolve(data: DataConfig, shards: Collection | ShardSet) -> DataConfig:
     """
     shards = Collection.over(shards)
     _check_numbers(data)
+    _check_frames(data, shards)
     if shards.is_latent:
         _check_latents(data, shards)
     else:
@@ -81,7 +87,7 @@ def resolve(data: DataConfig, shards: Collection | ShardSet) -> DataConfig:
         shuffle = "block" if shards.is_remote else "full"
     return replace(
         data,
-        n_frames=data.n_frames or shards.clip_length,
+        n_frames=1 if data.frame_sample_prob else data.n_frames or shards.clip_length,
         image_size=shards.size,
         dataset_name=data.dataset_name or shards.name,
         shuffle=shuffle,
@@ -97,11 +103,29 @@ def _check_numbers(data: DataConfig) -> None:
     for name in ("frame_interval", "shuffle_shards"):
         if getattr(data, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(data, name)}: use 1 or more")
+    if data.images < 0:
+        raise ConfigError(f"--num-images {data.images} is negative: use 0 for clips alone")
+    if not 0 <= data.frame_sample_prob <= 1:
+        raise ConfigError(f"--frame-sample-prob {data.frame_sample_prob:g}: it is a probability, from 0 (whole clips) to 1 (all frames)")
     if not 0 <= data.max_bad_share <= 1:
         raise ConfigError(f"--max-bad-share {data.max_bad_share:g}: it is a share, from 0 to 1")
 
 
+def _check_frames(data: DataConfig, shards: Collection) -> None:
+    """What takes single frames needs stored ones; samples that are frames need nothing else."""
+    share, images = f"--frame-sample-prob {data.frame_sample_prob:g}", f"--num-images {data.images}"
+    for given, told in ((data.frame_sample_prob, share), (data.images, images)):
+        if given and shards.is_latent:
+            raise ConfigError(f"{told}: {shards.location} holds latents of whole clips, of which no frame can be taken; drop the flag")
+    if data.frame_sample_prob and data.n_frames > 1:
+        raise ConfigError(f"{share} --n-frames {data.n_frames}: samples are single frames or clips; drop one of the flags")
+    if data.frame_sample_prob and data.images:
+        raise ConfigError(f"{share} {images}: images stand beside clips, not beside single frames; drop one of the flags")
+
+
 def _check_clips(data: DataConfig, shards: Collection) -> None:
+    if data.frame_sample_prob:
+        return
     if data.n_frames == 0 and not shards.stored_length:
         raise ConfigError(f"{shards.location} holds videos of various lengths: say --n-frames (at most {shards.clip_length})")
     frames = data.n_frames or shards.clip_length

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from typing import Any
@@ -24,6 +24,7 @@ from datasets.faults import Fault, FaultLog
 from datasets.lookahead import Lookahead
 from datasets.mixture import Collection
 from datasets.order import Order
+from datasets.picks import Picker, Picks, places
 from datasets.reader import ClipReader
 from datasets.shards import ShardSet
 from utils.errors import UserError
@@ -41,7 +42,8 @@ class ClipSource(Dataset[Item]):
     """This rank's micro-batches of one or more shard sets (`engine.task.BatchSource`).
 
     A batch: `video` uint8 (b, c, t, h, w), a view of frames that lie channels last, or of latent sets their tensors by name
-    (b, *shape) in the stored type; `label` int64 (b,), 0 when unlabelled; `index` int64 (b,), position in the endless sequence.
+    (b, *shape) in the stored type; `label` int64 (b,), 0 when unlabelled; `index` int64 (b,), position in the endless sequence;
+    with `data.images` also `images` uint8 (b, c, images, h, w) and `image_label` int64 (b, images).
     Rank r has the r-th contiguous part of each global batch, cut into `accumulation` contiguous micro-batches. Raises ConfigError
     when a global batch does not divide or exceeds the set. Bad samples are errors, or replaced, as `data.on_bad_sample` says.
     """
@@ -59,17 +61,21 @@ class ClipSource(Dataset[Item]):
     ) -> None:
         self.shards = shards = Collection.over(shards)
         self.data, self.seed = resolve(data, shards), seed
-        blocks = self.data.shuffle == "block"
-        self.ahead = shards.check_cache(self.data.shuffle_shards if blocks else 1)
+        window = self.data.shuffle_shards if self.data.shuffle == "block" else 0
+        self.ahead = shards.check_cache(window or 1)
+        share = self.data.frame_sample_prob
+        single = shards.single_frames(share, seed) if share else None
         self.order = Order(
-            shards.sequence(seed, self.data.weights, self.data.shuffle_shards if blocks else 0),
+            shards.sequence(seed, self.data.weights, window, single),
             global_batch=global_batch_size,
             accumulation=accumulation,
             rank=rank,
             world=world_size,
-            shard=shards.shard if blocks else None,
+            shard=None if not window else shards.shard if single is None else shards.shard[single.sample],
         )
         self.reader = ClipReader(shards, self.data.n_frames, interval=self.data.frame_interval, rule=self.data.clip_rule)
+        self.image_reader = ClipReader(shards, 1, handles=self.reader.handles)
+        self.picker = Picker(self.order, self.reader, seed, single)
         self.faults = FaultLog(shards, self.data.max_bad_share, rank=rank) if self.data.on_bad_sample == "skip" else None
         self.steps_per_epoch = self.order.steps_per_epoch
 
@@ -79,41 +85,71 @@ class ClipSource(Dataset[Item]):
         A UserError is returned, not raised: a loader process would wrap it in a traceback.
         """
         indices = self.order.indices(*divmod(number, self.order.accumulation))
-        rng = SampleRng(self.seed, torch.from_numpy(indices))
         try:
-            samples, stored, faults = self._read(indices, rng)
+            batch, faults = self._clips(indices)
+            if self.data.images:
+                images, more = self._images(indices)
+                batch |= images
+                faults += more
         except UserError as error:
             return error
-        batch = self._tensors(stored, rng)
-        batch["label"] = torch.from_numpy(self.shards.label[samples])
         batch["index"] = torch.from_numpy(indices)
         return batch, faults
 
-    def _read(self, indices: np.ndarray, rng: SampleRng) -> tuple[np.ndarray, np.ndarray, list[Fault]]:
-        """Samples at these positions, what is stored of them, uint8 (b, rows, bytes), and those that others were put in place of."""
-        samples, out = self.order.samples(indices), self.reader.empty(len(indices))
-        wanted, found = np.arange(len(indices)), list[Fault]()
+    def _clips(self, indices: np.ndarray) -> tuple[Batch, list[Fault]]:
+        """The clips at these positions, and the bad ones that others were put in place of."""
+
+        def pick(rows: np.ndarray, attempt: int) -> Picks:
+            return self.picker.clips(indices[rows], attempt)
+
+        samples, stored, faults = self._read(self.reader, len(indices), pick)
+        mirrored = self._mirrored("data/flip", indices)
+        return self._tensors(stored, mirrored) | {"label": torch.from_numpy(self.shards.label[samples])}, faults
+
+    def _images(self, indices: np.ndarray) -> tuple[Batch, list[Fault]]:
+        """The images beside the clips at these positions, and the bad ones that others were put in place of."""
+        shape = len(indices), self.data.images
+        positions, slots = places(indices, self.data.images)
+
+        def pick(rows: np.ndarray, attempt: int) -> Picks:
+            return self.picker.images(positions[rows], slots[rows], attempt)
+
+        samples, stored, faults = self._read(self.image_reader, len(positions), pick)
+        columns = [self._mirrored(f"data/image/{slot}/flip", indices) for slot in range(self.data.images)]
+        (images,) = self._tensors(stored.reshape(*shape, -1), np.stack(columns, axis=1)).values()
+        return {"images": images, "image_label": torch.from_numpy(self.shards.label[samples].reshape(shape))}, faults
+
+    def _read(self, reader: ClipReader, count: int, pick: Callable[[np.ndarray, int], Picks]) -> tuple[np.ndarray, np.ndarray, list[Fault]]:
+        """Samples of `count` rows, what is stored of them, uint8 (count, frames, bytes), and those that others were put in place of.
+
+        `pick(rows, attempt)`: what is read into these rows.
+        """
+        samples, out = np.empty(count, dtype=np.int64), reader.empty(count)
+        wanted, found = np.arange(count), list[Fault]()
         for attempt in range(MAX_ATTEMPTS):
-            windows = rng.integers("data/window", torch.from_numpy(self.reader.windows(samples))).numpy()
-            faults = self.reader.fill(out, wanted, samples[wanted], windows[wanted])
+            samples[wanted], starts = pick(wanted, attempt)
+            faults = reader.fill(out, wanted, samples[wanted], starts)
             if not faults:
                 return samples, out, found
             if self.faults is None:
                 raise UserError(faults[0][1].text)
             found += [fault for _, fault in faults]
             wanted = wanted[[k for k, _ in faults]]
-            for row in wanted.tolist():
-                samples[row] = self.order.substitute(int(indices[row]), attempt)
         raise UserError(f"no good sample in {MAX_ATTEMPTS} attempts to replace a bad one; the last: {faults[0][1].text}")
 
-    def _tensors(self, stored: np.ndarray, rng: SampleRng) -> Batch:
-        """Stored bytes (b, rows, bytes) as tensors: mirrored clips, or latents by name."""
+    def _mirrored(self, stream: str, indices: np.ndarray) -> np.ndarray:
+        """Whether what stands at these positions is mirrored, bool (b,)."""
+        if not self.data.flip:
+            return np.zeros(len(indices), dtype=bool)
+        return (SampleRng(self.seed, torch.from_numpy(indices)).uniform(stream) < 0.5).numpy()
+
+    def _tensors(self, stored: np.ndarray, mirrored: np.ndarray) -> Batch:
+        """Stored bytes (b, rows, bytes) as tensors: clips or their frames mirrored, or latents by name."""
         if self.shards.is_latent:
             return self.reader.split(stored)
-        frames = stored.reshape(len(stored), self.data.n_frames, *self.shards.size, 3)
-        if self.data.flip:
-            mirrored = (rng.uniform("data/flip") < 0.5).numpy()
-            frames[mirrored] = frames[mirrored][:, :, :, ::-1]
+        frames = stored.reshape(*stored.shape[:2], *self.shards.size, 3)
+        if mirrored.any():
+            frames[mirrored] = frames[mirrored][..., ::-1, :]
         return {"video": torch.from_numpy(frames).permute(0, 4, 1, 2, 3)}
 
     def batches(self, first_step: int) -> Iterator[Batch]:
@@ -133,7 +169,7 @@ class ClipSource(Dataset[Item]):
                     raise item
                 batch, faults = item
                 if self.faults is not None:
-                    self.faults.record(len(batch["index"]), faults)
+                    self.faults.record(len(batch["index"]) * (1 + self.data.images), faults)
                 if ahead is not None:
                     ahead.reached(number // self.order.accumulation)
                 yield batch
@@ -144,7 +180,9 @@ class ClipSource(Dataset[Item]):
 
     def describe(self, index: int) -> str:
         """Shard and key of the sample at a position, for reports."""
-        return self.shards.describe(int(self.order.samples(np.array([index]))[0]))
+        samples, frames = self.picker.clips(np.array([index]))
+        which = f" frame {frames[0]}" if self.data.frame_sample_prob else ""
+        return self.shards.describe(int(samples[0])) + which
 
     def _lookahead(self, first_step: int) -> Lookahead:
         shards = self.shards
@@ -152,7 +190,12 @@ class ClipSource(Dataset[Item]):
         def fetch(shard: int) -> None:
             os.close(shards.open_shard(shard))
 
-        return Lookahead(self.order, shards.shard, fetch, first_step=first_step, ahead=self.ahead, bad=frozenset(shards.bad))
+        def wanted(step: int) -> np.ndarray:
+            share = self.order.share(step)
+            samples, _ = self.picker.images(*places(share, self.data.images))
+            return shards.shard[np.concatenate([self.picker.clips(share)[0], samples])]
+
+        return Lookahead(self.order, wanted, fetch, first_step=first_step, ahead=self.ahead, bad=frozenset(shards.bad))
 
     def _from_threads(self, numbers: Iterator[int]) -> Iterator[Item]:
         # Reading runs at memory speed: more threads than this only contend.

@@ -21,10 +21,17 @@ class Lookahead:
     """
 
     def __init__(
-        self, order: Order, shard: np.ndarray, fetch: Callable[[int], object], *, first_step: int, ahead: int, bad: Container[int] = ()
+        self,
+        order: Order,
+        wanted: Callable[[int], np.ndarray],
+        fetch: Callable[[int], object],
+        *,
+        first_step: int,
+        ahead: int,
+        bad: Container[int] = (),
     ) -> None:
-        """`shard`: each sample's shard; `fetch(shard)` blocks until it is there; `bad` shards are left alone."""
-        self._order, self._shard, self._fetch, self._ahead, self._bad = order, shard, fetch, ahead, bad
+        """`wanted(step)`: shards of what the rank reads in a step; `fetch(shard)` blocks until it is there; `bad` shards are left alone."""
+        self._order, self._wanted, self._fetch, self._ahead, self._bad = order, wanted, fetch, ahead, bad
         self._reached = first_step
         self._planned = first_step
         self._queue: deque[tuple[int, int]] = deque()
@@ -74,7 +81,7 @@ class Lookahead:
 
     def _plan(self) -> None:
         """Queue the shards of one more step that were not wanted lately."""
-        for shard in np.unique(self._shard[self._order.samples(self._order.share(self._planned))]).tolist():
+        for shard in np.unique(self._wanted(self._planned)).tolist():
             if shard not in self._recent and shard not in self._bad:
                 self._queue.append((self._planned, shard))
             self._recent[shard] = None

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from datasets.order import STREAM, Sequence, Shuffled
 from datasets.proportions import Mixture
 from datasets.shards import ShardSet
+from datasets.single_frames import SingleFrames
 from utils.errors import ConfigError
 
 
@@ -179,20 +181,38 @@ class Collection:
         number = int(np.searchsorted(self._firsts[1], shard, side="right")) - 1
         return self.sets[number], shard - int(self._firsts[1][number])
 
-    def sequence(self, seed: int, weights: Items[float], window: int) -> Sequence:
+    def sequence(self, seed: int, weights: Items[float], window: int, single: SingleFrames | None = None) -> Sequence:
         """The endless order: one permutation an epoch over all sets, or with `weights` (one a set) the sets in that proportion.
 
-        `window`: shuffle by blocks of so many shards; 0: over everything.
+        `window`: shuffle by blocks of so many shards; 0: over everything. `single`: over these frames in place of the samples.
         """
+        shard = self.shard if single is None else self.shard[single.sample] if window else None
         if not weights:
-            return Shuffled(self.num_samples, seed=seed, shard=self.shard, window=window)
+            return Shuffled(self.num_samples if single is None else len(single), seed=seed, shard=shard, window=window)
         if len(weights) != len(self.sets):
             raise ConfigError(f"--data-weights has {len(weights)} numbers for {len(self.sets)} shard sets: give one for each --data-path")
+        firsts = self._firsts[0] if single is None else single.bounds(self._firsts[0])
         parts = [
-            Shuffled(item.num_samples, seed=seed, shard=item.shard, window=window, stream=f"{STREAM}/{number}")
-            for number, item in enumerate(self.sets)
+            Shuffled(
+                last - first,
+                seed=seed,
+                shard=None if shard is None else shard[first:last],
+                window=window,
+                stream=f"{STREAM}/{number}",
+            )
+            for number, (first, last) in enumerate(pairwise(firsts.tolist()))
         ]
         return Mixture(parts, weights, seed=seed)
+
+    def single_frames(self, share: float, seed: int) -> SingleFrames:
+        """The frames that are kept of all samples. ConfigError where none is kept of a set."""
+        found = SingleFrames.draw(self.frames, share, seed)
+        for item, count in zip(self.sets, np.diff(found.bounds(self._firsts[0])).tolist(), strict=True):
+            if not count:
+                raise ConfigError(
+                    f"--frame-sample-prob {share:g} keeps no frame of {item.where} ({item.frames.sum()} frames): use a larger one"
+                )
+        return found
 
 
 def _check_alike(sets: Items[ShardSet]) -> None:

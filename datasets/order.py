@@ -14,7 +14,7 @@ from utils.errors import ConfigError
 from utils.rng import hash_indices
 
 STREAM = "data/order"
-_NEAR = 16
+NEAR = 16
 """Substitutes that are looked for in the window of a bad sample, before the whole set."""
 
 
@@ -53,6 +53,10 @@ class Sequence(Protocol):
     def substitute(self, index: int, global_batch: int, attempt: int) -> int:
         """Another sample for the position `index`, whose own is bad, and so are those of the attempts before."""
 
+    def beside(self, indices: np.ndarray, global_batch: int, draws: np.ndarray, *, everywhere: bool = False) -> np.ndarray:
+        """Samples, int64 (b,), chosen by `draws` (uint64) from those near each position (the window of a shuffle by blocks), or from
+        everywhere; of the same set where there are several in proportion."""
+
 
 class Shuffled:
     """One set of samples, shuffled anew each epoch. With a `window` of shards: by blocks."""
@@ -87,14 +91,22 @@ class Shuffled:
 
     def near(self, position: int, index: int, attempt: int) -> int:
         """A sample drawn by (seed, index, attempt) from the window of the one at `position`; in the end from the whole set."""
-        epoch, place = divmod(position, self.n)
-        order, bounds = self.epoch(epoch)
-        low, high = 0, self.n
-        if attempt < _NEAR:
-            window = int(np.searchsorted(bounds, place, side="right"))
-            low, high = int(bounds[window - 1]), int(bounds[window])
-        draw = int(hash_indices(self.seed, f"{self.stream}/substitute/{attempt}", np.array([index]))[0])
-        return int(order[low + draw % (high - low)])
+        draws = hash_indices(self.seed, f"{self.stream}/substitute/{attempt}", np.array([index]))
+        return int(self.around(np.array([position]), draws, everywhere=attempt >= NEAR)[0])
+
+    def around(self, positions: np.ndarray, draws: np.ndarray, *, everywhere: bool = False) -> np.ndarray:
+        """Samples, int64 (b,), chosen by `draws` (uint64) from the windows of those at `positions`, or from everywhere."""
+        epochs, places = np.divmod(positions, self.n)
+        out = np.empty_like(places)
+        for number in np.unique(epochs):
+            here = epochs == number
+            order, bounds = self.epoch(int(number))
+            low, high = np.zeros(int(here.sum()), np.int64), np.int64(self.n)
+            if not everywhere:
+                window = np.searchsorted(bounds, places[here], side="right")
+                low, high = bounds[window - 1], bounds[window]
+            out[here] = order[low + (draws[here] % (high - low).astype(np.uint64)).astype(np.int64)]
+        return out
 
     def samples(self, indices: np.ndarray, global_batch: int) -> np.ndarray:
         """As `Sequence` says; the last, partial global batch of an epoch is dropped."""
@@ -103,6 +115,10 @@ class Shuffled:
     def substitute(self, index: int, global_batch: int, attempt: int) -> int:
         """As `Sequence` says; near the bad sample, so that no other shard must be fetched."""
         return self.near(int(self._positions(np.array([index]), global_batch)[0]), index, attempt)
+
+    def beside(self, indices: np.ndarray, global_batch: int, draws: np.ndarray, *, everywhere: bool = False) -> np.ndarray:
+        """As `Sequence` says."""
+        return self.around(self._positions(indices, global_batch), draws, everywhere=everywhere)
 
     def _positions(self, indices: np.ndarray, global_batch: int) -> np.ndarray:
         used = self.n // global_batch * global_batch
@@ -146,6 +162,10 @@ class Order:
     def substitute(self, index: int, attempt: int) -> int:
         """Another sample for a position whose own is bad: a function of (seed, index, attempt) alone."""
         return self.sequence.substitute(int(self._unsorted(np.array([index]))[0]), self.global_batch, attempt)
+
+    def beside(self, indices: np.ndarray, draws: np.ndarray, *, everywhere: bool = False) -> np.ndarray:
+        """Further samples for these positions, int64 (b,), chosen by `draws` (uint64, as many); see `Sequence.beside`."""
+        return self.sequence.beside(self._unsorted(indices), self.global_batch, draws, everywhere=everywhere)
 
     def _unsorted(self, indices: np.ndarray) -> np.ndarray:
         """Where the samples at these positions stood before their global batches were sorted by shard."""

@@ -78,6 +78,15 @@ class Mixture:
         number = int(numbers[0])
         return int(self._first[number]) + self.sets[number].near(int(positions[0]), index, attempt)
 
+    def beside(self, indices: np.ndarray, global_batch: int, draws: np.ndarray, *, everywhere: bool = False) -> np.ndarray:
+        """As `Sequence` says; so the images of all clips come from the sets in the same proportions."""
+        numbers, positions = self.places(indices)
+        out = np.empty_like(indices)
+        for number in np.unique(numbers):
+            here = numbers == number
+            out[here] = self._first[number] + self.sets[number].around(positions[here], draws[here], everywhere=everywhere)
+        return out
+
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Set and position in it for each slot of some whole periods, which are drawn at once."""
         found = self._kept.get(block)

@@ -1,7 +1,6 @@
 """Reading samples out of shards: windows of frames, or the tensors of latents, each checked against its checksum."""
 
 import os
-import threading
 import zlib
 from math import prod
 
@@ -10,25 +9,14 @@ import torch
 
 from datasets.faults import Fault
 from datasets.frames import linspace, linspace_last_start
+from datasets.handles import Handles
 from datasets.mixture import Collection
 from datasets.shards import ShardSet, frame_sums
 from datasets.tables import TENSOR_BYTES, frame_bytes
 from datasets.video import decode_window
 from utils.errors import ConfigError, UserError
 
-MAX_FILES = 256
-"""Shards that a process holds open; the one opened first goes first."""
 _AGAIN = "copy the shard again or rerun preprocess.py"
-
-
-class _File:
-    """An open file that closes when nobody holds it: a thread may still read what another has let go."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def __del__(self) -> None:
-        os.close(self.fd)
 
 
 class ClipReader:
@@ -37,22 +25,22 @@ class ClipReader:
     Opens files when first read, so that it survives fork and pickling.
     """
 
-    def __init__(self, shards: Collection | ShardSet, n_frames: int, *, interval: int = 1, rule: str = "consecutive") -> None:
+    def __init__(
+        self,
+        shards: Collection | ShardSet,
+        n_frames: int,
+        *,
+        interval: int = 1,
+        rule: str = "consecutive",
+        handles: Handles | None = None,
+    ) -> None:
+        """`handles`: those of another reader of the same shards, whose open files are shared."""
         self.shards = Collection.over(shards)
+        self.handles = handles or Handles(self.shards)
         self.n_frames, self.interval, self.rule = n_frames, interval, rule
         self.rows = 1 if self.shards.is_latent else n_frames
         """Frames of a sample as it is stored; latents count as one."""
         self.row_bytes = frame_bytes(self.shards.meta)
-        self.bad = dict(self.shards.bad)
-        """Shards that cannot be opened, with the line that says why: each is tried once."""
-        self._files: dict[int, _File] = {}
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"} | {"_files": {}}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
 
     def windows(self, samples: np.ndarray) -> np.ndarray:
         """How many windows each sample has, int64 (b,)."""
@@ -116,7 +104,7 @@ class ClipReader:
         flat, faults = out.reshape(-1).data, dict[int, Fault]()
         for k, shard, source, target in zip(which.tolist(), shards.shard[samples][which].tolist(), sources, targets, strict=True):
             try:
-                file = self._files.get(shard) or self._open(shard)
+                file = self.handles.get(shard)
                 if os.preadv(file.fd, [flat[target : target + length]], source) != length:
                     faults[k] = self._fault(samples[k], "cut short", f"is cut short: {_AGAIN}")
             except (UserError, OSError) as error:
@@ -145,7 +133,7 @@ class ClipReader:
         """Reads one compressed sample into uint8 (rows, bytes)."""
         shards = self.shards
         try:
-            payload = os.pread(self._open(int(shards.shard[sample])).fd, int(shards.nbytes[sample]), int(shards.offset[sample]))
+            payload = os.pread(self.handles.get(int(shards.shard[sample])).fd, int(shards.nbytes[sample]), int(shards.offset[sample]))
         except (UserError, OSError) as error:
             return self._unreadable(sample, error)
         if zlib.crc32(payload) != shards.crc32[sample]:
@@ -160,25 +148,6 @@ class ClipReader:
             return self._fault(sample, "decode", f"does not decode: {error}; rerun preprocess.py")
         return None
 
-    def _open(self, shard: int) -> _File:
-        found = self._files.get(shard)
-        if found is not None:
-            return found
-        if shard in self.bad:
-            raise UserError(self.bad[shard])
-        try:
-            file = _File(self.shards.open_shard(shard))
-        except ConfigError:
-            raise
-        except UserError as error:
-            self.bad[shard] = str(error)
-            raise
-        with self._lock:
-            while len(self._files) >= MAX_FILES:
-                del self._files[next(iter(self._files))]
-            # Two threads may both come here: the file of the one that is late closes itself.
-            return self._files.setdefault(shard, file)
-
     def _fault(self, sample: int, reason: str, trouble: str) -> Fault:
         return Fault(int(sample), int(self.shards.shard[sample]), reason, f"{self.shards.describe(int(sample))} {trouble}")
 
@@ -186,6 +155,6 @@ class ClipReader:
         shard = int(self.shards.shard[sample])
         if isinstance(error, ConfigError):
             raise error
-        if shard not in self.bad:
+        if shard not in self.handles.bad:
             return self._fault(sample, "unreadable", f"cannot be read: {error}")
-        return Fault(int(sample), shard, "unreadable shard", self.bad[shard], whole_shard=True)
+        return Fault(int(sample), shard, "unreadable shard", self.handles.bad[shard], whole_shard=True)

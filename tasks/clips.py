@@ -1,6 +1,7 @@
 """What every stage knows of its clips: where they come from, and how they look to the first network."""
 
 import dataclasses
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,19 +46,30 @@ class StoredLatents:
     """What shards hold in place of clips: the output of an autoencoder, made by preprocess.py latents."""
 
     tensors: Mapping[str, tuple[int, ...]]
-    """Name -> shape of one sample's."""
+    """Name -> shape of one sample's; of frame-wise latents that of one frame's, c h w."""
     dtype: torch.dtype
     autoencoder: Mapping[str, Any]
     """What identifies it: system, sha256, path, and its image VAE where there is one."""
     location: str
+    framewise: bool = False
+    """Every frame was encoded on its own: a batch holds b c t h w, of as many frames as asked for."""
+    statistics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Frame-wise: `mean`, `std` and `scale` of all latents together."""
 
     @classmethod
     def of(cls, shards: Collection) -> "StoredLatents | None":
         """From open shard sets; None where they hold clips."""
         if not shards.is_latent:
             return None
-        dtype = getattr(torch, shards.meta["codec"]["dtype"])
-        return cls(shards.tensors, dtype, shards.meta["autoencoder"], shards.location)
+        codec = shards.meta["codec"]
+        return cls(
+            shards.tensors,
+            getattr(torch, codec["dtype"]),
+            shards.meta["autoencoder"],
+            shards.location,
+            framewise=bool(codec.get("framewise", False)),
+            statistics=shards.meta.get("latent", {}),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +86,8 @@ class ClipInfo:
     digest: str = ""
     latents: StoredLatents | None = None
     """What the stream gives in place of the clips' pixels; None: the pixels."""
+    images: int = 0
+    """Single frames that the stream gives beside each clip."""
 
     @classmethod
     def of(cls, shards: Collection, data: DataConfig) -> "ClipInfo":
@@ -87,6 +101,7 @@ class ClipInfo:
             dataset=data.dataset_name or shards.name,
             digest=shards.digest,
             latents=StoredLatents.of(shards),
+            images=data.images,
         )
 
     def card(self) -> dict[str, object]:
@@ -112,9 +127,12 @@ def open_clips(config: RunConfig, data: DataConfig, env: Env) -> tuple[ClipInfo,
     others = _open(held_out, env)
     _check_same_kind(shards, others)
     whole = env.world_size * config.train.accumulation
-    batch = min(config.train.global_batch_size, others.num_samples) // whole * whole
+    share = held_out.frame_sample_prob
+    count = len(others.single_frames(share, config.train.seed)) if share else others.num_samples
+    batch = min(config.train.global_batch_size, count) // whole * whole
     if batch == 0:
-        raise ConfigError(f"--val-path {data.val_path}: {others.num_samples} clips are fewer than ranks x accumulation = {whole}")
+        kind = "kept frames" if share else "clips"
+        raise ConfigError(f"--val-path {data.val_path}: {count} {kind} are fewer than ranks x accumulation = {whole}")
     return ClipInfo.of(shards, data), source, _source(config, held_out, others, env, batch)
 
 
@@ -123,7 +141,9 @@ def _open(data: DataConfig, env: Env) -> Collection:
     shards = open_shards(data)
     seen: list[Any] = [None] * env.world_size
     if env.world_size > 1 and dist.is_initialized():
-        dist.all_gather_object(seen, (shards.digest, shards.num_samples))
+        # Lengths decide which frames are samples; a shard whose index is bad on one node has none there.
+        lengths = zlib.crc32(shards.frames) if data.frame_sample_prob else 0
+        dist.all_gather_object(seen, (shards.digest, shards.num_samples, lengths))
         other = next((rank for rank, what in enumerate(seen) if what != seen[0]), None)
         if other is not None:
             counts = f"{seen[0][1]} samples on rank 0, {seen[other][1]} on rank {other}"
@@ -153,18 +173,26 @@ def input_clips(networks: Networks, batch: Batch, rng: SampleRng) -> Tensor:
 
 def empty_batch(clips: ClipInfo, batch_size: int) -> Batch:
     """A micro-batch of the stream on the meta device (`index` on the CPU, as always)."""
-    if clips.latents is None:
-        stored = {"video": torch.empty(batch_size, 3, clips.n_frames, *clips.image_size, dtype=torch.uint8, device="meta")}
-    else:
-        dtype = clips.latents.dtype
-        stored = {name: torch.empty(batch_size, *shape, dtype=dtype, device="meta") for name, shape in clips.latents.tensors.items()}
-    batch = stored | {
+    batch = _empty_frames(clips, batch_size, clips.n_frames) | {
         "label": torch.empty(batch_size, dtype=torch.int64, device="meta"),
         "index": torch.arange(batch_size),
     }
+    if clips.images:
+        (pictures,) = _empty_frames(clips, batch_size, clips.images).values()
+        batch["images"] = pictures
+        batch["image_label"] = torch.empty(batch_size, clips.images, dtype=torch.int64, device="meta")
     if clips.cond_dim:
         batch["cond"] = torch.empty(batch_size, clips.cond_dim, device="meta")
     return batch
+
+
+def _empty_frames(clips: ClipInfo, batch_size: int, frames: int) -> Batch:
+    """What the stream gives of so many frames: pixels, or the tensors of latents."""
+    if clips.latents is None:
+        return {"video": torch.empty(batch_size, 3, frames, *clips.image_size, dtype=torch.uint8, device="meta")}
+    stored = clips.latents
+    shapes = {name: (shape[0], frames, *shape[1:]) if stored.framewise else shape for name, shape in stored.tensors.items()}
+    return {name: torch.empty(batch_size, *shape, dtype=stored.dtype, device="meta") for name, shape in shapes.items()}
 
 
 def _source(config: RunConfig, data: DataConfig, shards: Collection, env: Env, global_batch_size: int) -> ClipSource:

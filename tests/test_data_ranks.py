@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from datasets.config import DataConfig, open_shards, resolve
 from datasets.frames import linspace, strided
+from datasets.handles import MAX_FILES
 from datasets.loader import ClipSource
 from datasets.mixture import Collection
-from datasets.reader import MAX_FILES, ClipReader
+from datasets.reader import ClipReader
 from datasets.shards import ShardSet
 from tests.shard_sets import SIZE, frames_of, sample_of, spoil, write_set
 from utils.errors import ConfigError
@@ -152,7 +153,7 @@ def test_windows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_few_files_are_open_however_many_shards_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.reader.MAX_FILES", 3)
+    monkeypatch.setattr("datasets.handles.MAX_FILES", 3)
     assert MAX_FILES <= 256
     shards = ShardSet.open(write_set(tmp_path / "set", [1] * 12))
     reader = ClipReader(shards, 3)

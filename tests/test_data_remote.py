@@ -174,7 +174,7 @@ def test_lookahead_survives_trouble_and_ends_while_it_waits() -> None:
         if number % 2:
             raise UserError("not there")
 
-    ahead = Lookahead(order, shard, fetch, first_step=0, ahead=3, bad={5})
+    ahead = Lookahead(order, lambda step: shard[order.samples(order.share(step))], fetch, first_step=0, ahead=3, bad={5})
     for step in range(1, 12):
         ahead.reached(step)
         time.sleep(0.01)
