@@ -1,0 +1,121 @@
+"""Denoisers on the latents of a frozen first stage. A system brings its space (what a batch is in latents, and back) and its network."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffusion import build as build_process
+from engine.task import Batch, LossOutput, Network
+from pipelines.sampling import Sampling, sample
+from tasks.clips import ClipInfo, Networks, empty_batch, units
+from tasks.diffusion_task import Condition, denoising_loss, measured
+from tasks.latent_config import LatentRunConfig
+from utils.config import to_dict
+from utils.rng import SampleRng
+
+
+class LatentSpace(Protocol):
+    """Where a denoiser works: the latents of a frozen first stage, at zero mean and unit variance."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the latents of one sample, channels first."""
+
+    def networks(self) -> dict[str, Network]:
+        """Frozen networks by name; none where the shards hold latents and nobody asks for pictures."""
+
+    def latents(self, networks: Networks, batch: Batch, rng: SampleRng) -> Tensor:
+        """The batch's latents, (b, *shape) float32."""
+
+    def show(self, networks: Networks, latents: Tensor) -> Tensor:
+        """Latents (b, *shape) as clips b 3 t h w in [-1, 1]."""
+
+    def state(self) -> dict[str, int | float]:
+        """Numbers that must survive a restart."""
+
+    def load_state(self, state: dict[str, int | float]) -> None:
+        """Takes back what `state` gave."""
+
+    def card(self) -> dict[str, Any]:
+        """What ties an export to its first stage: plain values for its card."""
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """The network that is trained."""
+
+    config: Any
+    build: Callable[[], nn.Module]
+    """Makes it with its first weights."""
+
+
+class LatentTask:
+    """Trains `model` to remove noise from the latents of `space`."""
+
+    def __init__(self, config: LatentRunConfig, clips: ClipInfo, space: LatentSpace, condition: Condition, denoiser: Denoiser) -> None:
+        self.config = config
+        self.clips = clips
+        self.space = space
+        self.condition = condition
+        self.denoiser = denoiser
+        self.process = build_process(config.diffusion)
+
+    @functools.cached_property
+    def name(self) -> str:
+        """<system>-<stage>."""
+        return f"{self.config.system}-{self.config.stage}"
+
+    def networks(self) -> dict[str, Network]:
+        """`model`, then the frozen networks before it."""
+        ema = self.config.ema if self.config.ema.decay > 0 else None
+        return {"model": Network(self.denoiser.build(), optim=self.config.optim, ema=ema, units=units)} | self.space.networks()
+
+    def phases(self, step: int) -> tuple[str, ...]:
+        """Always the denoiser."""
+        return ("model",)
+
+    def loss(self, phase: str, networks: Networks, batch: Batch, rng: SampleRng) -> LossOutput:
+        """Diffusion loss of the latents."""
+        latents = self.space.latents(networks, batch, rng)
+        return denoising_loss(self.process, networks["model"], latents, rng, self.condition.training(batch, rng))
+
+    def batch_spec(self, batch_size: int) -> Batch:
+        """An empty micro-batch on the meta device."""
+        return empty_batch(self.clips, batch_size)
+
+    def evaluate(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, tuple[Tensor, int]]:
+        """The loss with every condition kept, at the timesteps and with the noise that belong to the samples."""
+        latents = self.space.latents(networks, batch, rng)
+        return measured(denoising_loss(self.process, networks["model"], latents, rng, self.condition.given(batch)))
+
+    def preview(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
+        """Clips of a few classes, always from the same noise."""
+        setting, device = self.config.preview, batch["label"].device
+        own = SampleRng(self.config.train.seed, torch.arange(setting.samples), device)
+        sampling = Sampling(steps=setting.steps, guidance=setting.guidance if self.condition.dropout > 0 else 1.0)
+        given = self.condition.grid(setting.samples, batch)
+        latents = sample(networks["model"], self.config.diffusion, self.space.shape, own, "preview", sampling, condition=given)
+        return {"samples": self.space.show(networks, latents).clamp(-1, 1)}
+
+    def state(self) -> dict[str, int | float]:
+        """What the space has measured."""
+        return self.space.state()
+
+    def load_state(self, state: dict[str, int | float]) -> None:
+        """Takes back what `state` gave."""
+        self.space.load_state(state)
+
+    def card(self) -> dict[str, Any]:
+        """What sampling needs to rebuild and use the denoiser."""
+        return {
+            "system": self.config.system,
+            "stage": self.config.stage,
+            "model": to_dict(self.denoiser.config),
+            "diffusion": to_dict(self.config.diffusion),
+            **self.space.card(),
+            "data": self.clips.card(),
+        }

@@ -1,0 +1,40 @@
+"""Train the denoiser of a one-stage latent model on latents, or on clips that a frozen autoencoder encodes as it goes (Latte).
+
+  torchrun --standalone --nproc_per_node 2 train_dit.py --config configs/latte/tiny.yaml --data-path LATENTS --ae RUN
+  python train_dit.py --nproc_per_node 2 --config configs/latte/tiny.yaml --data-path SHARDS --ae RUN
+
+The same line starts a run, resumes it and finds it finished. Exit status: 0 done; 75 stopped by a signal
+and saved; 130 Ctrl-C; 2 wrong settings; 1 any other error.
+"""
+
+from engine.loop import fit
+from engine.plan import report
+from launch.env import distributed
+from launch.run import parse_launch, run_main
+from tasks.latent_config import LatteRunConfig
+from tasks.latte import build
+from utils.config import dump_yaml, load_config, to_dict
+
+PROG = "train_dit.py"
+
+
+def main() -> None:
+    """Command line -> config -> task -> `fit`."""
+    launch = parse_launch(__doc__ or "")
+    config = load_config({"latte": LatteRunConfig}, launch.argv, prog=PROG, description=launch.about)
+    config.validate()
+    if launch.print_config:
+        print(dump_yaml(to_dict(config)), end="")
+        return
+    if launch.dry_run:
+        env = launch.env()
+        task, source, _ = build(config.for_planning(), env)
+        print(report(task, source, config, env), end="")
+        return
+    with distributed(config.parallel.timeout) as env:
+        task, source, valid = build(config, env)
+        fit(task, source, config, env, valid=valid)
+
+
+if __name__ == "__main__":
+    run_main(main)
