@@ -1,6 +1,6 @@
 """The shard set on disk: tars that webdataset reads, an index of offsets beside each, and `index.json`, written last, over all.
 
-shard-00000.tar         <key>.npy or <key>.mp4, <key>.json (+ <key>.cls, <key>.txt), samples in fixed order
+shard-00000.tar         <key>.npy or <key>.mp4, <key>.json (+ <key>.cls, <key>.txt, <key>.emb.npy), samples in fixed order
 shard-00000.index.json  for each sample: key, offset and size of the clip's bytes, crc32, frames, label, checksum of each stored frame
 index.json              schema version, source, licence, clip length, fps, size, classes, codec, transform, shards with sha256
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 from datasets.indices import BLANK, DAMAGE, INDEX, kept_rows, one_line, read_tables, sidecar_name
 from datasets.storage import CacheConfig, LocalStorage, MissingFile, Storage, open_storage
-from datasets.tables import MAX_INDEX_BYTES, Keys, check_meta, join, parse_json, repeated
+from datasets.tables import MAX_INDEX_BYTES, Keys, check_meta, join, parse_json, repeated, stored_rows, stored_rows
 from utils.errors import UserError
 
 __all__ = ["FORMAT", "IMAGE_SUFFIXES", "INDEX", "SCHEMA", "VIDEO_SUFFIXES", "ShardSet", "frame_sums", "sidecar_name", "word_type"]
@@ -94,8 +94,7 @@ class ShardSet:
             raise UserError(f"{where} is damaged ({one_line(error)}): copy the set again or rerun preprocess.py") from None
         bad: dict[int, str] = {}
         counts = [entry["samples"] for entry in meta["shards"]]
-        frames = 1 if meta["codec"]["name"] == "latent" else meta["clip_length"]
-        sums = 0 if meta["codec"]["name"] == "mp4" else sum(counts) * frames
+        sums = 0 if meta["codec"]["name"] == "mp4" else sum(counts) * stored_rows(meta)
         try:
             columns = join(read_tables(storage, meta, bad, on_bad), sum(counts), sums)
         except MemoryError:

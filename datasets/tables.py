@@ -12,6 +12,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from datasets.conditions import CondFormat
 from datasets.storage import HASH, check_name
 
 MAX_INDEX_BYTES = 1 << 26
@@ -38,6 +39,8 @@ TENSOR_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 KEYS = re.compile(r"(?:[!-\-0-\[\]-~]{1,200}\n)*")
 """Keys, one a line: printable ASCII without space, dot, slash and backslash."""
 COLUMNS = {"offset": np.int64, "nbytes": np.int64, "crc32": np.uint32, "frames": np.int64, "label": np.int64}
+COND_COLUMNS = {"cond_offset": np.int64, "cond_crc32": np.uint32}
+"""Of sets with condition vectors: see `datasets.conditions`."""
 
 
 class Keys(Sequence[str]):
@@ -69,7 +72,8 @@ class Keys(Sequence[str]):
 
 @dataclass(frozen=True)
 class Table:
-    """One shard's samples, a row each, in columns: key, those of COLUMNS, and sums (uint64, all frames of all samples in one row)."""
+    """One shard's samples, a row each, in columns: key, those of COLUMNS (and COND_COLUMNS), and sums (uint64, all frames of all samples
+    in one row)."""
 
     rows: int
     columns: dict[str, np.ndarray]
@@ -138,9 +142,11 @@ def check_meta(meta: dict[str, Any]) -> None:
         raise ValueError("a class is named twice")
     if meta["codec"]["name"] not in CODECS:
         raise ValueError(f"codec {meta['codec']['name']!r} is none of {', '.join(CODECS)}")
-    frames = 1 if meta["codec"]["name"] == "latent" else max(1, meta["clip_length"])
-    if frames * frame_bytes(meta) > MAX_CLIP_BYTES:
+    if max(1, stored_rows(meta)) * frame_bytes(meta) > MAX_CLIP_BYTES:
         raise ValueError(f"a sample of more than {MAX_CLIP_BYTES >> 30} GiB")
+    if by_frame(meta) and meta["codec"]["name"] == "latent" and [*meta["tensors"]] not in (["moments"], ["sample"]):
+        raise ValueError("latents of frames are moments or a sample")
+    CondFormat.of(meta)
     if not isinstance(meta["shards"], list):
         raise ValueError("shards is not a list")
     names = [_check_entry(entry) for entry in meta["shards"]]
@@ -161,8 +167,18 @@ def _check_entry(entry: dict[str, Any]) -> str:
     return name
 
 
+def by_frame(meta: dict[str, Any]) -> bool:
+    """Whether a sample has a row for each frame: of pixels, or of latents of an encoder of frames."""
+    return meta["codec"]["name"] != "latent" or meta["codec"].get("framewise") is True
+
+
+def stored_rows(meta: dict[str, Any]) -> int:
+    """Rows of a sample, each with a checksum where it is raw: 1 for latents of whole clips, else its frames; 0 where they differ."""
+    return int(meta["clip_length"]) if by_frame(meta) else 1
+
+
 def frame_bytes(meta: dict[str, Any]) -> int:
-    """Decoded bytes of a frame, or of all tensors of a latent sample."""
+    """Decoded bytes of a row: a frame, its latents, or all tensors of a clip."""
     if meta["codec"]["name"] != "latent":
         return int(meta["size"][0]) * int(meta["size"][1]) * 3
     values = 0
@@ -183,7 +199,8 @@ def read_table(raw: bytes, meta: dict[str, Any], entry: dict[str, Any]) -> Table
     text = "".join(f"{key}\n" for key in keys)
     if not KEYS.fullmatch(text) or text.count("\n") != rows:
         raise ValueError("a key with characters that it may not have")
-    columns = {name: _column(value[name], name, rows).astype(kind, copy=False) for name, kind in COLUMNS.items()}
+    kinds = COLUMNS | (COND_COLUMNS if CondFormat.of(meta) else {})
+    columns = {name: _column(value[name], name, rows).astype(kind, copy=False) for name, kind in kinds.items()}
     _check_columns(columns, meta, entry)
     columns["sums"] = _sums(value["sums"], columns["frames"], meta)
     return Table(rows, columns | {"key": np.array(keys, dtype=bytes).reshape(rows)})
@@ -195,8 +212,9 @@ def _check_columns(columns: dict[str, np.ndarray], meta: dict[str, Any], entry: 
     _within(nbytes, "nbytes", 1, MAX_MEMBER_BYTES)
     _within(offset + nbytes, "end", TAR_BLOCK, entry["bytes"])
     _within(columns["label"], "label", 0, max(1, len(meta["classes"])) - 1)
-    latent = meta["codec"]["name"] == "latent"
-    exact = 1 if latent else meta["clip_length"]
+    if "cond_offset" in columns:
+        _within(columns["cond_offset"], "cond_offset", TAR_BLOCK, entry["bytes"] - meta["cond_nbytes"])
+    exact = stored_rows(meta)
     _within(frames, "frames", exact or 1, exact or MAX_FRAMES)
     if meta["codec"]["name"] != "mp4":
         _within(nbytes - frames * frame_bytes(meta), "header", 0, MAX_HEADER_BYTES)
@@ -223,7 +241,7 @@ def _column(values: Any, name: str, rows: int) -> np.ndarray:
     if (
         column.shape != (rows,)
         or column.dtype.kind != "i"
-        or (name == "crc32" and rows and not 0 <= column.min() <= column.max() < 1 << 32)
+        or (name.endswith("crc32") and rows and not 0 <= column.min() <= column.max() < 1 << 32)
     ):
         raise ValueError(f"column {name}")
     return column
