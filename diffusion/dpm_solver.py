@@ -17,9 +17,6 @@ from torch import Tensor
 from diffusion.gaussian import Denoiser, GaussianDiffusion
 from diffusion.samplers import Callback, Kwargs, condition_score
 
-FEW_STEPS = 15
-"""Below this many steps the one before the last is far longer than those before it, too long to extrapolate over."""
-
 
 @torch.no_grad()
 def dpm_solver_sample(
@@ -27,7 +24,7 @@ def dpm_solver_sample(
     model: Denoiser,
     x_T: Tensor,
     *,
-    lower_order_final: bool | None = None,
+    lower_order_final: bool = True,
     clip_denoised: bool = False,
     denoised_fn: Callable[[Tensor], Tensor] | None = None,
     cond_fn: Denoiser | None = None,
@@ -36,7 +33,8 @@ def dpm_solver_sample(
 ) -> Tensor:
     """From x_T (b, ...) to x_0, deterministic; the other arguments as in diffusion.samplers.
 
-    `lower_order_final`: the last step that ends in noise is of first order too; None: if there are fewer than 15 steps.
+    `lower_order_final`: the step before the last is of first order too. With steps that are even in t it is several times as long (in l)
+    as the one before it, and extrapolating that far does harm; of steps even in l it is no different from the others.
     """
     x = x_T.float()
     on_x, on_x0, on_change = _coefficients(diffusion, lower_order_final)
@@ -55,7 +53,7 @@ def dpm_solver_sample(
     return x
 
 
-def _coefficients(diffusion: GaussianDiffusion, lower_order_final: bool | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _coefficients(diffusion: GaussianDiffusion, lower_order_final: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What x, x0_u and x0_u - x0_before are multiplied by in the step that starts at each index, (T,) float64."""
     level, following = diffusion.tables["alphas_cumprod"], diffusion.tables["alphas_cumprod_prev"]
     count = diffusion.num_timesteps
@@ -64,7 +62,7 @@ def _coefficients(diffusion: GaussianDiffusion, lower_order_final: bool | None) 
     on_change = np.zeros(count)
     half_log_snr = np.log(diffusion.tables["snr"]) / 2
     h = np.append(np.inf, half_log_snr[:-1] - half_log_snr[1:])
-    lowest = 2 if (count < FEW_STEPS if lower_order_final is None else lower_order_final) else 1
+    lowest = 2 if lower_order_final else 1
     inner = slice(lowest, count - 1)
     on_change[inner] = on_x0[inner] * h[inner] / (2 * h[lowest + 1 :])
     return on_x, on_x0, on_change
