@@ -208,7 +208,9 @@ class Condition:
     def training(self, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
         """Keyword arguments of the denoiser for a training batch, the condition dropped for an addressed share of the samples."""
         given = self.given(batch)
-        return given | {"drop": rng.uniform("condition-dropout") < self.dropout} if given and self.dropout > 0 else given
+        if (self.num_classes or self.cond_dim) and self.dropout > 0:
+            given["drop"] = rng.uniform("condition-dropout") < self.dropout
+        return given
 
     def given(self, batch: Batch) -> dict[str, Tensor]:
         """Keyword arguments of the denoiser with every condition kept."""
