@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets.commands.parser import local_folder
+from datasets.conditions import CondFormat
 from datasets.prepare.check import read_set
 from datasets.prepare.report import read_report, summary
 from datasets.prepare.sheet import SHEET, write_sheet
@@ -50,14 +51,16 @@ def describe(folder: Path, index: Mapping[str, Any]) -> str:
     length = f"{index['clip_length']} frames" if index["clip_length"] else "whole videos"
     gib = sum(entry["bytes"] for entry in shards) / 2**30
     dropped = sum(map(len, index.get("dropped", {}).values()))
-    codec = " ".join(str(value) for value in index["codec"].values())
+    codec = " ".join("frame by frame" if name == "framewise" else str(value) for name, value in index["codec"].items())
     lines = [
         f"{folder}: {index['name']}, layout {index['source']}, split {index['split']}",
         f"  {index['samples']} samples of {length}, {height}x{width} at {index['fps']:g} fps, {codec}; {len(shards)} shards, {gib:.3g} GiB",
         f"  {len(index['classes'])} classes, {index['videos']} videos" + (f", {dropped} samples left out as duplicates" if dropped else ""),
         f"  licence or source: {index['licence'] or 'none noted'}",
     ]
-    told = {"transform": _unusual(index.get("transform") or {})} | {name: index.get(name) for name in ("tensors", "autoencoder")}
+    if cond := CondFormat.of(dict(index)):
+        lines.append(f"  condition vectors: {cond}")
+    told = {"transform": _unusual(index.get("transform") or {})} | {name: index.get(name) for name in ("tensors", "latent", "autoencoder")}
     lines += [f"  {name}: {', '.join(f'{key} {value}' for key, value in values.items())}" for name, values in told.items() if values]
     return "\n".join(lines)
 

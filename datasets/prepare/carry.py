@@ -1,14 +1,15 @@
-"""What stands beside a clip in its shard and goes with it into another: card, label, caption."""
+"""What stands beside a clip in its shard and goes with it into another: card, label, caption, condition vector."""
 
 import json
 import os
 
+from datasets.conditions import MEMBER
 from datasets.prepare.tars import BLOCK, BadTar, read_members
 from datasets.prepare.writer import dump_json
 from datasets.shards import ShardSet
 from utils.errors import UserError
 
-CARRIED = ("json", "cls", "txt")
+CARRIED = ("json", "cls", "txt", MEMBER)
 
 
 def carried(shards: ShardSet, row: int) -> dict[str, bytes]:

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from datasets.conditions import MEMBER
 from datasets.indices import DAMAGE, one_line
 from datasets.prepare.stored import BadSample, SetFacts, check_sample
 from datasets.prepare.tars import BLOCK, BadTar, Member, read_end, read_members
@@ -135,6 +136,7 @@ def _check_samples(file: BinaryIO, table: Table, facts: SetFacts, found: ShardCh
         try:
             members, place = read_members(file, place, key, ends[row])
             _check_payload(members[0], columns, row)
+            _check_place(members, columns, row)
             content = [(member.extension, member.payload) for member in members]
             check_sample(key, content, facts, columns["frames"][row], columns["label"][row], sums[row])
         except (BadTar, BadSample) as error:
@@ -154,6 +156,16 @@ def _check_payload(member: Member, columns: dict[str, list[int]], row: int) -> N
         raise BadSample(f"{found[0]} bytes at byte {found[1]}, its offset index says {told[0]} at {told[1]}")
     if zlib.crc32(member.payload) != columns["crc32"][row]:
         raise BadSample("its bytes are damaged (crc32)")
+
+
+def _check_place(members: list[Member], columns: dict[str, list[int]], row: int) -> None:
+    """Where the condition vector stands, where there is one."""
+    for member in members:
+        if member.extension == MEMBER and "cond_offset" in columns:
+            if member.offset != columns["cond_offset"][row]:
+                raise BadSample(f"its condition vector is at byte {member.offset}, its offset index says {columns['cond_offset'][row]}")
+            if zlib.crc32(member.payload) != columns["cond_crc32"][row]:
+                raise BadSample("its condition vector is damaged (crc32)")
 
 
 def _check_whole(index: dict[str, Any], keys: list[np.ndarray]) -> ShardCheck:

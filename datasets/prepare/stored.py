@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from datasets.conditions import MEMBER, CondFormat
+from datasets.npy import npy_header
 from datasets.shards import frame_sums
 from datasets.sources.base import hash16
 from datasets.video import decode_window
@@ -36,6 +38,10 @@ class SetFacts:
     dtype: str = ""
     tensors: Mapping[str, tuple[int, ...]] | None = None
     """Of a latent set: its type, and the name and shape of each tensor."""
+    framewise: bool = False
+    """Of a latent set: tensors have a row of that shape for each frame."""
+    cond: CondFormat | None = None
+    """What the condition vectors are, where there are any."""
 
     @classmethod
     def of(cls, index: dict[str, Any]) -> "SetFacts":
@@ -44,7 +50,10 @@ class SetFacts:
         tensors = {name: tuple(shape) for name, shape in index["tensors"].items()} if codec["name"] == "latent" else None
         by_frame = not index.get("transform", {}).get("fps")
         length, classes = int(index["clip_length"]), tuple(index["classes"])
-        return cls(codec["name"], length, (height, width), classes, by_frame, codec.get("dtype", ""), tensors)
+        framewise = codec.get("framewise") is True
+        return cls(
+            codec["name"], length, (height, width), classes, by_frame, codec.get("dtype", ""), tensors, framewise, CondFormat.of(index)
+        )
 
 
 def decode_clip(payload: bytes, codec: str, frames: int) -> np.ndarray:
@@ -52,11 +61,7 @@ def decode_clip(payload: bytes, codec: str, frames: int) -> np.ndarray:
     if codec == "mp4":
         return decode_window(payload, 0, frames)
     buffer = io.BytesIO(payload)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    version = np.lib.format.read_magic(buffer)
-    if version not in read_header:
-        raise ValueError(f"npy version {version}")
-    shape, is_fortran, dtype = read_header[version](buffer)
+    shape, is_fortran, dtype = npy_header(buffer)
     if dtype != np.uint8 or is_fortran or len(shape) != 4 or shape[0] != frames or shape[3] != 3:
         raise ValueError(f"{dtype} of shape {shape}, not uint8 of {frames} frames")
     if min(shape) < 1 or math.prod(shape) != len(payload) - buffer.tell():
@@ -71,15 +76,26 @@ def check_sample(key: str, members: list[tuple[str, bytes]], facts: SetFacts, fr
     """
     (extension, payload), rest = members[0], dict(members[1:])
     wanted = "safetensors" if facts.codec == "latent" else facts.codec
-    if extension != wanted or len(rest) != len(members) - 1 or "json" not in rest or not rest.keys() <= {"json", "cls", "txt"}:
-        raise BadSample(f"its members are {' '.join(name for name, _ in members)}, not {wanted} json (cls txt)")
+    needed = {"json", MEMBER} if facts.cond else {"json"}
+    if extension != wanted or len(rest) != len(members) - 1 or not needed <= rest.keys() <= needed | {"cls", "txt"}:
+        raise BadSample(f"its members are {' '.join(name for name, _ in members)}, not {wanted} {' '.join(sorted(needed))} (cls txt)")
     try:
-        words = _latents(payload, facts) if facts.codec == "latent" else _clip(payload, facts, frames)
+        words = _latents(payload, facts, frames) if facts.codec == "latent" else _clip(payload, facts, frames)
     except (ValueError, SafetensorError) as error:
         raise BadSample(f"it does not decode: {str(error).splitlines()[0][:200]}") from None
     if facts.codec != "mp4" and not np.array_equal(frame_sums(words), sums):
         raise BadSample("its checksums are not those of the offset index")
+    if facts.cond:
+        _check_vector(rest[MEMBER], facts.cond)
     _check_card(key, rest, facts, frames, label)
+
+
+def _check_vector(payload: bytes, cond: CondFormat) -> None:
+    try:
+        if cond.member(payload) != payload:
+            raise ValueError("its bytes are not in the order in which vectors are stored")
+    except ValueError as error:
+        raise BadSample(f"its condition vector is damaged: {error}") from None
 
 
 def _clip(payload: bytes, facts: SetFacts, frames: int) -> np.ndarray:
@@ -94,10 +110,14 @@ def _clip(payload: bytes, facts: SetFacts, frames: int) -> np.ndarray:
     return np.ascontiguousarray(clip).reshape(frames, -1)
 
 
-def _latents(payload: bytes, facts: SetFacts) -> np.ndarray:
-    """The bytes of all tensors, uint8 (1, bytes)."""
+def _latents(payload: bytes, facts: SetFacts, frames: int) -> np.ndarray:
+    """The bytes of all tensors, uint8 (1, bytes); (t, bytes) where frames have latents of their own."""
     tensors = load(payload)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if facts.framewise:
+        if any(shape[:1] != (frames,) for shape in shapes.values()) or frames != (facts.clip_length or frames):
+            raise ValueError(f"tensors {shapes}, not {facts.clip_length or frames} frames")
+        shapes = {name: shape[1:] for name, shape in shapes.items()}
     if shapes != facts.tensors or {tensor.dtype for tensor in tensors.values()} != {_TYPES.get(facts.dtype)}:
         raise ValueError(f"tensors {shapes}, not {dict(facts.tensors or {})} in {facts.dtype}")
     for name, tensor in tensors.items():
@@ -105,7 +125,7 @@ def _latents(payload: bytes, facts: SetFacts) -> np.ndarray:
             raise ValueError(f"{name} is not finite")
     size = sum(tensor.nbytes for tensor in tensors.values())
     # A copy: the tensors begin wherever the header ends, sums are taken of whole words.
-    return np.frombuffer(payload, np.uint8)[len(payload) - size :].reshape(1, -1).copy()
+    return np.frombuffer(payload, np.uint8)[len(payload) - size :].reshape(frames if facts.framewise else 1, -1).copy()
 
 
 def _check_card(key: str, rest: dict[str, bytes], facts: SetFacts, frames: int, label: int) -> None:
