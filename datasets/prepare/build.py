@@ -103,6 +103,8 @@ def plan_digest(listing: Listing, rules: ClipRules, info: SetInfo) -> str:
     digest = hashlib.sha256(dump_json([SCHEMA, listing.classes, listing.missing, listing.rejected, asdict(rules), asdict(info)]))
     for video in listing.videos:
         digest.update(dump_json([video.name, video.label, video.caption, video.fps, video.content_id()]))
+        if video.embedding is not None:
+            digest.update(dump_json([video.embedding.form.to_meta(), video.embedding.content_id()]))
     return digest.hexdigest()
 
 
@@ -232,5 +234,6 @@ def _index(
         "plan": plan,
         "shards": shards,
         "dropped": dropped,
+        **(listing.cond.to_meta() if listing.cond else {}),
     }
     return json.dumps(index, indent=1, sort_keys=True).encode() + b"\n"

@@ -8,6 +8,7 @@ from itertools import islice
 
 import numpy as np
 
+from datasets.conditions import MEMBER
 from datasets.prepare.duplicates import fingerprint
 from datasets.prepare.filters import Rejection, check_clip, check_video, motion
 from datasets.prepare.reels import Reel, open_reel
@@ -60,8 +61,21 @@ def samples(video: Video, rules: ClipRules, class_name: str | None, rejected: li
 
     VideoError when the video cannot be used; what came before is then void.
     """
+    vector = _vector(video)
     for clip in video_clips(video, rules, rejected):
-        yield _sample(video, clip, rules, class_name), clip.facts
+        yield _sample(video, clip, rules, class_name, vector), clip.facts
+
+
+def _vector(video: Video) -> dict[str, bytes]:
+    """The member that is the condition vector, where there is one. VideoError when it cannot be used."""
+    if video.embedding is None:
+        return {}
+    try:
+        return {MEMBER: video.embedding.read()}
+    except ValueError as error:
+        raise VideoError("condition vector", f"{video.embedding.path.name}: {error}") from None
+    except OSError as error:
+        raise VideoError("condition vector", f"{video.embedding.path.name}: {error.strerror}") from None
 
 
 def video_clips(video: Video, rules: ClipRules, rejected: list[Rejection]) -> Generator[Clip, None, None]:
@@ -188,7 +202,7 @@ def _fitted(buffer: np.ndarray, rules: ClipRules) -> np.ndarray:
     return frames.copy() if np.may_share_memory(frames, buffer) else frames
 
 
-def _sample(video: Video, clip: Clip, rules: ClipRules, class_name: str | None) -> Sample:
+def _sample(video: Video, clip: Clip, rules: ClipRules, class_name: str | None, vector: dict[str, bytes]) -> Sample:
     window, frames = clip.window, clip.frames
     if rules.codec == "npy":
         members, sums = {"npy": npy_bytes(frames)}, sums_text(frames)
@@ -200,7 +214,7 @@ def _sample(video: Video, clip: Clip, rules: ClipRules, class_name: str | None) 
         members["cls"] = str(video.label).encode()
     if video.caption:
         members["txt"] = video.caption.encode()
-    return Sample(f"{video.key}_{window.position:06d}", members, len(frames), video.label, sums)
+    return Sample(f"{video.key}_{window.position:06d}", members | vector, len(frames), video.label, sums)
 
 
 def _card(video: Video, clip: Clip, rules: ClipRules, class_name: str | None) -> dict[str, object]:

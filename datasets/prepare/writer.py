@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from datasets.conditions import MEMBER
 from datasets.shards import SCHEMA, frame_sums, sidecar_name
 from utils.errors import UserError
 from utils.files import atomic_write_bytes, fsync_path, sha256_file
@@ -110,8 +111,11 @@ class ShardWriter:
             self.tar.addfile(info, io.BytesIO(payload))
             if first:
                 values = (sample.key, offset, len(payload), zlib.crc32(payload), sample.frames, sample.label, sample.sums)
-                for name, value in zip(self.table, values, strict=True):
+                for name, value in zip(_table(), values, strict=True):
                     self.table[name].append(value)
+            elif extension == MEMBER:
+                for name, value in (("cond_offset", offset), ("cond_crc32", zlib.crc32(payload))):
+                    self.table.setdefault(name, []).append(value)
             first = False
 
     def abandon(self) -> None:

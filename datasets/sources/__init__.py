@@ -28,7 +28,7 @@ import hashlib
 from pathlib import Path
 
 from datasets.shards import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from datasets.sources.base import Listing, Source, SourceOptions
+from datasets.sources.base import Listing, Source, SourceOptions, with_embeddings
 from datasets.sources.folders import FolderSource, FramesSource
 from datasets.sources.frame_sets import SkyTimelapseSource, TaiChiSource
 from datasets.sources.manifest import ManifestSource
@@ -74,6 +74,7 @@ def list_videos(root: Path, name: str, options: SourceOptions, seed: int) -> Lis
     if not videos:
         raise _nothing(root, source, options, listing)
     salt = f"{derive_seed(seed, 'data/shard-order'):016x}/"
+    videos = with_embeddings(videos, root)
     videos = sorted(videos, key=lambda video: (hashlib.sha256((salt + video.key).encode()).digest(), video.name))
     return Listing(videos, listing.classes, listing.missing, listing.rejected)
 

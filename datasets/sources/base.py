@@ -4,12 +4,14 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal, Protocol
 
+from datasets.conditions import CondFormat
 from datasets.shards import IMAGE_SUFFIXES, INDEX, VIDEO_SUFFIXES
+from datasets.sources.embeddings import Embedding, beside, open_all
 from utils.errors import UserError
 
 MAX_LABEL = 65535
@@ -41,6 +43,10 @@ class Video:
     """File names of the pictures in order; empty: all pictures of the folder."""
     fps: float = 0.0
     """Frame rate of the pictures where the data set says it, else 0."""
+    vector: Path | None = None
+    """File of the condition vector, where the data set names one; `list_videos` looks beside the video for others."""
+    embedding: Embedding | None = None
+    """The condition vector, once all are known to be alike."""
 
     @property
     def key(self) -> str:
@@ -83,6 +89,12 @@ class Listing:
     rejected: list[tuple[str, str, str]] = field(default_factory=list)
     """(name, reason, detail) of what is there and cannot be used: a damaged tar, a sample without its class."""
 
+    @property
+    def cond(self) -> CondFormat | None:
+        """What the condition vectors are; None where there are none."""
+        embedding = self.videos[0].embedding if self.videos else None
+        return embedding.form if embedding else None
+
 
 @dataclass(frozen=True)
 class SourceOptions:
@@ -114,6 +126,15 @@ class Source(Protocol):
 
     def list(self, root: Path, options: SourceOptions) -> Listing:
         """All videos, each with the split that the data set gives it; UserError, one line, where the layout is another."""
+
+
+def with_embeddings(videos: list[Video], where: Path) -> list[Video]:
+    """The videos with the condition vectors that the data set names, or else those beside them. UserError, see `open_all`."""
+    found = [video.vector for video in videos]
+    if not any(found) and not any(video.member for video in videos):
+        found = list(beside([(video.path, video.is_frames) for video in videos]))
+    opened = open_all([(video.name, path) for video, path in zip(videos, found, strict=True)], where)
+    return videos if opened is None else [replace(video, embedding=one) for video, one in zip(videos, opened, strict=True)]
 
 
 def hash16(text: str) -> str:

@@ -14,7 +14,7 @@ from datasets.sources.splits import SPLITS, folder_split
 from datasets.sources.tables import TABLES, Row, read_table
 from utils.errors import UserError
 
-COLUMNS = ("path", "start", "end", "caption", "label", "split", "fps", "group")
+COLUMNS = ("path", "start", "end", "caption", "label", "split", "fps", "group", "embedding")
 SHOWN = 5
 """Bad rows that the error names in full."""
 _log = logging.getLogger(__name__)
@@ -22,12 +22,13 @@ _log = logging.getLogger(__name__)
 
 class ManifestSource:
     """Columns path (relative to the manifest), start, end (seconds), caption, label (number or name), split, fps (of frame folders),
-    group (videos that must not be parted between splits; default: the rows of one path). All but path may be left out or empty.
+    group (videos that must not be parted between splits; default: the rows of one path), embedding (a npy file: the condition vector).
+    All but path may be left out or empty.
     """
 
     name = "manifest"
     endings = " ".join(TABLES)
-    summary = f"a file ending in {endings} with the columns path, start, end, caption, label, split, fps, group; path is enough"
+    summary = f"a file ending in {endings} with columns path, start, end, caption, label, split, fps, group, embedding; path is enough"
     kind: Literal["videos", "frames"] = "videos"
     honours: frozenset[str] = frozenset()
 
@@ -107,8 +108,17 @@ class _Reader:
             group=group,
             split=split,
             fps=fps if is_frames else 0.0,
+            vector=self._vector(row["embedding"]),
         )
         return _Entry(video, _label(row["label"]), where, bool(kind))
+
+    def _vector(self, value: Any) -> Path | None:
+        if value is None:
+            return None
+        path = self.manifest.parent / _path(value)
+        if not path.is_file():
+            raise ValueError(f"there is no embedding {value!s:.200}")
+        return path
 
     def listing(self, options: SourceOptions) -> Listing:
         """The rows as videos. UserError when one is bad, or only some have a label."""
