@@ -19,17 +19,25 @@ PREDICT = {"EPSILON": "eps", "START_X": "x0"}
 SCHEDULES = {name: name for name in NAMED + EXPLICIT} | {"cosine": "squaredcos_cap_v2", "squaredcos": "squaredcos_cap_v2"}
 
 
-def process(case: Case) -> GaussianDiffusion:
-    """The process of a loss or sampling case. Its config names types in the release's words, or the release's switches."""
-    steps = case.config("diffusion_steps", 1000)
-    name = case.config("noise_schedule", "linear")
-    betas = beta_schedule(SCHEDULES.get(name, name), steps, case.config("beta_start", None), case.config("beta_end", None))
-    kept = space_timesteps(steps, _plain(case.config("respacing", "")))
-    mean_type = case.config("mean_type", "START_X" if case.config("predict_xstart", False) else "EPSILON")
-    fixed = "FIXED_SMALL" if case.config("sigma_small", False) else "FIXED_LARGE"
-    var_type = case.config("var_type", "LEARNED_RANGE" if case.config("learn_sigma", True) else fixed)
-    rescaled = "RESCALED_MSE" if case.config("rescale_learned_sigmas", False) else "MSE"
-    loss_type = case.config("loss_type", "RESCALED_KL" if case.config("use_kl", False) else rescaled)
+def process(case: Case, group: str = "", learn_sigma: bool = True) -> GaussianDiffusion:
+    """The process of a loss or sampling case. Its config names types in the release's words, or the release's switches.
+
+    `group` is where they stand ("diffusion."); the respacing may stand beside it. `learn_sigma`: what goes when it does not say.
+    """
+
+    def stated(name: str, default: Any) -> Any:
+        return case.config(f"{group}{name}", default)
+
+    steps = stated("diffusion_steps", 1000)
+    name = stated("noise_schedule", "linear")
+    betas = beta_schedule(SCHEDULES.get(name, name), steps, stated("beta_start", None), stated("beta_end", None))
+    spacing = [place for place in (f"{group}respacing", f"{group}timestep_respacing", "respacing") if case.config(place, "")]
+    kept = space_timesteps(steps, _plain(case.config(spacing[0]) if spacing else ""))
+    mean_type = stated("mean_type", "START_X" if stated("predict_xstart", False) else "EPSILON")
+    fixed = "FIXED_SMALL" if stated("sigma_small", False) else "FIXED_LARGE"
+    var_type = stated("var_type", "LEARNED_RANGE" if stated("learn_sigma", learn_sigma) else fixed)
+    rescaled = "RESCALED_MSE" if stated("rescale_learned_sigmas", False) else "MSE"
+    loss_type = stated("loss_type", "RESCALED_KL" if stated("use_kl", False) else rescaled)
     return GaussianDiffusion(
         respace_betas(betas, kept), predict=PREDICT[mean_type], variance=var_type.lower(), loss=loss_type.lower(), timestep_map=kept
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from datasets.frames import linspace, linspace_last_start, strided_within
 from tests.parity import (
+    adapters_latte_diffusion,  # noqa: F401 - registers its checks
     adapters_latte_net,  # noqa: F401 - registers its checks
     adapters_latte_vae,  # noqa: F401 - registers its checks
 )

@@ -103,20 +103,28 @@ def export_gradients(model: Latte, grads: dict[str, Tensor]) -> dict[str, Tensor
     return {name: grad for name, grad in export_official(grads, model.config).items() if name not in TABLES}
 
 
-@adapter("latte", "expl-dit")
-def check_tutorial(case: Case) -> None:
-    state, images = case.state(), case.config("num_images", 0)
+def tutorial_model(case: Case, frames_of: str) -> Latte:
+    """The network of a case of the tutorial with its weights, checked against the case's config; `frames_of` names a video of its."""
+    state = case.state()
     known = {"input_size": (case.config("frame_height"), case.config("frame_width")), "n_frames": case.config("num_frames")}
     config = tutorial_config(state, in_channels=case.config("im_channels"), num_heads=case.config("num_heads"), **known)
     found = {"patch_size": config.patch_size, "num_layers": config.depth, "hidden_size": config.hidden_size}
     found |= {"timestep_emb_dim": config.time_embed_dim, "head_dim": config.head_dim or config.hidden_size // config.num_heads}
-    found |= {"batch": len(case.input("t"))}
+    found |= {"batch": len(case.input(frames_of))}
     for name, value in found.items():
         assert case.config(name, value) == value, f"the tensors say {name} {value}"
     model = Latte(config)
     model.load_state_dict(import_tutorial(state, config.in_channels))
     back = export_tutorial(model.state_dict(), config)
     assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in back)
+    return model.eval()
+
+
+@adapter("latte", "expl-dit")
+def check_tutorial(case: Case) -> None:
+    images = case.config("num_images", 0)
+    model = tutorial_model(case, "x")
+    config = model.config
     case.expect("patch_pos_embed", grid_table(config.hidden_size, config.grid, config.pos_embed_order, CPU), abs=1e-5)
     case.expect("frame_pos_embed", frame_table(config.hidden_size, config.n_frames, CPU), abs=1e-5)
     check_output(case, "eps", model, {"images": images}, lambda grads: export_tutorial(grads, config))
