@@ -3,11 +3,13 @@
   python sample.py RUNS --num-samples 16 --out samples
   torchrun --standalone --nproc_per_node 2 sample.py RUNS --num-samples 16 --out samples
 
-RUNS, or --run RUNS, is the --results-dir of training. Samples that are there are kept, so the same line goes on
-where it was stopped. Exit status: 0 done; 75 stopped by a signal; 130 Ctrl-C; 2 wrong settings; 1 any other error.
+RUNS, or --run RUNS, is the --results-dir of training; the runs in it say which system generates. Samples that are there
+are kept, so the same line goes on where it was stopped. Exit status: 0 done; 75 stopped by a signal; 130 Ctrl-C;
+2 wrong settings; 1 any other error.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from tqdm import tqdm
 from datasets.video import decode_window
 from launch.env import Env, Stopped, distributed
 from launch.run import parse_launch, run_main
-from pipelines.cmd_sample import CMDSampleConfig, CMDSampleJob
-from utils.config import dump_yaml, load_config, to_dict
+from pipelines.jobs import SampleConfig, SampleJob
+from pipelines.systems import SYSTEMS, load_sampling
+from utils.config import dump_yaml, to_dict
 from utils.errors import UserError
 from utils.files import atomic_write_text
 from utils.media import grid, to_uint8, write_gif, write_mp4, write_png
@@ -35,7 +38,7 @@ def main() -> None:
     first = launch.argv[0] if launch.argv else ""
     # A bare first argument is the value of --run, which torchrun on Python 3.11 takes for an abbreviation of its own --run-path.
     argv = ["--run", *launch.argv] if first and not first.startswith("-") and "=" not in first else launch.argv
-    config = load_config({"cmd": CMDSampleConfig}, argv, prog="sample.py", description=launch.about)
+    config = load_sampling(argv, "sample.py", launch.about)
     config.validate()
     if launch.print_config or launch.dry_run:
         print(dump_yaml(to_dict(config)), end="")
@@ -44,17 +47,19 @@ def main() -> None:
         generate(config, env)
 
 
-def generate(config: CMDSampleConfig, env: Env) -> None:
+def generate(config: SampleConfig, env: Env) -> None:
     """Write the missing samples of this configuration; the processes share them."""
     state = PartialState(cpu=env.device.type == "cpu")
-    job = CMDSampleJob(config, env.device)
+    job = SYSTEMS[config.system].job(config, env.device)
     folder = config.out
     _check_settings(job, folder)
     names = [job.name(i) for i in range(config.num_samples)]
-    todo = [i for i, name in enumerate(names) if not _written(folder, name, config.gif)]
+    todo = [i for i, name in enumerate(names) if not _written(job, folder, name, config.gif)]
     # One process's view of the folder, agreed on before anything is written. Padded: accelerate would give an idle process a sample twice.
     todo = broadcast_object_list([todo])[0]
     if env.is_main:
+        for note in job.notes:
+            print(note, file=sys.stderr, flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         _write_settings(job, folder, names)
     state.wait_for_everyone()
@@ -63,30 +68,33 @@ def generate(config: CMDSampleConfig, env: Env) -> None:
     state.wait_for_everyone()
     if env.is_main:
         _write_grid(job, folder, names[:GRID_LIMIT], config.gif)
+        _write_strip(job, folder)
         kept = config.num_samples - len(todo)
         print(f"{config.num_samples} samples in {folder}" + (f" ({kept} were there already)" if kept else ""), flush=True)
 
 
-def _generate_share(job: CMDSampleJob, config: CMDSampleConfig, mine: list[int], env: Env) -> None:
+def _generate_share(job: SampleJob, config: SampleConfig, mine: list[int], env: Env) -> None:
     """This process's samples, each written as soon as it is there."""
     with tqdm(total=len(mine), desc="samples of rank 0", unit="clip", disable=None if env.is_main else True) as bar:
         for start in range(0, len(mine), config.batch_size):
             indices = mine[start : start + config.batch_size]
-            for index, clip in zip(indices, to_uint8(job.generate(indices)).cpu(), strict=True):
+            made = {ending: to_uint8(videos).cpu() for ending, videos in job.generate(indices).items()}
+            for row, index in enumerate(indices):
                 if config.gif:
-                    write_gif(config.out / f"{job.name(index)}.gif", clip, job.fps)
-                write_mp4(config.out / f"{job.name(index)}.mp4", clip, job.fps)
+                    write_gif(config.out / f"{job.name(index)}.gif", made[""][row], job.fps)
+                for ending in job.endings:
+                    write_mp4(config.out / f"{job.name(index)}{ending}.mp4", made[ending][row], job.fps)
             bar.update(len(indices))
             if env.stop:
                 raise Stopped(agreed=False)  # the shares differ in length: the others may be anywhere
 
 
-def _written(folder: Path, name: str, gif: bool) -> bool:
-    endings = ("mp4", "gif") if gif else ("mp4",)
-    return all((folder / f"{name}.{ending}").is_file() for ending in endings)
+def _written(job: SampleJob, folder: Path, name: str, gif: bool) -> bool:
+    files = [f"{name}{ending}.mp4" for ending in job.endings] + [f"{name}.gif"] * gif
+    return all((folder / file).is_file() for file in files)
 
 
-def _check_settings(job: CMDSampleJob, folder: Path) -> None:
+def _check_settings(job: SampleJob, folder: Path) -> None:
     """Raises UserError when the folder holds samples of other settings."""
     path = folder / "settings.json"
     if not path.exists():
@@ -101,7 +109,7 @@ def _check_settings(job: CMDSampleJob, folder: Path) -> None:
         raise UserError(f"{folder} holds samples of other settings ({', '.join(differ)} differ): choose another --out, or delete it")
 
 
-def _write_settings(job: CMDSampleJob, folder: Path, names: list[str]) -> None:
+def _write_settings(job: SampleJob, folder: Path, names: list[str]) -> None:
     samples = [
         {"file": f"{name}.mp4", "index": i, "class": job.label(i), "class_name": job.class_name(job.label(i))}
         for i, name in enumerate(names)
@@ -110,16 +118,24 @@ def _write_settings(job: CMDSampleJob, folder: Path, names: list[str]) -> None:
     atomic_write_text(folder / "settings.json", json.dumps(record, indent=2) + "\n")
 
 
-def _write_grid(job: CMDSampleJob, folder: Path, names: list[str], gif: bool) -> None:
+def _write_grid(job: SampleJob, folder: Path, names: list[str], gif: bool) -> None:
     """The first samples side by side, one column a class where that fits."""
-    frames = job.pipeline.ae.config.n_frames
-    clips = [torch.from_numpy(decode_window((folder / f"{name}.mp4").read_bytes(), 0, frames)) for name in names]
+    clips = [torch.from_numpy(decode_window((folder / f"{name}.mp4").read_bytes(), 0, job.n_frames)) for name in names]
     columns = len(job.labels) if 1 < len(job.labels) <= 10 else 0
     shown = grid(torch.stack(clips).permute(0, 4, 1, 2, 3), columns)
     write_mp4(folder / "grid.mp4", shown, job.fps)
     if gif:
         write_gif(folder / "grid.gif", shown, job.fps)
     write_png(folder / "grid.png", shown[:, 0])
+
+
+def _write_strip(job: SampleJob, folder: Path) -> None:
+    """How the first samples came about, one row each: moving, and as the picture of their first frames."""
+    strip = job.strip()
+    if strip is not None:
+        shown = grid(to_uint8(strip.clips).cpu(), strip.moments)
+        write_mp4(folder / "strip.mp4", shown, job.fps)
+        write_png(folder / "strip.png", shown[:, 0])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.autoencoders.cmd import CMDAutoencoder
 from pipelines.image_vae import ImageVae, vae_of
-from pipelines.loading import Loaded, Weights, diffusion_of, load_autoencoder, load_content, load_motion
+from pipelines.loading import Loaded, Weights, diffusion_of, load_autoencoder, load_content, load_motion, understood
 from pipelines.sampling import Sampling, sample
 from utils.config import to_dict
 from utils.errors import UserError
@@ -175,7 +175,7 @@ class CMDPipeline:
                 rng,
                 "content",
                 content,
-                condition=_understood(self.content, given, content.guidance),
+                condition=understood(self.content, given, content.guidance),
             )
             latent = sample(
                 self.motion.module,
@@ -184,22 +184,13 @@ class CMDPipeline:
                 rng,
                 "motion",
                 motion,
-                condition=_understood(self.motion, given, motion.guidance),
+                condition=understood(self.motion, given, motion.guidance),
                 always={"keyframe": frame},
             )
         return self.decode(frame, latent)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-
-def _understood(model: Loaded, given: Mapping[str, Tensor], guidance: float) -> dict[str, Tensor]:
-    """The part of the condition that a model has an input for."""
-    known = {"y": model.config.num_classes, "cond": model.config.cond_dim}
-    understood = {name: value for name, value in given.items() if known[name]}
-    if understood and guidance != 1 and model.config.class_dropout_prob == 0:
-        raise UserError(f"{model.path} was trained without dropping its condition, so it cannot be guided: use a guidance scale of 1")
-    return understood
 
 
 def _check_family(ae: Loaded, content: Loaded | None, motion: Loaded | None) -> None:

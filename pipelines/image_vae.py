@@ -1,6 +1,7 @@
 """Frozen VAEs that see one frame at a time: a pretrained diffusers AutoencoderKL read from a local folder, or a frame VAE of ours."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, cast
@@ -10,13 +11,17 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from models.autoencoders.frame_vae import FrameVAE
-from pipelines.loading import Weights, load_frame_vae
+from pipelines.loading import SD_SCALE, Weights, load_frame_vae
 from utils.errors import ConfigError, UserError
 from utils.files import sha256_file
 from utils.media import to_channels, to_rgb
 
-SD_SCALE = 0.18215
-"""Factor of Stable Diffusion's latents: about 1 / their standard deviation."""
+__all__ = ["SD_SCALE", "FrameCoder", "ImageVae", "load_image_vae", "open_codec", "vae_of"]
+
+
+def exact(device: torch.device) -> AbstractContextManager[object]:
+    """float32 arithmetic whatever the run's precision. The meta device, on which FLOPs are counted, knows no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class ImageVae(nn.Module):
@@ -60,7 +65,7 @@ class ImageVae(nn.Module):
         """b 3 t h w in [-1, 1] and standard normal noise b C t h' w' -> scaled posterior samples b C t h' w'."""
         frames = rearrange(video.float(), "b c t h w -> (b t) c h w").split(self.chunk)
         draws = rearrange(noise, "b c t h w -> (b t) c h w").split(self.chunk)
-        with torch.autocast(video.device.type, enabled=False):
+        with exact(video.device):
             posteriors = [self.autoencoder.encode(f).latent_dist for f in frames]
         latents = torch.cat([p.mean + p.std * n for p, n in zip(posteriors, draws, strict=True)])
         return rearrange(latents * self.scale_factor, "(b t) c h w -> b c t h w", b=len(video))
@@ -70,7 +75,7 @@ class ImageVae(nn.Module):
         """b 3 t h w in [-1, 1] -> b 2C t h' w' float32: the posterior's mean, then its standard deviation; nothing is scaled."""
         self.latent_shape(video.shape)
         frames = rearrange(video.float(), "b c t h w -> (b t) c h w").split(self.chunk)
-        with torch.autocast(video.device.type, enabled=False):
+        with exact(video.device):
             posteriors = [self.autoencoder.encode(f).latent_dist for f in frames]
         both = torch.cat([torch.cat([p.mean, p.std], dim=1) for p in posteriors])
         return rearrange(both, "(b t) c h w -> b c t h w", b=len(video))
@@ -83,7 +88,7 @@ class ImageVae(nn.Module):
     def decode_raw(self, latents: Tensor) -> Tensor:
         """Latents b C t h' w' as the VAE itself has them -> clip b 3 t h w, about [-1, 1]."""
         frames = rearrange(latents.float(), "b c t h w -> (b t) c h w").split(self.chunk)
-        with torch.autocast(latents.device.type, enabled=False):
+        with exact(latents.device):
             decoded = torch.cat([self.autoencoder.decode(f).sample for f in frames])
         return rearrange(decoded, "(b t) c h w -> b c t h w", b=len(latents))
 

@@ -12,8 +12,10 @@ from diffusion import DiffusionConfig
 from models.autoencoders.cmd import CMDAEConfig, CMDAutoencoder
 from models.autoencoders.frame_vae import FrameVAE, FrameVAEConfig
 from models.official import cmd as official
+from models.official import latte as official_latte
 from models.official.checkpoint import State, unwrap
 from models.transformers.dit import ContentDiT, DiTConfig
+from models.transformers.latte import Latte, LatteConfig
 from models.transformers.motion_dit import MotionDiT, MotionDiTConfig
 from utils.config import from_dict, to_dict
 from utils.errors import UserError
@@ -21,6 +23,8 @@ from utils.files import sha256_file
 from utils.weights import load_tensors, read_export
 
 Weights = Literal["ema", "model"]
+SD_SCALE = 0.18215
+"""Factor of Stable Diffusion's latents: about 1 / their standard deviation."""
 OFFICIAL_SUFFIXES = (".pt", ".pth", ".ckpt")
 
 
@@ -80,6 +84,58 @@ def load_frame_vae(path: str | Path, weights: Weights = "ema") -> Loaded:
     return _exported_network(path, weights, FrameVAE, FrameVAEConfig, "autoencoder", "latte")
 
 
+def load_latte(
+    path: str | Path, weights: Weights = "ema", *, input_size: tuple[int, int] | None = None, in_channels: int = 4, num_heads: int = 0
+) -> Loaded:
+    """Latte's denoiser: an export, or a checkpoint of either release, whose card then says what the release trained on.
+
+    `input_size`: of the latents, for other than trained (positions are computed) and for the tutorial's checkpoint, which does not say
+    it (32x32 where nobody does); `in_channels` counts for that one too. `num_heads`: of a checkpoint of no named size. Raises UserError.
+    """
+    if not is_official(path):
+        return _resized(_exported_network(path, weights, Latte, LatteConfig, "denoiser", "latte"), input_size)
+    checkpoint = load_tensors(path)
+    if weights == "model" and "model" in checkpoint:
+        checkpoint = {"model": checkpoint["model"]}
+    try:
+        release = official_latte.release_of(checkpoint)
+        known = {"in_channels": in_channels} if release == "tutorial" else {}
+        state, config = official_latte.load(checkpoint, **known, **({"num_heads": num_heads} if num_heads else {}))
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is no checkpoint of Latte that can be read: {error}") from None
+    card = {"system": "latte", "stage": "denoiser", "model": to_dict(config), **_released_with(release, config)}
+    loaded = Loaded(_frozen(Latte, config, state, path), config, card, sha256_file(Path(path)), str(path), weights)
+    return _resized(loaded, input_size)
+
+
+def _resized(loaded: Loaded, input_size: tuple[int, int] | None) -> Loaded:
+    """The same weights for latents of another size."""
+    if input_size in (None, loaded.config.input_size):
+        return loaded
+    try:
+        config = dataclasses.replace(loaded.config, input_size=input_size)
+    except ValueError as error:
+        raise UserError(f"{loaded.path} cannot take other frames: {error}") from None
+    return dataclasses.replace(loaded, module=_frozen(Latte, config, loaded.module.state_dict(), loaded.path), config=config)
+
+
+def _released_with(release: official_latte.Release, config: LatteConfig) -> dict[str, Any]:
+    """Process and latents of a release (spec, latte.md section 3), for a card."""
+    if release == "tutorial":
+        return {"diffusion": {"variance": "fixed_small"}, "latent": {"scale": 1.0, "shift": 0.0}}
+    variance = "learned_range" if config.learn_sigma else "fixed_large"
+    return {"diffusion": {"variance": variance}, "latent": {"scale": SD_SCALE, "shift": 0.0}}
+
+
+def understood(model: Loaded, given: Mapping[str, Tensor], guidance: float) -> dict[str, Tensor]:
+    """The part of a condition (`y`, `cond`) that a denoiser has an input for. Raises UserError when guidance needs what it never saw."""
+    known = {"y": model.config.num_classes, "cond": model.config.cond_dim}
+    kept = {name: value for name, value in given.items() if known[name]}
+    if kept and guidance != 1 and model.config.class_dropout_prob == 0:
+        raise UserError(f"{model.path} was trained without dropping its condition, so it cannot be guided: use a guidance scale of 1")
+    return kept
+
+
 def diffusion_of(loaded: Loaded) -> DiffusionConfig:
     """The process that a content or motion model was trained on; an official one's is the default."""
     return from_dict(DiffusionConfig, loaded.card.get("diffusion", {}), f"{loaded.path}: diffusion")
@@ -97,7 +153,10 @@ def _exported_network(
     found = f"{card.get('system')} {card.get('stage')}"
     if found != f"{system} {stage}":
         raise UserError(f"{path} is an export of '{found}', a '{system} {stage}' is wanted here")
-    model = from_dict(config, card["model"], f"{path}: model")
+    try:
+        model = from_dict(config, card["model"], f"{path}: model")
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} does not describe its network: {error}") from None
     return Loaded(_frozen(network, model, state, path), model, card, digest, str(path), weights)
 
 

@@ -1,7 +1,7 @@
 """Exports inside a results folder: which run trained what, and on what."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,17 @@ class Export:
     card: dict[str, Any]
 
     @property
+    def system(self) -> str:
+        return str(self.card.get("system", ""))
+
+    @property
     def stage(self) -> str:
         return str(self.card.get("stage", ""))
+
+    @property
+    def ae_kind(self) -> str:
+        """What its autoencoder is: "sd" for an image VAE from elsewhere, else one of ours."""
+        return str(self.card.get("ae", {}).get("kind", ""))
 
     @property
     def ae_sha256(self) -> str:
@@ -27,23 +36,45 @@ class Export:
         return str(self.card.get("ae", {}).get("sha256", ""))
 
 
+GENERATORS = {"cmd": ("content", "motion"), "latte": ("denoiser",)}
+"""System -> its stages after the autoencoder. The newest run of the first decides which autoencoder and which other runs are taken."""
+
+
+def systems_in(results: Path) -> list[str]:
+    """Systems of the finished runs below `results` that generate; of all finished runs where none does. Raises UserError for no folder."""
+    exports = [export for export in _finished(results) if export.system in GENERATORS]
+    return sorted({e.system for e in exports if e.stage in GENERATORS[e.system]} or {e.system for e in exports})
+
+
 def find_family(results: Path, system: str = "cmd") -> dict[str, Path]:
-    """Stage -> run folder: the newest finished content run below `results`, its autoencoder, and the newest motion run on that one.
+    """Stage -> run folder: the newest finished run of a system's first generator below `results`, its autoencoder, and the newest runs
+    of the other generators on that one. A generator on an image VAE from elsewhere has no autoencoder here.
 
     Raises UserError naming the stage that is missing.
     """
-    found = [export for export in _finished(results) if export.card.get("system") == system]
-    stages = {stage: [e for e in found if e.stage == stage] for stage in ("autoencoder", "content", "motion")}
-    missing = [stage for stage, exports in stages.items() if not exports]
+    found = [export for export in _finished(results) if export.system == system]
+    first, *others = GENERATORS[system]
+    stages = {stage: [e for e in found if e.stage == stage] for stage in ("autoencoder", first, *others)}
+    # An image VAE from elsewhere is no run of ours.
+    wanted = (first, *others) if stages[first] and stages[first][0].ae_kind == "sd" else ("autoencoder", first, *others)
+    missing = [stage for stage in wanted if not stages[stage]]
     if missing:
-        what = "no finished run" if len(missing) == 3 else f"no finished {' and no finished '.join(missing)} run"
-        raise UserError(f"--run {results}: {what} in it (finished: it has export/config.yaml); train it, or give --ae, --content, --motion")
-    content = stages["content"][0]
-    motion = next((e for e in stages["motion"] if e.ae_sha256 == content.ae_sha256), stages["motion"][0])
-    weights = content.card.get("ae", {}).get("weights", "ema")
-    trained_on = (e for e in stages["autoencoder"] if read_export(e.run, which=weights)[2] == content.ae_sha256)
-    autoencoder = next(trained_on, stages["autoencoder"][0])
-    return {"autoencoder": autoencoder.run, "content": content.run, "motion": motion.run}
+        what = "no finished run" if len(missing) == len(wanted) else f"no finished {' and no finished '.join(missing)} run"
+        names = ", ".join(f"--{stage}" for stage in ("ae", first, *others))
+        raise UserError(f"--run {results}: {what} in it (finished: it has export/config.yaml); train it, or give {names}")
+    leader = stages[first][0]
+    family = {"autoencoder": _autoencoder_of(leader, stages["autoencoder"])} if "autoencoder" in wanted else {}
+    family[first] = leader.run
+    for stage in others:
+        family[stage] = next((e for e in stages[stage] if e.ae_sha256 == leader.ae_sha256), stages[stage][0]).run
+    return family
+
+
+def _autoencoder_of(export: Export, candidates: Sequence[Export]) -> Path:
+    """The run whose weights a run was trained on; the newest one where that is not among them, which the pipeline refuses by name."""
+    weights = export.card.get("ae", {}).get("weights", "ema")
+    trained_on = (e for e in candidates if read_export(e.run, which=weights)[2] == export.ae_sha256)
+    return next(trained_on, candidates[0]).run
 
 
 def _finished(results: Path) -> Iterator[Export]:

@@ -1,0 +1,172 @@
+"""What `sample.py` asks of a system: settings that all of them have, and a job that makes sample number i."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.config import flag
+from utils.errors import ConfigError, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """What every system's sampling can be told. A system's own adds its models and samplers."""
+
+    system: str = ""
+    """Which of the toolkit's systems; told from the runs where it is not given."""
+    run: str = flag("", "results-dir")
+    """Results folder of the training runs: the newest finished models in it that belong together are taken.
+    The same as a bare first argument, which is what works under torchrun too (it may take --run for one of its own flags)."""
+    weights: Literal["ema", "model"] = "ema"
+    """Averaged weights (where there are any), or the last ones."""
+    out: Path = Path("samples")
+    """Folder to write to. Samples that are already there with the same settings are kept."""
+    num_samples: int = 16
+    """Clips to generate."""
+    classes: tuple[str, ...] = ()
+    """Classes by number or name, in turn; none given, or `all`: all of them."""
+    seed: int = flag(0, "global-seed")
+    """Seed of all noise. Sample number i of a seed is the same clip whatever else is generated with it."""
+    batch_size: int = 4
+    """Clips per write; with --no-exact also clips that go through the networks together."""
+    exact: bool = True
+    """Each clip alone through the networks, so that it is the same to the last bit with any batch size and number of processes."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the networks."""
+    fps: float = 0.0
+    """Frame rate of the files; 0: that of the training clips."""
+    gif: bool = False
+    """Also write each clip as a GIF."""
+    timeout: float = 1800.0
+    """Seconds that a process waits for the others."""
+
+    def validate(self) -> None:
+        """Raises ConfigError on settings that cannot work."""
+        self.at_least(1, "num_samples", "batch_size")
+        if self.fps < 0:
+            raise ConfigError(f"--fps {self.fps}: above 0, or 0 for that of the training clips")
+
+    def at_least(self, lowest: int, *names: str) -> None:
+        """Raises ConfigError for the first of the named settings that is given and below `lowest`."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: at least {lowest}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Strip:
+    """How some samples came about: clips at several moments of the sampling."""
+
+    clips: Tensor
+    """(samples * moments) 3 t h w in [-1, 1], the moments of the first sample first."""
+    moments: int
+
+
+class SampleJob(Protocol):
+    """Makes sample number i. What it makes is a function of `settings()` alone, whatever else is made with it."""
+
+    @property
+    def labels(self) -> list[int]:
+        """Classes that the samples take in turn; empty: there are none."""
+
+    @property
+    def fps(self) -> float:
+        """Frame rate of the files."""
+
+    @property
+    def n_frames(self) -> int:
+        """Frames of a clip."""
+
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """What follows a sample's name in the names of its videos: "" for the clip, and one for each further video."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know before it starts, a line each."""
+
+    def name(self, index: int) -> str:
+        """File name of a sample, without ending."""
+
+    def label(self, index: int) -> int | None:
+        """Class of a sample; None when the models have none."""
+
+    def class_name(self, label: int | None) -> str:
+        """Name of a class, where the training data had one."""
+
+    def generate(self, indices: Sequence[int]) -> Mapping[str, Tensor]:
+        """Ending -> videos b 3 t h w in [-1, 1] of these samples."""
+
+    def strip(self) -> Strip | None:
+        """How the first samples came about, where that was asked for."""
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values: everything that a sample depends on."""
+
+    def sources(self) -> dict[str, str]:
+        """Where the networks were read."""
+
+
+def numbered(index: int, label: int | None) -> str:
+    """The usual file name of a sample, without ending."""
+    return f"{index:06d}" if label is None else f"{index:06d}-class{label:03d}"
+
+
+def in_turn(labels: Sequence[int], index: int) -> int | None:
+    """Class of a sample when they take `labels` in turn; None when there are none."""
+    return labels[index % len(labels)] if labels else None
+
+
+def choose_classes(wanted: Sequence[str], known: int, names: Sequence[str]) -> list[int]:
+    """Numbers of the classes asked for by number or name; of all `known` ones when none is, or `all`. Raises UserError."""
+    if not known:
+        if wanted:
+            raise UserError("--classes: these models know no classes")
+        return []
+    if not wanted or tuple(wanted) == ("all",):
+        return list(range(known))
+    return [_class_number(item, known, names) for item in wanted]
+
+
+def load_vectors(paths: Sequence[str], width: int, model: str) -> Tensor | None:
+    """Condition vectors (n, width) float32 of .npy files with one each, of any shape; None for a model that takes none.
+
+    Raises UserError for files that are not that, and when the model takes vectors and there are none.
+    """
+    if not width:
+        if paths:
+            raise UserError(f"--cond: {model} takes no condition vectors")
+        return None
+    if not paths:
+        raise UserError(f"{model} is conditioned on vectors: give --cond FILE.npy ..., one vector of {width} numbers each, taken in turn")
+    rows = []
+    for path in paths:
+        try:
+            row = np.load(path, allow_pickle=False)
+            values = torch.from_numpy(np.asarray(row, dtype=np.float32).reshape(-1).copy())
+        except (OSError, ValueError, TypeError, EOFError) as error:
+            raise UserError(f"--cond {path} cannot be read as an array: {str(error).splitlines()[0]}") from None
+        if len(values) != width or not bool(values.isfinite().all()):
+            raise UserError(f"--cond {path} holds {len(values)} numbers, {model} takes {width} finite ones")
+        rows.append(values)
+    return torch.stack(rows)
+
+
+def class_name(names: Sequence[str], label: int | None) -> str:
+    """Name of a class, where there is one."""
+    return names[label] if label is not None and label < len(names) else ""
+
+
+def _class_number(item: str, known: int, names: Sequence[str]) -> int:
+    if item in names:
+        return names.index(item)
+    if item.isdecimal() and int(item) < known:
+        return int(item)
+    listed = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    raise UserError(f"--classes {item}: no such class; 0 to {known - 1}" + (f", or {listed}" if names else ""))

@@ -1,0 +1,75 @@
+"""The systems that `sample.py` can generate with, and how it tells which one is meant."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from pipelines.cmd_sample import CMDSampleConfig, CMDSampleJob
+from pipelines.jobs import SampleConfig, SampleJob
+from pipelines.latte_sample import LatteSampleConfig, LatteSampleJob
+from pipelines.runs import systems_in
+from utils.config import load_config, load_yaml
+from utils.errors import UserError
+
+
+class System(NamedTuple):
+    """A system as far as generation is concerned."""
+
+    config: type[SampleConfig]
+    job: Callable[[Any, torch.device], SampleJob]
+
+
+SYSTEMS: dict[str, System] = {
+    "cmd": System(CMDSampleConfig, CMDSampleJob),
+    "latte": System(LatteSampleConfig, LatteSampleJob),
+}
+
+
+def load_sampling(argv: Sequence[str], prog: str, about: str) -> SampleConfig:
+    """The settings of the system that is named, that trained the given runs, or that alone knows the given flags.
+
+    `--help` without a system explains all of them, and exits. Raises ConfigError or UserError in one line.
+    """
+    schemas = {name: system.config for name, system in SYSTEMS.items()}
+    system = _told(argv)
+    if not system and {"-h", "--help"} & set(argv):
+        for name in SYSTEMS:
+            try:
+                load_config(schemas, ["--system", name, "--help"], prog=f"{prog} --system {name}", description=about)
+            except SystemExit:
+                about = ""
+        raise SystemExit(0)
+    return load_config(schemas, [*(("--system", system) if system else ()), *argv], prog=prog, description=about)
+
+
+def _told(argv: Sequence[str]) -> str:
+    """The system that the command line or its recipes mean; empty when nothing tells."""
+    given: dict[str, str] = {}
+    for name, value in _settings(argv):
+        given |= {key.replace("-", "_"): str(text) for key, text in load_yaml(value).items()} if name == "config" else {name: value}
+    if "system" in given:
+        return given["system"]
+    run = next((given[name] for name in ("run", "results_dir") if given.get(name)), "")
+    trained = systems_in(Path(run)) if run and Path(run).is_dir() else []
+    if len(trained) > 1:
+        raise UserError(f"--run {run} holds runs of {' and '.join(trained)}: say with --system which of them generates")
+    known = {name: len(given.keys() & _names(system.config)) for name, system in SYSTEMS.items()}
+    most = [name for name, count in known.items() if count == max(known.values())]
+    return trained[0] if trained else most[0] if len(most) == 1 else ""
+
+
+def _settings(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(name, value) of what a command line sets; a value that follows its name is the token after it."""
+    for token, following in zip(argv, [*argv[1:], ""], strict=False):
+        name, has_value, value = token.partition("=")
+        if token.startswith("--") or has_value:
+            yield name.removeprefix("--").replace("-", "_").removeprefix("no_"), value if has_value else following
+
+
+def _names(schema: type[SampleConfig]) -> set[str]:
+    """How the settings of a schema may be called."""
+    aliases = (alias.replace("-", "_") for item in dataclasses.fields(schema) for alias in item.metadata.get("aliases", ()))
+    return {item.name for item in dataclasses.fields(schema)} | set(aliases)
