@@ -75,10 +75,12 @@ def resolve(data: DataConfig, shards: Collection | ShardSet) -> DataConfig:
     shards = Collection.over(shards)
     _check_numbers(data)
     _check_frames(data, shards)
-    if shards.is_latent:
-        _check_latents(data, shards)
-    else:
+    if shards.is_latent and data.flip:
+        raise ConfigError(f"--flip: {shards.location} holds latents, which cannot be mirrored; drop the flag, or train on the clips")
+    if shards.by_frame:
         _check_clips(data, shards)
+    else:
+        _check_latents(data, shards)
     if tuple(data.image_size) not in ((0, 0), shards.size):
         wanted, stored = (" ".join(map(str, size)) for size in (data.image_size, shards.size))
         raise ConfigError(f"--image-size {wanted}: {shards.location} holds {stored}; drop it or preprocess with --image-size {wanted}")
@@ -115,7 +117,7 @@ def _check_frames(data: DataConfig, shards: Collection) -> None:
     """What takes single frames needs stored ones; samples that are frames need nothing else."""
     share, images = f"--frame-sample-prob {data.frame_sample_prob:g}", f"--num-images {data.images}"
     for given, told in ((data.frame_sample_prob, share), (data.images, images)):
-        if given and shards.is_latent:
+        if given and not shards.by_frame:
             raise ConfigError(f"{told}: {shards.location} holds latents of whole clips, of which no frame can be taken; drop the flag")
     if data.frame_sample_prob and data.n_frames > 1:
         raise ConfigError(f"{share} --n-frames {data.n_frames}: samples are single frames or clips; drop one of the flags")
@@ -140,8 +142,6 @@ def _check_clips(data: DataConfig, shards: Collection) -> None:
 
 
 def _check_latents(data: DataConfig, shards: Collection) -> None:
-    if data.flip:
-        raise ConfigError(f"--flip: {shards.location} holds latents, which cannot be mirrored; drop the flag, or train on the clips")
     if data.n_frames not in (0, shards.clip_length):
         raise ConfigError(f"--n-frames {data.n_frames}: {shards.location} holds latents of {shards.clip_length} frames; drop the flag")
     if data.frame_interval != 1:

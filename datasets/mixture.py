@@ -13,6 +13,7 @@ from datasets.order import STREAM, Sequence, Shuffled
 from datasets.proportions import Mixture
 from datasets.shards import ShardSet
 from datasets.single_frames import SingleFrames
+from datasets.tables import by_frame
 from utils.errors import ConfigError
 
 
@@ -84,12 +85,17 @@ class Collection:
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors of a latent set by name, in the order they are stored; empty for clips."""
+        """Shapes of the tensors of a latent set by name, in the order they are stored, of one frame if framewise; empty for clips."""
         return {name: tuple(shape) for name, shape in sorted(self.meta.get("tensors", {}).items())} if self.is_latent else {}
 
     @property
     def is_latent(self) -> bool:
         return self.sets[0].codec == "latent"
+
+    @cached_property
+    def by_frame(self) -> bool:
+        """Whether frames can be taken out of a sample: of clips, and of latents of single frames."""
+        return by_frame(self.meta)
 
     @cached_property
     def packed(self) -> np.ndarray:
@@ -110,7 +116,7 @@ class Collection:
     @cached_property
     def clip_length(self) -> int:
         """Frames of every clip; of the shortest one where they differ."""
-        return self.stored_length if self.is_latent else int(self.frames.min())
+        return int(self.frames.min()) if self.by_frame else self.stored_length
 
     @property
     def size(self) -> tuple[int, int]:
@@ -227,7 +233,7 @@ def _check_alike(sets: Items[ShardSet]) -> None:
         if bool(first.classes) != bool(other.classes):
             raise ConfigError(f"{both}: one has class labels, the other has none")
         if first.codec == "latent":
-            for name in ("tensors", "codec", "clip_length"):
+            for name in ("tensors", "codec") if by_frame(first.meta) else ("tensors", "codec", "clip_length"):
                 if first.meta.get(name) != other.meta.get(name):
                     raise ConfigError(f"{both}: their {name} differ; encode both with one autoencoder and one --dtype")
             if _maker(first) != _maker(other):

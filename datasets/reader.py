@@ -38,14 +38,14 @@ class ClipReader:
         self.shards = Collection.over(shards)
         self.handles = handles or Handles(self.shards)
         self.n_frames, self.interval, self.rule = n_frames, interval, rule
-        self.rows = 1 if self.shards.is_latent else n_frames
-        """Frames of a sample as it is stored; latents count as one."""
+        self.rows = n_frames if self.shards.by_frame else 1
+        """Frames of a sample; latents of a whole clip count as one."""
         self.row_bytes = frame_bytes(self.shards.meta)
 
     def windows(self, samples: np.ndarray) -> np.ndarray:
         """How many windows each sample has, int64 (b,)."""
         frames = self.shards.frames[samples]
-        if self.shards.is_latent:
+        if not self.shards.by_frame:
             return np.ones_like(frames)
         if self.rule == "linspace":
             return np.array([linspace_last_start(total, self.n_frames, self.interval) + 1 for total in frames.tolist()], dtype=np.int64)
@@ -63,9 +63,13 @@ class ClipReader:
         return out.reshape(len(samples), self.rows, *self.shards.size, 3)
 
     def split(self, stored: np.ndarray) -> dict[str, torch.Tensor]:
-        """Latents by name (b, *shape), in the stored type, of stored bytes (b, 1, bytes)."""
-        rows, first, found = torch.from_numpy(stored[:, 0]), 0, {}
+        """Latents by name (b, *shape), in the stored type, of stored bytes (b, 1, bytes); of frames (b, t, bytes) -> (b, c, t, h, w)."""
         kind = self.shards.meta["codec"]["dtype"]
+        if self.shards.by_frame:
+            ((name, shape),) = self.shards.tensors.items()
+            values = torch.from_numpy(stored).view(getattr(torch, kind)).reshape(*stored.shape[:2], *shape)
+            return {name: values.transpose(1, 2)}
+        rows, first, found = torch.from_numpy(stored[:, 0]), 0, {}
         for name, shape in self.shards.tensors.items():
             last = first + TENSOR_BYTES[kind] * prod(shape)
             found[name] = rows[:, first:last].contiguous().view(getattr(torch, kind)).reshape(len(rows), *shape)
@@ -119,11 +123,11 @@ class ClipReader:
 
     @property
     def _in_one(self) -> bool:
-        return self.shards.is_latent or (self.interval == 1 and self.rule == "consecutive")
+        return not self.shards.by_frame or (self.interval == 1 and self.rule == "consecutive")
 
     def _frames(self, samples: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """Numbers of the frames of each window, int64 (b, rows)."""
-        if self.rule == "linspace" and not self.shards.is_latent:
+        if self.rule == "linspace" and self.shards.by_frame:
             totals = self.shards.frames[samples].tolist()
             found = [linspace(start, total, self.n_frames, self.interval) for start, total in zip(starts.tolist(), totals, strict=True)]
             return np.array(found, dtype=np.int64).reshape(len(samples), self.rows)

@@ -15,7 +15,7 @@ import numpy as np
 
 from datasets.indices import BLANK, DAMAGE, INDEX, kept_rows, one_line, read_tables, sidecar_name
 from datasets.storage import CacheConfig, LocalStorage, MissingFile, Storage, open_storage
-from datasets.tables import MAX_INDEX_BYTES, Keys, check_meta, join, parse_json, repeated, stored_rows, stored_rows
+from datasets.tables import MAX_INDEX_BYTES, Keys, check_meta, join, parse_json, repeated, stored_rows
 from utils.errors import UserError
 
 __all__ = ["FORMAT", "IMAGE_SUFFIXES", "INDEX", "SCHEMA", "VIDEO_SUFFIXES", "ShardSet", "frame_sums", "sidecar_name", "word_type"]

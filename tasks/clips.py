@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from datasets.config import DataConfig, open_shards, resolve
 from datasets.loader import ClipSource
 from datasets.mixture import Collection
+from datasets.statistics import pooled_statistics
 from engine.config import RunConfig
 from engine.task import Batch
 from launch.env import Env
@@ -54,7 +55,7 @@ class StoredLatents:
     framewise: bool = False
     """Every frame was encoded on its own: a batch holds b c t h w, of as many frames as asked for."""
     statistics: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Frame-wise: `mean`, `std` and `scale` of all latents together."""
+    """Frame-wise: `mean`, `std` of all latents together, and the `scale` and `shift` to train with; empty where that is not known."""
 
     @classmethod
     def of(cls, shards: Collection) -> "StoredLatents | None":
@@ -67,8 +68,8 @@ class StoredLatents:
             getattr(torch, codec["dtype"]),
             shards.meta["autoencoder"],
             shards.location,
-            framewise=bool(codec.get("framewise", False)),
-            statistics=shards.meta.get("latent", {}),
+            framewise=shards.by_frame,
+            statistics=pooled_statistics(shards),
         )
 
 
@@ -142,7 +143,7 @@ def _open(data: DataConfig, env: Env) -> Collection:
     seen: list[Any] = [None] * env.world_size
     if env.world_size > 1 and dist.is_initialized():
         # Lengths decide which frames are samples; a shard whose index is bad on one node has none there.
-        lengths = zlib.crc32(shards.frames) if data.frame_sample_prob else 0
+        lengths = zlib.crc32(shards.frames.data) if data.frame_sample_prob else 0
         dist.all_gather_object(seen, (shards.digest, shards.num_samples, lengths))
         other = next((rank for rank, what in enumerate(seen) if what != seen[0]), None)
         if other is not None:
@@ -154,10 +155,11 @@ def _open(data: DataConfig, env: Env) -> Collection:
 def _check_same_kind(shards: Collection, held_out: Collection) -> None:
     """Raises ConfigError when one holds clips and the other latents, or each those of an autoencoder of its own."""
     kinds = [str(item.meta["autoencoder"].get("sha256"))[:12] if item.is_latent else "clips" for item in (shards, held_out)]
-    if kinds[0] != kinds[1]:
-        told = [kind if kind == "clips" else f"latents of the autoencoder {kind}..." for kind in kinds]
+    names = [" and ".join(item.tensors) for item in (shards, held_out)]
+    if kinds[0] != kinds[1] or names[0] != names[1]:
+        what = [f"latents ({name}) of the autoencoder {kind}..." if name else kind for kind, name in zip(kinds, names, strict=True)]
         raise ConfigError(
-            f"--val-path {held_out.location} holds {told[1]}, --data-path {shards.location} {told[0]}: both must hold the same kind"
+            f"--val-path {held_out.location} holds {what[1]}, --data-path {shards.location} {what[0]}: both must hold the same kind"
         )
 
 

@@ -24,6 +24,21 @@ def frames_of(number: int, count: int, size: tuple[int, int] = SIZE) -> np.ndarr
     return clip
 
 
+def latents_of(number: int, count: int) -> torch.Tensor:
+    """(t, 4, 1, 2) of sample `number`: its number in the first channel, the frame in the second, halves in the rest."""
+    latents = torch.full((count, 4, 1, 2), 0.5)
+    latents[:, 0], latents[:, 1] = number, torch.arange(count)[:, None, None]
+    return latents
+
+
+def frames_in(latents: torch.Tensor) -> list[tuple[int, list[int]]]:
+    """(sample, its frames) of each clip b c t h w of `latents_of`; an error where a clip is of several samples."""
+    found = [
+        (set(numbers), frames) for numbers, frames in zip(latents[:, 0, :, 0, 0].tolist(), latents[:, 1, :, 0, 1].tolist(), strict=True)
+    ]
+    return [(int(number), list(map(int, frames))) for (number,), frames in found]
+
+
 def sample_of(video: torch.Tensor) -> list[tuple[int, list[int]]]:
     """(sample, its frames) of each clip b c t h w of `frames_of`, mirrored or not."""
     plain = video[:, :, :, 0, 1].tolist()
@@ -41,10 +56,12 @@ def write_set(
     first: int = 0,
     keys: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float16,
+    tensor: str = "moments",
 ) -> Path:
     """A shard set with `sizes` samples in its shards, numbered from `first`; sample k has lengths[k % len(lengths)] frames.
 
-    codec: npy, mp4, or latent: tensors `a` (2, 3) and `b` (4,) of type `dtype`, full of the sample's number.
+    codec: npy, mp4, latent: tensors `a` (2, 3) and `b` (4,) of type `dtype`, full of the sample's number; or framewise: one named
+    `tensor` of `latents_of`.
     """
     folder.mkdir(parents=True)
     entries, number = [], first
@@ -52,7 +69,7 @@ def write_set(
         writer = ShardWriter(folder, shard_name(shard))
         for _ in range(count):
             key = keys[number - first] if keys else f"clip_{number:05d}"
-            writer.add(_sample(key, number, lengths[number % len(lengths)], codec, size, len(classes), dtype))
+            writer.add(_sample(key, number, lengths[number % len(lengths)], codec, size, len(classes), dtype, tensor))
             number += 1
         entries.append(shard_entry(folder, writer.name, writer.close({})))
     meta = {
@@ -69,17 +86,24 @@ def write_set(
     if codec == "latent":
         meta |= {"codec": {"name": codec, "dtype": str(dtype).removeprefix("torch.")}, "tensors": {"a": [2, 3], "b": [4]}}
         meta |= {"clip_length": 1, "autoencoder": {"sha256": "0" * 64}, "scale": {"a": 1.0, "b": 1.0}}
+    if codec == "framewise":
+        meta |= {"codec": {"name": "latent", "dtype": str(dtype).removeprefix("torch."), "framewise": True}, "tensors": {tensor: [4, 1, 2]}}
+        meta |= {"autoencoder": {"sha256": "0" * 64}, "latent": {"mean": 0.5, "std": 2.0, "scale": 0.5, "shift": 0.5}}
     (folder / "index.json").write_text(json.dumps(meta))
     return folder
 
 
-def _sample(key: str, number: int, count: int, codec: str, size: tuple[int, int], classes: int, dtype: torch.dtype) -> Sample:
+def _sample(key: str, number: int, count: int, codec: str, size: tuple[int, int], classes: int, dtype: torch.dtype, tensor: str) -> Sample:
     label, card = number % max(1, classes), json.dumps({"number": number}).encode()
     frames = frames_of(number, count, size)
     if codec == "latent":
         payload = save({"a": torch.full((2, 3), float(number), dtype=dtype), "b": torch.full((4,), float(number), dtype=dtype)})
         block = np.frombuffer(payload, np.uint8)[-10 * dtype.itemsize :]
         return Sample(key, {"safetensors": payload, "json": card}, 1, label, frame_sums(block[None]).astype(">u8").tobytes().hex())
+    if codec == "framewise":
+        latents = latents_of(number, count).to(dtype)
+        rows = latents.view(torch.uint8).numpy().reshape(count, -1)
+        return Sample(key, {"safetensors": save({tensor: latents}), "json": card}, count, label, sums_text(rows))
     if codec == "mp4":
         return Sample(key, {"mp4": encode_mp4(frames, 8.0, gop=count), "json": card}, count, label, "")
     return Sample(key, {"npy": npy_bytes(frames), "json": card}, count, label, sums_text(frames))

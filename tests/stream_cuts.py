@@ -34,7 +34,7 @@ def draw_cut(data: st.DataObject, n: int) -> Cut:
 
 def take(shards: Collection, data: DataConfig, first: int, steps: int, **cut: int) -> Batches:
     """Micro-batches of `steps` steps from `first` on."""
-    stream = ClipSource(shards, data, seed=5, **cut).batches(first)  # type: ignore[arg-type]
+    stream = ClipSource(shards, data, seed=5, **cut).batches(first)
     found = list(islice(stream, steps * cut.get("accumulation", 1)))
     stream.close()  # type: ignore[attr-defined]
     return found
@@ -55,3 +55,10 @@ def equal(one: Batches, other: Batches) -> bool:
     return len(one) == len(other) and all(
         a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(one, other, strict=True)
     )
+
+
+def replaced(source: ClipSource) -> int:
+    """Bad samples that others were put in place of so far."""
+    found = source.counters()["data/bad_samples"]
+    assert isinstance(found, int)
+    return found
