@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from diffusion.dpm_solver import dpm_solver_sample
 from diffusion.flow_samplers import euler_sample, heun_sample
 from diffusion.guidance import ClassifierFreeGuidance
 from diffusion.samplers import Callback, Noise, ddim_sample, ddpm_sample
+from utils.config import to_dict
 from utils.errors import ConfigError
 from utils.rng import SampleRng
 
@@ -49,6 +50,12 @@ class Sampling:
         if self.respacing and diffusion.process == "flow":
             raise ConfigError(f"respacing {self.respacing!r}: a flow has no steps to choose from, give a number of steps")
         return dataclasses.replace(self, sampler=sampler)
+
+    def settings(self, diffusion: DiffusionConfig) -> dict[str, Any]:
+        """Plain values that a draw depends on. A setting that was added since and does nothing is left out, so that records of
+        older samples stay equal."""
+        values = to_dict(self.resolved(diffusion))
+        return values if self.respacing else {name: value for name, value in values.items() if name != "respacing"}
 
 
 def sample(
