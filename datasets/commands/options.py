@@ -8,9 +8,10 @@ from datasets.commands.parser import cores, number, share, whole
 from datasets.prepare.clips import ClipRules
 from datasets.prepare.filters import FilterRules
 from datasets.sources import SOURCES
+from datasets.sources.folders import IMAGES
 from datasets.transforms import RELEASES, RESIZE_MODES
 from datasets.video import MAX_RATE, MIN_RATE, ffmpeg_program
-from utils.errors import UserError
+from utils.errors import ConfigError, UserError
 
 DIGITS = "synthetic-digits"
 NPY_LIMIT = 64
@@ -63,6 +64,13 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
         help="hold out this share of the videos, by a hash of their group's name: --split val (or test) is that share, train the rest",
     )
     add("--captions", type=Path, metavar="FILE", help="captions of the videos by name: a table (.csv .tsv .json .jsonl) or text")
+    add(
+        "--filter",
+        type=Path,
+        metavar="FILE",
+        help="take only videos that a pattern of this text file matches: one a line, of names without ending, such as *WallPushups*; "
+        "with a slash: of paths below the source folder",
+    )
     add("--licence", default="", metavar="TEXT", help="a licence or source note that the shard set carries")
     add("--name", default="", help="name of the data set (default: of the source folder)")
 
@@ -70,7 +78,7 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
 def _add_clips(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("clips").add_argument
     add("--image-size", type=whole(2), nargs=2, metavar=("H", "W"), help=f"default 64 64; {DIGITS}: 32 32")
-    add("--clip-length", type=_clip_length, metavar="N", help=f"frames (default 16; {DIGITS}: 8); 'video': whole videos")
+    add("--clip-length", type=_clip_length, metavar="N", help=f"frames (default 16; {DIGITS}: 8; {IMAGES}: 1); 'video': whole videos")
     add("--clip-stride", type=whole(1), metavar="N", help="frames between the beginnings of two clips (default: the clip length)")
     add("--frame-stride", type=whole(1), default=1, metavar="N", help="take every N-th frame (default 1); lengths count taken frames")
     add("--fps", type=number(0, MAX_RATE), default=0.0, metavar="FPS", help="frames taken in a second, by time stamps (default 0: all)")
@@ -152,11 +160,21 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     add("--parts", type=whole(1), metavar="P", help="parts that the set is cut into, which decides its bytes (default: --num-tasks)")
 
 
+def _length(args: argparse.Namespace) -> int:
+    """Frames of a clip. ConfigError for more than a picture has."""
+    given: int | None = args.clip_length
+    if args.dataset_name == IMAGES:
+        if given not in (None, 0, 1):
+            raise ConfigError(f"--clip-length {given}: clips of --dataset-name {IMAGES} have 1 frame")
+        return 1
+    return (8 if args.dataset_name == DIGITS else 16) if given is None else given
+
+
 def clip_rules(args: argparse.Namespace) -> ClipRules:
     """The rules that the options ask for. UserError when the ffmpeg program is asked for and not there."""
     digits = args.dataset_name == DIGITS
     height, width = args.image_size or ((32, 32) if digits else (64, 64))
-    length = (8 if digits else 16) if args.clip_length is None else args.clip_length
+    length = _length(args)
     codec = args.codec
     if codec == "auto":
         codec = "npy" if max(height, width) <= NPY_LIMIT else "mp4"

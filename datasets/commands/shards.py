@@ -108,6 +108,7 @@ def _list(args: argparse.Namespace, root: Path) -> tuple[str, Listing]:
         val_fraction=args.val_fraction,
         exclude=None if digits else args.out,
         captions=args.captions,
+        filter=args.filter,
     )
     layout = "folder" if digits else args.dataset_name
     if layout == "auto":

@@ -29,7 +29,8 @@ from pathlib import Path
 
 from datasets.shards import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from datasets.sources.base import Listing, Source, SourceOptions, with_embeddings
-from datasets.sources.folders import FolderSource, FramesSource
+from datasets.sources.filters import filtered
+from datasets.sources.folders import FolderSource, FramesSource, ImagesSource
 from datasets.sources.frame_sets import SkyTimelapseSource, TaiChiSource
 from datasets.sources.manifest import ManifestSource
 from datasets.sources.splits import select
@@ -49,6 +50,7 @@ _ALL: tuple[Source, ...] = (
     WebDatasetSource(),
     FolderSource(),
     FramesSource(),
+    ImagesSource(),
 )
 SOURCES: dict[str, Source] = {source.name: source for source in _ALL}
 """Name of a layout -> the layout; `detect` asks them in this order."""
@@ -70,6 +72,8 @@ def list_videos(root: Path, name: str, options: SourceOptions, seed: int) -> Lis
         raise UserError(f"--dataset-name {name} is none of {', '.join(SOURCES)}")
     _check(root, source, options)
     listing = source.list(root, options)
+    if options.filter is not None and listing.videos:
+        listing = filtered(listing, options.filter, root)
     videos = select(listing.videos, options, root)
     if not videos:
         raise _nothing(root, source, options, listing)

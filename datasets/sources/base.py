@@ -66,13 +66,15 @@ class Video:
         return sorted(pictures, key=lambda path: natural_key(path.name))
 
     def content_id(self) -> list[int]:
-        """What tells cheaply that the source changed: its bytes, offset and bytes inside its tar, or its number of pictures.
+        """What tells cheaply that the source changed: its bytes, offset and bytes inside its tar, or its number of pictures if many.
 
         Nothing for one that is gone or closed: the report names it, as any other that cannot be read.
         """
         try:
             if self.member:
                 return list(self.member)
+            if len(self.frames) == 1:
+                return [(self.path / self.frames[0]).stat().st_size]
             return [len(self.frames) or len(self.frame_paths())] if self.is_frames else [self.path.stat().st_size]
         except OSError:
             return []
@@ -109,6 +111,8 @@ class SourceOptions:
     """A folder that is not looked into: where the shards go."""
     captions: Path | None = None
     """A table or text file of captions by video name."""
+    filter: Path | None = None
+    """A text file of patterns: only videos that one of them matches are taken."""
 
 
 class Source(Protocol):
@@ -132,7 +136,9 @@ def with_embeddings(videos: list[Video], where: Path) -> list[Video]:
     """The videos with the condition vectors that the data set names, or else those beside them. UserError, see `open_all`."""
     found = [video.vector for video in videos]
     if not any(found) and not any(video.member for video in videos):
-        found = list(beside([(video.path, video.is_frames) for video in videos]))
+        # Of pictures that lie together with others, the folder is not the video.
+        named = [(video.path / Path(video.name).name, False) if video.frames else (video.path, video.is_frames) for video in videos]
+        found = list(beside(named))
     opened = open_all([(video.name, path) for video, path in zip(videos, found, strict=True)], where)
     return videos if opened is None else [replace(video, embedding=one) for video, one in zip(videos, opened, strict=True)]
 

@@ -1,5 +1,6 @@
-"""Any folder of videos, and any folder of frame folders."""
+"""Any folder of videos, of frame folders, and of pictures."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -8,6 +9,8 @@ from datasets.sources.base import Listing, SourceOptions, Video, natural_key, pe
 from datasets.sources.captions import with_captions
 from datasets.sources.splits import split_off
 from datasets.sources.ucf101 import ucf_group
+
+IMAGES = "images"
 
 
 class FolderSource:
@@ -48,6 +51,30 @@ class FramesSource:
         folders = dict.fromkeys(path.parent for path in walk(root, IMAGE_SUFFIXES, options.exclude))
         found = labelled(root, [folder for folder in folders if folder != root] or list(folders), is_frames=True)
         return Listing(with_captions(found.videos, root, options) if options.captions else found.videos, found.classes)
+
+
+class ImagesSource:
+    """Pictures anywhere below a folder, each a clip of one frame. Classes, splits and captions as for videos.
+
+    Never detected: a folder of pictures may as well be one video.
+    """
+
+    name = IMAGES
+    summary = "a folder of pictures, each a clip of one frame; classes and splits as in folder; has to be asked for"
+    kind: Literal["videos", "frames"] = "frames"
+    honours = frozenset({"captions"})
+
+    def matches(self, root: Path, options: SourceOptions) -> bool:
+        """No."""
+        return False
+
+    def list(self, root: Path, options: SourceOptions) -> Listing:
+        """All pictures in natural order."""
+        found = labelled(root, walk(root, IMAGE_SUFFIXES, options.exclude), is_frames=False)
+        videos = with_captions(found.videos, root, options)
+        return Listing(
+            [replace(video, path=video.path.parent, is_frames=True, frames=(video.path.name,)) for video in videos], found.classes
+        )
 
 
 def labelled(root: Path, paths: list[Path], is_frames: bool) -> Listing:
