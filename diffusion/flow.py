@@ -1,8 +1,8 @@
 """Rectified flow: the straight path between data and noise, and a network that predicts its velocity.
 
-x_t = (1 - t) x_0 + t n for a time t in [0, 1] (0: data, 1: noise), velocity v = n - x_0 (Liu et al. 2023, section 2; Lipman et al. 2023,
-section 4.1), loss the mean of (v - network)^2. Training times are uniform or logit-normal (Esser et al. 2024, section 3.1); then, and in
-the sampler's grid, they are moved towards noise by t' = s t / (1 + (s - 1) t) (same, section 5.3.2), which large inputs need.
+x_t = (1 - t) x_0 + t n for a time t in [0, 1] (0: data, 1: noise), velocity v = n - x_0 (Liu et al. 2023; Lipman et al. 2023), loss the
+mean of (v - network)^2. Training times are uniform or logit-normal (Esser et al. 2024, section 3.1); then, as in the sampler's grid,
+they are moved towards noise by t' = s t / (1 + (s - 1) t) (same, section 5.3.2), which large inputs need.
 """
 
 import math

@@ -179,7 +179,7 @@ class GaussianDiffusion(ForwardProcess):
         return mse if self.weighting == "none" else self.mse_weight(t) * mse
 
     def mse_weight(self, t: Tensor) -> Tensor:
-        """Weight of each sample's mse, (b,): min(SNR, gamma) on x_0's error (Hang et al. 2023, section 3.4), the same in terms of eps
+        """Weight of each sample's mse, (b,): min(SNR, gamma) on x_0's error (Hang et al. 2023), the same in terms of eps
         and v, whose errors are SNR and SNR + 1 times that of x_0. 1 without weighting."""
         if self.weighting == "none":
             return torch.ones(t.shape, device=t.device)

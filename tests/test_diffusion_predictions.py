@@ -68,7 +68,7 @@ def test_the_bound_does_not_depend_on_the_words(step, seed, loss):
 
 
 def test_min_snr_weights_by_hand():
-    """Levels with an SNR of 9, 4 and 1/4 at gamma 5 (Hang et al. 2023, section 3.4)."""
+    """Levels with an SNR of 9, 4 and 1/4 at gamma 5 (Hang et al. 2023)."""
     levels = np.array([0.9, 0.8, 0.2])
     expected = {"eps": [5 / 9, 1, 1], "x0": [5, 4, 0.25], "v": [0.5, 0.8, 0.2]}
     for predict, weights in expected.items():
