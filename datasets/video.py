@@ -18,7 +18,7 @@ import av
 import ffmpeg
 import numpy as np
 from av.error import FFmpegError
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
 
 from datasets.ffmpeg import ffmpeg_program, passthrough, read_frame
 
@@ -30,6 +30,9 @@ MIN_RATE, MAX_RATE, DEFAULT_RATE = 0.01, 1000.0, 25.0
 """Frame rates that are believed, and the one for files that say none of those."""
 MAX_SLOWNESS = 20
 """Time stamps that make a file this many times longer than its frame rate does are not believed."""
+
+CONVERTS_IN_THREADS = int(av.__version__.partition(".")[0]) >= 17
+"""Whether this PyAV converts pictures in threads, and takes their number."""
 
 
 class VideoError(ValueError):
@@ -209,12 +212,22 @@ def decoded(path: Path, info: VideoInfo) -> Generator[av.VideoFrame, None, None]
         av.logging.set_level(None)
 
 
+def to_rgb(
+    frame: av.VideoFrame, reformatter: VideoReformatter, size: tuple[int, int] | None = None, interpolation: Interpolation | None = None
+) -> np.ndarray:
+    """A decoded frame as uint8 (h, w, 3), scaled to `size` (height, width) if it has another."""
+    height, width = size or (frame.height, frame.width)
+    # Threads of its own, which a new PyAV starts unless told, take more processor time than the conversion.
+    one = {"threads": 1} if CONVERTS_IN_THREADS else {}
+    return reformatter.reformat(frame, width, height, "rgb24", interpolation=interpolation, **one).to_ndarray()
+
+
 def _decode_pyav(path: Path, info: VideoInfo, wanted: Callable[[int], bool]) -> Generator[np.ndarray, None, None]:
     reformatter = VideoReformatter()
     with video_errors(path, "damaged"), closing(decoded(path, info)) as frames:
         for number, frame in enumerate(frames):
             if wanted(number):
-                yield reformatter.reformat(frame, info.width, info.height, "rgb24").to_ndarray()
+                yield to_rgb(frame, reformatter, (info.height, info.width))
 
 
 def ffmpeg_command(program: str, path: Path, info: VideoInfo) -> list[str]:
@@ -269,7 +282,7 @@ def decode_window(payload: bytes, start: int, n_frames: int, size: tuple[int, in
     ValueError when they are not there. Seeking is safe here: constant frame rate, no B-frames, frame k at k / rate.
     """
     frames: list[np.ndarray] = []
-    convert = VideoReformatter().reformat  # one for all frames: setting one up takes longer than its work on a small frame
+    reformatter = VideoReformatter()  # one for all frames: setting one up takes longer than its work on a small frame
     wanted = size and (size[0] + size[0] % 2, size[1] + size[1] % 2)
     try:
         with av.open(io.BytesIO(payload), "r", format="mp4") as container:
@@ -282,7 +295,7 @@ def decode_window(payload: bytes, start: int, n_frames: int, size: tuple[int, in
             for frame in container.decode(stream):
                 _check_stored(frame, wanted)
                 if frame.pts is not None and round(frame.pts / ticks) >= start:
-                    frames.append(convert(frame, format="rgb24").to_ndarray())
+                    frames.append(to_rgb(frame, reformatter))
                 if len(frames) == n_frames:
                     return np.stack(frames)
     except (FFmpegError, OSError, LookupError, ArithmeticError, TypeError, AttributeError, MemoryError) as error:

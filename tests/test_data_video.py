@@ -7,6 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import ColorRange, VideoReformatter
 
 from datasets import video
 from datasets.video import (
@@ -16,6 +17,7 @@ from datasets.video import (
     ffmpeg_command,
     ffmpeg_program,
     probe,
+    to_rgb,
 )
 from tests.videos import noise_frames, write_video
 from utils.media import encode_mp4
@@ -42,6 +44,23 @@ def test_all_frames_come_in_order(tmp_path: Path, decoder: str, name: str, codec
 def test_both_decoders_give_the_same_pixels(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", noise_frames(20), bf="2")
     assert (read(path, "ffmpeg") == read(path, "pyav")).all()
+
+
+PIXELS = "yuv420p yuvj420p yuv422p yuv444p yuv411p yuv440p yuva420p nv12 yuyv422 gray gray16le yuv420p10le yuv444p12le p010le gbrp bgr0"
+
+
+@pytest.mark.parametrize("pixels", PIXELS.split())
+@pytest.mark.parametrize("size", [(64, 64), (121, 171), (47, 33), (256, 340)])
+def test_conversion_does_not_depend_on_the_number_of_threads(pixels: str, size: tuple[int, int]) -> None:
+    height, width = size
+    picture = av.VideoFrame.from_ndarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8), format="rgb24")
+    frame = picture.reformat(width, height, pixels)
+    for color_range in ("UNSPECIFIED", "MPEG", "JPEG"):
+        frame.color_range = ColorRange[color_range]
+        found = to_rgb(frame, VideoReformatter())
+        assert found.shape == (height, width, 3)
+        for options in ({}, {"threads": 3}) if video.CONVERTS_IN_THREADS else ({},):
+            assert (VideoReformatter().reformat(frame, width, height, "rgb24", **options).to_ndarray() == found).all()
 
 
 @pytest.mark.skipif(ffmpeg_program() is None, reason="no ffmpeg program")

@@ -12,7 +12,7 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from datasets.transforms import resize_clip
-from datasets.video import VideoInfo, decoded, video_errors
+from datasets.video import VideoInfo, decoded, to_rgb, video_errors
 
 SMALL = (36, 64)
 """Height and width of the pictures that are compared."""
@@ -29,7 +29,7 @@ def small_frames(path: Path, info: VideoInfo) -> Iterator[np.ndarray]:
     reformatter = VideoReformatter()
     with video_errors(path, "damaged"), closing(decoded(path, info)) as frames:
         for frame in frames:
-            yield reformatter.reformat(frame, SMALL[1], SMALL[0], "rgb24", interpolation=Interpolation.AREA).to_ndarray()
+            yield to_rgb(frame, reformatter, SMALL, Interpolation.AREA)
 
 
 def shrink(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -27,8 +27,8 @@ Job = tuple[Video, ClipRules, str | None, Path]
 """The arguments of `prepare`."""
 
 
-IN_MEMORY = 16 << 20
-"""Bytes of clips of one video that go from a worker to the writer without a file."""
+IN_MEMORY, IN_MEMORY_ALONE = 16 << 20, 256 << 20
+"""Bytes of clips of one video that go to the writer without a file: from each of several workers, and within one process."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ class Prepared:
     payloads: list[bytes] | None = None
 
 
-def prepare(video: Video, rules: ClipRules, class_name: str | None, spool: Path) -> Prepared:
-    """Decodes a video into clips; `spool` is where they go if they are many. A video that cannot be used gives the reason instead."""
+def prepare(video: Video, rules: ClipRules, class_name: str | None, spool: Path, in_memory: int = IN_MEMORY) -> Prepared:
+    """Decodes a video into clips; `spool` is where they go if they have more than `in_memory` bytes. A video that cannot be used gives
+    the reason instead."""
     rows, rejected = [], list[Rejection]()
     held, nbytes = list[bytes](), 0
     with ExitStack() as stack:
@@ -54,7 +55,7 @@ def prepare(video: Video, rules: ClipRules, class_name: str | None, spool: Path)
                 sizes = [(extension, len(payload)) for extension, payload in sample.members.items()]
                 rows.append((replace(sample, members={}), sizes, facts))
                 nbytes += sum(size for _, size in sizes)
-                if nbytes > IN_MEMORY:
+                if nbytes > in_memory:
                     file = file or stack.enter_context(spool.open("wb"))
                     file.writelines(held)
                     held = []
@@ -132,7 +133,7 @@ def prepare_all(
         return video, rules, classes[video.label] if classes else None, _spool(folder, number)
 
     if workers <= 1:
-        yield from ((number, prepare(*job(number)), _spool(folder, number)) for number in numbers)
+        yield from ((number, prepare(*job(number), IN_MEMORY_ALONE), _spool(folder, number)) for number in numbers)
         return
     while numbers:
         try:

@@ -44,7 +44,7 @@ def npy_bytes(frames: np.ndarray) -> bytes:
     """uint8 (t, h, w, c) as a npy file."""
     frames, header = np.ascontiguousarray(frames), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(frames))
-    return header.getvalue() + frames.tobytes()
+    return b"".join([header.getvalue(), frames.data])
 
 
 def sums_text(frames: np.ndarray) -> str:
@@ -58,13 +58,14 @@ class _Hashing:
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha256, self.count = file, hashlib.sha256(), 0
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes) -> None:
         self.sha256.update(data)
         self.count += len(data)
-        return self.file.write(data)
+        self.file.write(data)
 
-    def tell(self) -> int:
-        return self.count
+    def pad(self, block: int) -> None:
+        """Zeros up to the next multiple of `block` bytes."""
+        self.write(bytes(-self.count % block))
 
 
 def _table() -> dict[str, list[Any]]:
@@ -88,10 +89,6 @@ class ShardWriter:
         self.path = self.folder / self.name
         self.temporary = self.path.with_name(self.path.name + ".tmp")
         self.file = _Hashing(self.temporary.open("wb"))
-        # pax headers would hold times; plain ustar with fixed fields gives the same bytes each time.
-        # tarfile's own pieces of 16 KiB cost more than the bytes in them.
-        options = {"format": tarfile.USTAR_FORMAT, "copybufsize": 1 << 16}
-        self.tar = tarfile.open(fileobj=self.file, mode="w", **options)  # type: ignore[call-overload]  # noqa: SIM115
 
     @property
     def samples(self) -> int:
@@ -107,8 +104,12 @@ class ShardWriter:
         for extension, payload in sample.members.items():
             info = tarfile.TarInfo(f"{sample.key}.{extension}")
             info.size, info.mode = len(payload), 0o644
-            offset = self.file.count + tarfile.BLOCKSIZE
-            self.tar.addfile(info, io.BytesIO(payload))
+            # pax headers would hold times; plain ustar with fixed fields gives the same bytes each time. The payload is written as it
+            # is: tarfile would copy it in small pieces, which costs more than what is done with them.
+            self.file.write(info.tobuf(tarfile.USTAR_FORMAT))
+            offset = self.file.count
+            self.file.write(payload)
+            self.file.pad(tarfile.BLOCKSIZE)
             if first:
                 values = (sample.key, offset, len(payload), zlib.crc32(payload), sample.frames, sample.label, sample.sums)
                 for name, value in zip(_table(), values, strict=True):
@@ -126,7 +127,8 @@ class ShardWriter:
 
     def close(self, progress: dict[str, Any]) -> dict[str, Any]:
         """Commits the shard. Returns its offset index, which keeps `progress` (where the next shard begins, what was skipped)."""
-        self.tar.close()
+        self.file.write(bytes(2 * tarfile.BLOCKSIZE))
+        self.file.pad(tarfile.RECORDSIZE)
         self.file.file.flush()
         os.fsync(self.file.file.fileno())
         self.file.file.close()
