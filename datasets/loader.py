@@ -43,7 +43,8 @@ class ClipSource(Dataset[Item]):
 
     A batch: `video` uint8 (b, c, t, h, w), a view of frames that lie channels last, or of latent sets their tensors by name
     (b, *shape) in the stored type; `label` int64 (b,), 0 when unlabelled; `index` int64 (b,), position in the endless sequence;
-    with `data.images` also `images` uint8 (b, c, images, h, w) and `image_label` int64 (b, images).
+    `cond` float32 (b, numbers) where condition vectors are stored; with `data.images` also `images`, as many frames of other clips
+    in place of t, and `image_label` int64 (b, images).
     Rank r has the r-th contiguous part of each global batch, cut into `accumulation` contiguous micro-batches. Raises ConfigError
     when a global batch does not divide or exceeds the set. Bad samples are errors, or replaced, as `data.on_bad_sample` says.
     """
@@ -102,9 +103,13 @@ class ClipSource(Dataset[Item]):
         def pick(rows: np.ndarray, attempt: int) -> Picks:
             return self.picker.clips(indices[rows], attempt)
 
-        samples, stored, faults = self._read(self.reader, len(indices), pick)
-        mirrored = self._mirrored("data/flip", indices)
-        return self._tensors(stored, mirrored) | {"label": torch.from_numpy(self.shards.label[samples])}, faults
+        form = self.shards.cond
+        vectors = np.empty((len(indices), form.values), dtype=np.float32) if form else None
+        samples, stored, faults = self._read(self.reader, len(indices), pick, vectors)
+        batch = self._tensors(stored, self._mirrored("data/flip", indices))
+        if vectors is not None:
+            batch["cond"] = torch.from_numpy(vectors)
+        return batch | {"label": torch.from_numpy(self.shards.label[samples])}, faults
 
     def _images(self, indices: np.ndarray) -> tuple[Batch, list[Fault]]:
         """The images beside the clips at these positions, and the bad ones that others were put in place of."""
@@ -119,16 +124,21 @@ class ClipSource(Dataset[Item]):
         (images,) = self._tensors(stored.reshape(*shape, -1), np.stack(columns, axis=1)).values()
         return {"images": images, "image_label": torch.from_numpy(self.shards.label[samples].reshape(shape))}, faults
 
-    def _read(self, reader: ClipReader, count: int, pick: Callable[[np.ndarray, int], Picks]) -> tuple[np.ndarray, np.ndarray, list[Fault]]:
+    def _read(
+        self, reader: ClipReader, count: int, pick: Callable[[np.ndarray, int], Picks], vectors: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, list[Fault]]:
         """Samples of `count` rows, what is stored of them, uint8 (count, frames, bytes), and those that others were put in place of.
 
-        `pick(rows, attempt)`: what is read into these rows.
+        `pick(rows, attempt)`: what is read into these rows; `vectors` is filled with their condition vectors.
         """
         samples, out = np.empty(count, dtype=np.int64), reader.empty(count)
         wanted, found = np.arange(count), list[Fault]()
         for attempt in range(MAX_ATTEMPTS):
             samples[wanted], starts = pick(wanted, attempt)
             faults = reader.fill(out, wanted, samples[wanted], starts)
+            if vectors is not None:
+                good = np.delete(np.arange(len(wanted)), [k for k, _ in faults])
+                faults += [(good[k], fault) for k, fault in reader.fill_vectors(vectors, wanted[good], samples[wanted[good]])]
             if not faults:
                 return samples, out, found
             if self.faults is None:

@@ -9,11 +9,12 @@ from typing import Any, cast
 
 import numpy as np
 
+from datasets.conditions import CondFormat
 from datasets.order import STREAM, Sequence, Shuffled
 from datasets.proportions import Mixture
 from datasets.shards import ShardSet
 from datasets.single_frames import SingleFrames
-from datasets.tables import by_frame
+from datasets.tables import COND_COLUMNS, by_frame
 from utils.errors import ConfigError
 
 
@@ -32,6 +33,8 @@ class Collection:
     label: np.ndarray
     sums: np.ndarray
     first_sum: np.ndarray
+    cond_offset: np.ndarray | None = None
+    cond_crc32: np.ndarray | None = None
 
     @classmethod
     def of(cls, *sets: ShardSet) -> "Collection":
@@ -44,12 +47,13 @@ class Collection:
         if len(sets) == 1:
             one = sets[0]
             columns = (one.shard, one.offset, one.nbytes, one.crc32, one.frames, one.label, one.sums, one.first_sum)
-            return cls(sets, classes, *columns)
+            return cls(sets, classes, *columns, one.cond_offset, one.cond_crc32)
         shards = np.cumsum([0, *(len(item.meta["shards"]) for item in sets)])
         sums = np.cumsum([0, *(len(item.sums) for item in sets)])
         number = {name: label for label, name in enumerate(classes)}
         labels = [np.array([number[name] for name in item.classes] or [0], dtype=np.int64)[item.label] for item in sets]
-        joined = {name: np.concatenate([getattr(item, name) for item in sets]) for name in ("offset", "nbytes", "crc32", "frames", "sums")}
+        names = ("offset", "nbytes", "crc32", "frames", "sums", *(COND_COLUMNS if sets[0].cond else ()))
+        joined = {name: np.concatenate([getattr(item, name) for item in sets]) for name in names}
         ends = {name: np.cumsum([len(getattr(item, name)) for item in sets])[:-1] for name in joined}
         parts: dict[str, list[Any]] = {name: np.split(column, ends[name]) for name, column in joined.items()}
         # The sets go on with views of the joined columns: a large collection is not held twice.
@@ -122,6 +126,11 @@ class Collection:
     def size(self) -> tuple[int, int]:
         """Height and width."""
         return self.sets[0].size
+
+    @property
+    def cond(self) -> CondFormat | None:
+        """What the condition vectors beside the samples are; None where there are none."""
+        return self.sets[0].cond
 
     @property
     def fps(self) -> float:
@@ -232,6 +241,9 @@ def _check_alike(sets: Items[ShardSet]) -> None:
             raise ConfigError(f"{both}: {sizes[0]} and {sizes[1]} pixels; preprocess both with one --image-size")
         if bool(first.classes) != bool(other.classes):
             raise ConfigError(f"{both}: one has class labels, the other has none")
+        if first.cond != other.cond:
+            kinds = [f"condition vectors {item.cond}" if item.cond else "no condition vectors" for item in (first, other)]
+            raise ConfigError(f"{both}: {kinds[0]} and {kinds[1]}; prepare both alike")
         if first.codec == "latent":
             for name in ("tensors", "codec") if by_frame(first.meta) else ("tensors", "codec", "clip_length"):
                 if first.meta.get(name) != other.meta.get(name):

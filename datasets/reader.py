@@ -7,6 +7,7 @@ from math import prod
 import numpy as np
 import torch
 
+from datasets.conditions import TYPES
 from datasets.faults import Fault
 from datasets.frames import linspace, linspace_last_start
 from datasets.handles import Handles
@@ -91,6 +92,23 @@ class ClipReader:
         raw = np.flatnonzero(~packed & left)
         if len(raw):
             faults += [(int(raw[k]), fault) for k, fault in self._fill_raw(out, rows[raw], samples[raw], starts[raw])]
+        return faults
+
+    def fill_vectors(self, out: np.ndarray, rows: np.ndarray, samples: np.ndarray) -> list[tuple[int, Fault]]:
+        """Reads the condition vector of sample k into row `rows[k]` of `out`, float32 (b, numbers). Returns (k, fault) for the bad ones."""
+        shards, form = self.shards, self.shards.cond
+        assert form is not None and shards.cond_offset is not None and shards.cond_crc32 is not None
+        nbytes, faults = shards.meta["cond_nbytes"], []
+        for k, sample in enumerate(samples.tolist()):
+            try:
+                payload = os.pread(self.handles.get(int(shards.shard[sample])).fd, nbytes, int(shards.cond_offset[sample]))
+            except (UserError, OSError) as error:
+                faults.append((k, self._unreadable(sample, error)))
+                continue
+            if zlib.crc32(payload) != shards.cond_crc32[sample]:
+                faults.append((k, self._fault(sample, "checksum", f"has a damaged condition vector (crc32): {_AGAIN}")))
+                continue
+            out[rows[k]] = np.frombuffer(payload, TYPES[form.dtype], offset=nbytes - form.data_bytes)
         return faults
 
     def _fill_raw(self, out: np.ndarray, rows: np.ndarray, samples: np.ndarray, starts: np.ndarray) -> list[tuple[int, Fault]]:

@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from datasets.conditions import CondFormat
 from datasets.indices import BLANK, DAMAGE, INDEX, kept_rows, one_line, read_tables, sidecar_name
 from datasets.storage import CacheConfig, LocalStorage, MissingFile, Storage, open_storage
-from datasets.tables import MAX_INDEX_BYTES, Keys, check_meta, join, parse_json, repeated, stored_rows
+from datasets.tables import MAX_INDEX_BYTES, Keys, check_meta, join, kinds, parse_json, repeated, stored_rows
 from utils.errors import UserError
 
 __all__ = ["FORMAT", "IMAGE_SUFFIXES", "INDEX", "SCHEMA", "VIDEO_SUFFIXES", "ShardSet", "frame_sums", "sidecar_name", "word_type"]
@@ -66,6 +67,9 @@ class ShardSet:
     """Number of a shard that cannot be read -> why. Where its offset index is bad too, its rows are there but blank."""
     bad_samples: dict[int, str]
     """Further samples that are not to be used -> why: their key stands in an earlier row already."""
+    cond_offset: np.ndarray | None = None
+    """Where the condition vectors begin, and `cond_crc32` of each; None where there are none."""
+    cond_crc32: np.ndarray | None = None
 
     @classmethod
     def open(cls, path: Path | str, *, cache: CacheConfig | None = None, on_bad: OnBad = "fail") -> "ShardSet":
@@ -96,7 +100,7 @@ class ShardSet:
         counts = [entry["samples"] for entry in meta["shards"]]
         sums = 0 if meta["codec"]["name"] == "mp4" else sum(counts) * stored_rows(meta)
         try:
-            columns = join(read_tables(storage, meta, bad, on_bad), sum(counts), sums)
+            columns = join(read_tables(storage, meta, bad, on_bad), sum(counts), sums, kinds(meta))
         except MemoryError:
             raise UserError(f"{where} names {sum(counts)} samples, more than there is memory for: use a larger machine or fewer") from None
         opened = cls._assemble(storage, meta, hashlib.sha256(raw).hexdigest(), counts, columns, bad)
@@ -170,6 +174,11 @@ class ShardSet:
     @property
     def name(self) -> str:
         return str(self.meta["name"])
+
+    @property
+    def cond(self) -> CondFormat | None:
+        """What the condition vectors are; None where there are none."""
+        return CondFormat.of(self.meta)
 
     @property
     def codec(self) -> str:

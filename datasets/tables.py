@@ -6,7 +6,7 @@ Every number is checked here once, against the limits below and against each oth
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -38,8 +38,8 @@ CODECS = ("npy", "mp4", "latent")
 TENSOR_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 KEYS = re.compile(r"(?:[!-\-0-\[\]-~]{1,200}\n)*")
 """Keys, one a line: printable ASCII without space, dot, slash and backslash."""
-COLUMNS = {"offset": np.int64, "nbytes": np.int64, "crc32": np.uint32, "frames": np.int64, "label": np.int64}
-COND_COLUMNS = {"cond_offset": np.int64, "cond_crc32": np.uint32}
+COLUMNS: dict[str, type[np.number]] = {"offset": np.int64, "nbytes": np.int64, "crc32": np.uint32, "frames": np.int64, "label": np.int64}
+COND_COLUMNS: dict[str, type[np.number]] = {"cond_offset": np.int64, "cond_crc32": np.uint32}
 """Of sets with condition vectors: see `datasets.conditions`."""
 
 
@@ -85,20 +85,25 @@ class Table:
         return cls(rows, columns | {"key": np.zeros(rows, "S1"), "sums": np.zeros(0, np.uint64)})
 
 
-def join(tables: Iterable[Table], rows: int, sums: int) -> dict[str, np.ndarray]:
-    """The columns of all tables, `rows` together, one after the other: room is made once, and each table can go when it is copied.
+def kinds(meta: dict[str, Any]) -> dict[str, type[np.number]]:
+    """Types of the columns that the offset indices of a set have, besides key and sums."""
+    return COLUMNS | (COND_COLUMNS if CondFormat.of(meta) else {})
+
+
+def join(tables: Iterable[Table], rows: int, sums: int, columns: Mapping[str, type[np.number]] = COLUMNS) -> dict[str, np.ndarray]:
+    """The `columns` of all tables, `rows` together, one after the other: room is made once, and each table can go when it is copied.
 
     `sums`: how many sums are expected.
     """
-    joined = {name: np.empty(rows, kind) for name, kind in COLUMNS.items()} | {
+    joined = {name: np.empty(rows, kind) for name, kind in columns.items()} | {
         "key": np.empty(rows, "S1"),
         "sums": np.empty(sums, np.uint64),
     }
     first = filled = 0
     for table in tables:
         last, width = first + table.rows, table.columns["key"].dtype
-        for name in COLUMNS:
-            joined[name][first:last] = table.columns[name]
+        for name in columns:
+            joined[name][first:last] = table.columns.get(name, 0)
         if width.itemsize > joined["key"].dtype.itemsize:
             joined["key"] = joined["key"].astype(width)
         joined["key"][first:last] = table.columns["key"]
@@ -199,8 +204,7 @@ def read_table(raw: bytes, meta: dict[str, Any], entry: dict[str, Any]) -> Table
     text = "".join(f"{key}\n" for key in keys)
     if not KEYS.fullmatch(text) or text.count("\n") != rows:
         raise ValueError("a key with characters that it may not have")
-    kinds = COLUMNS | (COND_COLUMNS if CondFormat.of(meta) else {})
-    columns = {name: _column(value[name], name, rows).astype(kind, copy=False) for name, kind in kinds.items()}
+    columns = {name: _column(value.get(name, []), name, rows).astype(kind, copy=False) for name, kind in kinds(meta).items()}
     _check_columns(columns, meta, entry)
     columns["sums"] = _sums(value["sums"], columns["frames"], meta)
     return Table(rows, columns | {"key": np.array(keys, dtype=bytes).reshape(rows)})

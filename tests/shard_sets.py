@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+from datasets.conditions import CondFormat
+from datasets.npy import npy_file
 from datasets.prepare.writer import Sample, ShardWriter, npy_bytes, shard_entry, shard_name, sums_text
 from datasets.shards import FORMAT, SCHEMA, ShardSet, frame_sums
 from utils.media import encode_mp4
@@ -29,6 +31,11 @@ def latents_of(number: int, count: int) -> torch.Tensor:
     latents = torch.full((count, 4, 1, 2), 0.5)
     latents[:, 0], latents[:, 1] = number, torch.arange(count)[:, None, None]
     return latents
+
+
+def vector_of(number: int, cond: CondFormat) -> np.ndarray:
+    """The condition vector of sample `number`: eighths from the number on."""
+    return (number + np.arange(cond.values) / 8).reshape(cond.shape).astype(cond.dtype)
 
 
 def frames_in(latents: torch.Tensor) -> list[tuple[int, list[int]]]:
@@ -57,11 +64,12 @@ def write_set(
     keys: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float16,
     tensor: str = "moments",
+    cond: CondFormat | None = None,
 ) -> Path:
     """A shard set with `sizes` samples in its shards, numbered from `first`; sample k has lengths[k % len(lengths)] frames.
 
     codec: npy, mp4, latent: tensors `a` (2, 3) and `b` (4,) of type `dtype`, full of the sample's number; or framewise: one named
-    `tensor` of `latents_of`.
+    `tensor` of `latents_of`. `cond`: condition vectors, those of `vector_of`.
     """
     folder.mkdir(parents=True)
     entries, number = [], first
@@ -69,7 +77,10 @@ def write_set(
         writer = ShardWriter(folder, shard_name(shard))
         for _ in range(count):
             key = keys[number - first] if keys else f"clip_{number:05d}"
-            writer.add(_sample(key, number, lengths[number % len(lengths)], codec, size, len(classes), dtype, tensor))
+            sample = _sample(key, number, lengths[number % len(lengths)], codec, size, len(classes), dtype, tensor)
+            if cond is not None:
+                sample.members["emb.npy"] = cond.member(npy_file(vector_of(number, cond)))
+            writer.add(sample)
             number += 1
         entries.append(shard_entry(folder, writer.name, writer.close({})))
     meta = {
@@ -82,6 +93,7 @@ def write_set(
         "classes": list(classes),
         "codec": {"name": codec},
         "shards": entries,
+        **(cond.to_meta() if cond else {}),
     }
     if codec == "latent":
         meta |= {"codec": {"name": codec, "dtype": str(dtype).removeprefix("torch.")}, "tensors": {"a": [2, 3], "b": [4]}}
