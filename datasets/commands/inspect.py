@@ -51,7 +51,7 @@ def describe(folder: Path, index: Mapping[str, Any]) -> str:
     length = f"{index['clip_length']} frames" if index["clip_length"] else "whole videos"
     gib = sum(entry["bytes"] for entry in shards) / 2**30
     dropped = sum(map(len, index.get("dropped", {}).values()))
-    codec = " ".join("frame by frame" if name == "framewise" else str(value) for name, value in index["codec"].items())
+    codec = " ".join(_form(index["codec"]))
     lines = [
         f"{folder}: {index['name']}, layout {index['source']}, split {index['split']}",
         f"  {index['samples']} samples of {length}, {height}x{width} at {index['fps']:g} fps, {codec}; {len(shards)} shards, {gib:.3g} GiB",
@@ -63,6 +63,12 @@ def describe(folder: Path, index: Mapping[str, Any]) -> str:
     told = {"transform": _unusual(index.get("transform") or {})} | {name: index.get(name) for name in ("tensors", "latent", "autoencoder")}
     lines += [f"  {name}: {', '.join(f'{key} {value}' for key, value in values.items())}" for name, values in told.items() if values]
     return "\n".join(lines)
+
+
+def _form(codec: Mapping[str, Any]) -> list[str]:
+    """What a codec is, its name first."""
+    form = [str(value) for key, value in codec.items() if key not in ("name", "framewise")]
+    return [str(codec["name"]), *form] + (["frame by frame"] if codec.get("framewise") else [])
 
 
 def _unusual(transform: Mapping[str, Any]) -> dict[str, Any]:
