@@ -176,8 +176,6 @@ class CMDAutoencoderTask:
 
 def build(config: CMDAutoencoderConfig, env: Env) -> tuple[CMDAutoencoderTask, ClipSource, ClipSource | None]:
     """Task, training clips and (with `data.val_path`) validation clips."""
-    clips, source, valid = open_clips(config, config.data, env)
-    if clips.latents is not None:
-        raise ConfigError(f"--data-path {clips.latents.location} holds latents: an autoencoder is trained on the clips they were made of")
+    clips, source, valid = open_clips(config, config.data, env, latents=False)
     vae = load_image_vae(config.vae.path, config.vae.scale_factor, config.vae.chunk) if config.model.mode == "latent" else None
     return CMDAutoencoderTask(config, clips, vae), source, valid

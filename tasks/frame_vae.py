@@ -163,7 +163,5 @@ def _mean_logit(logits: Tensor) -> Tensor:
 
 def build(config: FrameVAERunConfig, env: Env) -> tuple[FrameVAETask, ClipSource, ClipSource | None]:
     """Task, training frames and (with `data.val_path`) validation frames."""
-    clips, source, valid = open_clips(config, dataclasses.replace(config.data, n_frames=1), env)
-    if clips.latents is not None:
-        raise ConfigError(f"--data-path {clips.latents.location} holds latents: an autoencoder is trained on the clips they were made of")
+    clips, source, valid = open_clips(config, dataclasses.replace(config.data, n_frames=1), env, latents=False)
     return FrameVAETask(config, clips), source, valid

@@ -14,6 +14,8 @@ import pytest
 from engine.config import RunConfig
 from tasks.autoencoder_config import CMDAutoencoderConfig
 from tasks.content import CMDContentConfig
+from tasks.frame_vae_config import FrameVAERunConfig
+from tasks.latent_config import LatteRunConfig
 from tasks.motion import CMDMotionConfig
 from utils.config import load_config, load_yaml, to_dict
 from utils.errors import ConfigError
@@ -21,6 +23,7 @@ from utils.errors import ConfigError
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "configs" / "cmd" / "tiny.yaml")
 STAGES = {"train_ae.py": CMDAutoencoderConfig, "train_content_diffusion.py": CMDContentConfig, "train_motion_diffusion.py": CMDMotionConfig}
+LATTE = {"train_ae.py": FrameVAERunConfig, "train_dit.py": LatteRunConfig}
 SMALL = ["--config", TINY, "--model.dim", "16", "--model.depth", "1", "--global-batch-size", "4", "--num-workers", "0", "--log-every", "1"]
 SMALL += ["--preview-every", "0", "--eval-every", "0", "--ckpt-every", "1", "--no-tensorboard"]
 
@@ -55,9 +58,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("script", STAGES)
-def test_help_documents_every_flag(script: str) -> None:
-    done = command(script, "--help")
+@pytest.mark.parametrize(("script", "system"), [*((script, "cmd") for script in STAGES), *((script, "latte") for script in LATTE)])
+def test_help_documents_every_flag(script: str, system: str) -> None:
+    done = command(script, "--system", system, "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage:") == 1
     assert max(map(len, done.stdout.splitlines())) <= 140
@@ -70,10 +73,22 @@ def test_help_documents_every_flag(script: str) -> None:
     assert [alias for alias in aliases.split() if f"{alias} " not in words] == []
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs" / "cmd").glob("*.yaml")), ids=lambda path: path.name)
 @pytest.mark.parametrize("script", STAGES)
 def test_every_recipe_serves_every_stage(script: str, recipe: Path) -> None:
     load_config({"cmd": STAGES[script]}, ["--config", str(recipe)], prog=script).validate()
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs" / "latte").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("script", LATTE)
+def test_recipes_of_latte_serve_the_stages_that_they_have(script: str, recipe: Path) -> None:
+    """The official release trains no autoencoder: its recipes are of the one stage."""
+    held = load_yaml(recipe)
+    if held.get("stage", LATTE[script].stage) != LATTE[script].stage:
+        with pytest.raises(ConfigError, match=r"config of the stage 'denoiser'.*use train_dit\.py"):
+            load_config({"latte": LATTE[script]}, ["--config", str(recipe)], prog=script)
+        return
+    load_config({"latte": LATTE[script]}, ["--config", str(recipe)], prog=script).validate()
 
 
 def test_flags_of_the_release_mean_what_they_did() -> None:

@@ -308,7 +308,7 @@ def test_single_frames_of_a_set_of_clips(tmp_path: Path) -> None:
     assert next(source.batches(0))["video"].shape == (4, 3, 1, 16, 24)
     assert build(config(common, "--frame-sample-prob 0"), env)[1].steps_per_epoch == 1
     latents = write_set(tmp_path / "latents", [4], codec="latent")
-    with pytest.raises(ConfigError, match="holds latents"):
+    with pytest.raises(ConfigError, match="holds latents: an autoencoder is trained on the clips"):
         build(config(f"--data-path {latents} --global-batch-size 4"), env)
 
 

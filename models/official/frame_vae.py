@@ -37,7 +37,7 @@ def load_discriminator(checkpoint: Mapping[str, Any], **known: Any) -> tuple[Sta
     """State dict and config of FrameDiscriminator. `known`: strides and paddings, where they are not the release's. Raises ValueError."""
     state = unwrap(checkpoint, *_ENTRIES)
     shapes = [_shape(state, f"layers.{k}.0.weight") for k in range(depth_of(state, "layers."))]
-    told = {
+    told: dict[str, Any] = {
         "channels": shapes[0][1],
         "conv_channels": tuple(shape[0] for shape in shapes[:-1]),
         "kernels": tuple(shape[2] for shape in shapes),
@@ -59,7 +59,7 @@ def _autoencoder_config(state: State, known: Mapping[str, Any]) -> FrameVAEConfi
     mids = [name for name in state if name.startswith("encoder_mids.")]
     blocks = [f"encoder_mids.{k}" for k in range(depth_of(mids, "encoder_mids."))] if mids else []
     widths = [_width(state, level) for level in levels]
-    told = {
+    told: dict[str, Any] = {
         "channels": _shape(state, "encoder_conv_in.weight")[1],
         "z_channels": _shape(state, "post_quant_conv.weight")[0],
         "down_channels": (_shape(state, "encoder_conv_in.weight")[0], *widths),
@@ -73,7 +73,7 @@ def _autoencoder_config(state: State, known: Mapping[str, Any]) -> FrameVAEConfi
         told["num_mid_layers"] = _units(state, blocks[0]) - 1
     if (blocks or any(told["attn_down"])) and "num_heads" not in known:
         raise ValueError("this frame VAE has attention, and its weights do not tell the number of heads: say num_heads")
-    return FrameVAEConfig(**(told | known))
+    return FrameVAEConfig(**(told | dict(known)))
 
 
 def _units(state: State, block: str) -> int:
