@@ -54,13 +54,13 @@ NOT_OF = {
 }
 """Settings that mean nothing in a process."""
 
+NOT_WITH = {"min_snr_gamma": ("weighting", "none"), "logit_mean": ("time_sampling", "uniform"), "logit_std": ("time_sampling", "uniform")}
+"""Setting -> (another one, the value of it with which it means nothing)."""
+
 
 def build(config: DiffusionConfig, channel_dim: int = 1) -> Process:
     """The process of a config; `channel_dim` is the axis that holds eps and variance. ConfigError for an impossible setting."""
-    defaults = {field.name: field.default for field in fields(config)}
-    for name in NOT_OF[config.process]:
-        if getattr(config, name) != defaults[name]:
-            raise ConfigError(f"diffusion.{name} {getattr(config, name)}: means nothing in the process {config.process}, leave it out")
+    _check_effect(config)
     try:
         return _flow(config) if config.process == "flow" else _gaussian(config, channel_dim)
     except ValueError as error:
@@ -70,6 +70,19 @@ def build(config: DiffusionConfig, channel_dim: int = 1) -> Process:
 def learned_variance(config: DiffusionConfig) -> bool:
     """Whether the network of this process has channels for the variance (`learn_sigma`)."""
     return config.process == "ddpm" and config.variance == "learned_range"
+
+
+def _check_effect(config: DiffusionConfig) -> None:
+    """Raises ConfigError for a setting that was changed and would do nothing."""
+    for field in fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if value == field.default:
+            continue
+        if name in NOT_OF[config.process]:
+            raise ConfigError(f"diffusion.{name} {value}: means nothing in the process {config.process}, leave it out")
+        other, without = NOT_WITH.get(name, ("process", None))
+        if getattr(config, other) == without:
+            raise ConfigError(f"diffusion.{name} {value}: means nothing with diffusion.{other} {without}, leave it out")
 
 
 def _gaussian(config: DiffusionConfig, channel_dim: int) -> GaussianDiffusion:

@@ -229,6 +229,8 @@ def test_who_has_a_learned_variance():
         ({"process": "flow", "time_shift": 0.0}, "time_shift 0.0: a number above 0"),
         ({"process": "flow", "logit_std": -1.0}, "logit_std -1.0: a number above 0"),
         ({"process": "flow", "logit_mean": float("nan")}, "logit_mean nan: a number"),
+        ({"min_snr_gamma": 1.0}, "diffusion.min_snr_gamma 1.0: means nothing with diffusion.weighting none"),
+        ({"process": "flow", "time_sampling": "uniform", "logit_mean": 1.0}, "means nothing with diffusion.time_sampling uniform"),
         ({"weighting": "min_snr", "loss": "kl"}, "weighs the mse, which loss 'kl' does not have"),
         ({"weighting": "min_snr", "min_snr_gamma": 0.0}, "min_snr_gamma 0.0: above 0"),
     ],
