@@ -136,12 +136,14 @@ def _shape_of_frame(stored: StoredLatents) -> tuple[int, int, int]:
 
 
 def _normalisation(config: LatteRunConfig, clips: ClipInfo, codec: ImageVae | None, env: Env) -> tuple[float, float]:
-    """Scale and shift where nobody gave them: of the latent set, of Stable Diffusion's VAE, or measured (the same on every rank)."""
+    """Scale and shift where the settings have none: of Stable Diffusion's VAE, of the latent set, or measured (alike on every rank)."""
     if clips.latents is not None:
-        known = clips.latents.statistics
+        known, stable = clips.latents.statistics, clips.latents.autoencoder.get("kind") == "sd"
+        if stable and known.get("shift") == known.get("mean"):  # not a scale that preprocess.py was given
+            return SD_SCALE, 0.0
         if not known:
             raise ConfigError(f"--data-path {clips.latents.location} does not say how its latents are spread: give --latent-scale")
-        return float(known["scale"]), float(known["mean"])
+        return known["scale"], known["shift"]
     assert codec is not None
     if codec.kind == "sd":
         return SD_SCALE, 0.0

@@ -39,7 +39,7 @@ class LatentConfig:
     """How latents are brought to zero mean and unit variance, which the noise has: (latent - shift) * scale."""
 
     scale: float = flag(0.0, "latent-scale", "scale-factor")
-    """0: as the latent set says; else 0.18215 for a Stable Diffusion VAE; else measured on the first clips. 1: as they are."""
+    """0: 0.18215 for a Stable Diffusion VAE, else as the latent set says, else measured on the first clips. 1: as they are."""
     shift: float = flag(0.0, "latent-shift")
     """Taken off before; only with a scale of one's own. With scale 0 it goes with the scale."""
     measure_clips: int = 64

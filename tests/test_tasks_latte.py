@@ -19,7 +19,7 @@ from tasks.diffusion_task import Condition
 from tasks.frame_latents import FrameSpace
 from tasks.latent import Denoiser, LatentTask
 from tasks.latent_config import LatteRunConfig
-from tests.latte_family import CLIPS, VAE, batch, built, config, rng, stored, task, vae_export
+from tests.latte_denoiser import CLIPS, VAE, batch, built, config, rng, stored, task, vae_export
 from utils.config import from_dict, load_config
 from utils.errors import ConfigError, UserError
 from utils.media import to_float
@@ -45,7 +45,8 @@ def latent_clips(ae: Path, clips: ClipInfo = CLIPS, **changes: Any) -> ClipInfo:
     made = task(ae).space
     assert isinstance(made, FrameSpace)
     described = {"system": "latte", **made.autoencoder}
-    held = StoredLatents({"moments": (8, 4, 6)}, torch.float32, described, "LATENTS", True, {"mean": 0.25, "std": 0.5, "scale": 2.0})
+    spread = {"mean": 0.25, "std": 0.5, "scale": 2.0, "shift": 0.25}
+    held = StoredLatents({"moments": (8, 4, 6)}, torch.float32, described, "LATENTS", True, spread)
     return dataclasses.replace(clips, latents=dataclasses.replace(held, **changes))
 
 
@@ -193,6 +194,9 @@ def test_normalisation_is_given_or_the_sets_or_stable_diffusions(ae: Path, monke
     opened = frame_latents.open_codec
     monkeypatch.setattr(frame_latents, "open_codec", as_stable_diffusion)
     assert state(*automatic) == {"latent_scale": SD_SCALE, "latent_shift": 0.0}
+    assert state(*automatic, clips=latent_clips(ae)) == {"latent_scale": SD_SCALE, "latent_shift": 0.0}, "as from pixels"
+    given = {"mean": 0.25, "std": 0.5, "scale": 3.0, "shift": 0.0}
+    assert state(*automatic, clips=latent_clips(ae, statistics=given)) == {"latent_scale": 3.0, "latent_shift": 0.0}
 
 
 def test_a_run_keeps_the_normalisation_that_it_began_with(ae: Path) -> None:
