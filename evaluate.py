@@ -23,27 +23,29 @@ from launch.env import Env, Stopped, distributed
 from launch.run import Launch, parse_launch, run_main
 from losses import perceptual
 from metrics.frames import SSIM_WINDOW, lpips, psnr, quantise, ssim
-from pipelines.cmd import CMDPipeline
+from pipelines.latents import ENCODERS, IMAGE_VAE, EncoderOptions, FrameEncoder
+from pipelines.loading import SD_SCALE, is_official
 from utils.config import dump_yaml, load_config, to_dict
 from utils.errors import ConfigError
 from utils.files import atomic_write_text
 from utils.media import to_float
 from utils.rng import SampleRng
+from utils.weights import read_card
 
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructConfig:
     """Measures how well an autoencoder gives clips back."""
 
-    system: str = "cmd"
-    """Which of the toolkit's systems."""
+    system: str = ""
+    """Whose official checkpoint it is: cmd or latte. An export says it itself."""
     ae: str = ""
-    """The autoencoder: an export or run folder, or an official checkpoint (.pt)."""
+    """The autoencoder: an export or run folder, or an official checkpoint (.pt, .pth)."""
     data_path: str = ""
     """Shard set to measure on, every clip once: its first frames, as many as the autoencoder takes."""
     vae: str = ""
-    """Latent mode: folder of the image VAE."""
-    scale_factor: float = 0.18215
+    """Latent mode: folder of the image VAE. Without --ae that VAE itself is measured."""
+    scale_factor: float = SD_SCALE
     """Latent mode: factor of the image VAE's latents."""
     weights: Literal["ema", "model"] = "ema"
     """Averaged weights (where there are any), or the last ones."""
@@ -59,8 +61,9 @@ class ReconstructConfig:
     """Clips at a time, per process."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the autoencoder."""
-    n_frames: int = 16
-    """An official checkpoint does not say its clip length."""
+    n_frames: int | None = None
+    """Of each clip, for autoencoders of single frames (none: all of a stored clip, 16 where they differ in length); and what an official
+    checkpoint takes, which does not say it (none: 16)."""
     out: str = ""
     """JSON file to write the figures to."""
     timeout: float = 1800.0
@@ -68,18 +71,19 @@ class ReconstructConfig:
 
     def validate(self) -> None:
         """Raises ConfigError on settings that cannot work."""
-        if not self.ae:
+        if not self.ae and not self.vae:
             raise ConfigError("which autoencoder? give --ae FOLDER, the run or export folder of train_ae.py")
         if not self.data_path:
             raise ConfigError("measured on what? give --data-path FOLDER, a shard set made by preprocess.py")
         for name, lowest in (("batch_size", 1), ("n_frames", 1), ("max_clips", 0)):
-            if getattr(self, name) < lowest:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {lowest}")
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: at least {lowest}")
 
 
 def reconstruct(launch: Launch) -> None:
     """The subcommand of that name."""
-    config = load_config({"cmd": ReconstructConfig}, launch.argv, prog="evaluate.py reconstruct", description=launch.about)
+    config = load_config(dict.fromkeys(ENCODERS, ReconstructConfig), launch.argv, prog="evaluate.py reconstruct", description=launch.about)
     config.validate()
     if launch.print_config or launch.dry_run:
         print(dump_yaml(to_dict(config)), end="")
@@ -98,26 +102,15 @@ def measure_reconstruction(config: ReconstructConfig, env: Env) -> dict[str, Any
     shards = open_shards(DataConfig(path=(config.data_path,)))
     if shards.is_latent:
         raise ConfigError(f"--data-path {config.data_path}: it holds latents; give the shard set of the clips they were made of")
-    pipeline = CMDPipeline.from_exports(
-        config.ae,
-        vae=config.vae,
-        scale_factor=config.scale_factor,
-        ae_weights=config.weights,
-        n_frames=config.n_frames,
-        image_size=shards.size,
-        device=env.device,
-        precision=config.precision,
-    )
-    model = pipeline.ae.config
-    factor = 1 if pipeline.vae is None else pipeline.vae.factor
-    size = (factor * model.image_size[0], factor * model.image_size[1])
-    resolve(DataConfig(path=(config.data_path,), n_frames=model.n_frames, image_size=size), shards)
+    pipeline = _open(config, shards, env.device)
+    frames, *size = _clip_shape(config, shards, pipeline)
+    resolve(DataConfig(path=(config.data_path,), n_frames=frames, image_size=(size[0], size[1])), shards)
     total = min(config.max_clips, shards.num_samples) if config.max_clips else shards.num_samples
     distance = _distance(config, env)
     mine = np.arange(total)[env.rank :: env.world_size]
     sums: dict[str, float] = {}
     with tqdm(total=len(mine), desc="clips of rank 0", unit="clip", disable=None if env.is_main else True) as bar:
-        for samples, clips in _clips(shards, mine, model.n_frames, config.batch_size, env.device):
+        for samples, clips in _clips(shards, mine, frames, config.batch_size, env.device):
             recon = pipeline.reconstruct(clips, SampleRng(0, torch.from_numpy(samples), env.device))
             for name, values in _measures(clips, recon, distance, config).items():
                 sums[name] = sums.get(name, 0.0) + values.double().sum().item()
@@ -125,7 +118,35 @@ def measure_reconstruction(config: ReconstructConfig, env: Env) -> dict[str, Any
             if env.stop:
                 raise Stopped(agreed=False)
     missing = config.perceptual != "none" and distance is None
-    return _summary(config, shards, pipeline, missing, total, _reduced(sums, len(mine), total))
+    return _summary(config, shards, pipeline, missing, (total, frames), _reduced(sums, len(mine), total))
+
+
+def _open(config: ReconstructConfig, shards: Collection, device: torch.device) -> Any:
+    """The pipeline of the autoencoder: something with `reconstruct` and `identity`. Raises UserError or ConfigError."""
+    system = config.system or ("cmd" if config.ae else IMAGE_VAE)
+    if config.ae and not is_official(config.ae):
+        system = read_card(config.ae).get("system", "")
+    if system not in ENCODERS:
+        raise ConfigError(f"--ae {config.ae or config.vae}: autoencoders of {', '.join(ENCODERS)} are measured, not of '{system}'")
+    options = EncoderOptions(
+        config.ae,
+        config.weights,
+        config.vae,
+        config.scale_factor,
+        config.n_frames or 16,
+        shards.size,
+        precision=config.precision,
+        device=device,
+    )
+    return ENCODERS[system](options)
+
+
+def _clip_shape(config: ReconstructConfig, shards: Collection, pipeline: Any) -> tuple[int, int, int]:
+    """Frames, height and width of what goes through an autoencoder; one of single frames takes any."""
+    if isinstance(pipeline, FrameEncoder):
+        return config.n_frames or shards.meta["clip_length"] or 16, *shards.size
+    shape: tuple[int, int, int] = pipeline.clip_shape
+    return shape
 
 
 def _distance(config: ReconstructConfig, env: Env) -> nn.Module | None:
@@ -170,9 +191,11 @@ def _reduced(sums: dict[str, float], count: int, total: int) -> dict[str, float]
 
 
 def _summary(
-    config: ReconstructConfig, shards: Collection, pipeline: CMDPipeline, missing: bool, total: int, means: dict[str, float]
+    config: ReconstructConfig, shards: Collection, pipeline: Any, missing: bool, counts: tuple[int, int], means: dict[str, float]
 ) -> dict[str, Any]:
-    """Figures first, then how they were measured."""
+    """Figures first, then how they were measured. `counts`: clips, and frames of each."""
+    total, frames = counts
+    latents = {"latents": "samples of the posteriors"} if isinstance(pipeline, FrameEncoder) else {}
     return means | {
         "clips": total,
         "protocol": {
@@ -181,13 +204,14 @@ def _summary(
             "l1": "8 bit, mean absolute difference on [0, 1]",
             "perceptual": "none: weights missing" if missing else config.perceptual,
             "clips": total,
-            "frames": pipeline.ae.config.n_frames,
+            "frames": frames,
             "size": list(shards.size),
             "window": "first frames of each stored clip",
             "dataset": shards.name,
             "dataset_digest": shards.digest,
-            "autoencoder_sha256": pipeline.ae.sha256,
+            "autoencoder_sha256": pipeline.identity()["sha256"],
             "precision": config.precision,
+            **latents,
         },
     }
 

@@ -1,4 +1,4 @@
-"""One HTML page of a CMD results folder: loss curves, reconstructions, generated clips and the figures.
+"""One HTML page of a results folder: loss curves, reconstructions, generated clips and the figures.
 
 `python -m launch.report RESULTS --samples FOLDER --out report.html`. Everything is inside the file: it needs no server and can be mailed.
 """
@@ -8,7 +8,7 @@ import base64
 import html
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -16,13 +16,21 @@ import yaml
 from utils.errors import UserError
 from utils.files import atomic_write_bytes
 
-STAGES = (("autoencoder", "Autoencoder"), ("content", "Content model"), ("motion", "Motion model"))
+STAGES = {
+    "cmd": (("autoencoder", "Autoencoder"), ("content", "Content model"), ("motion", "Motion model")),
+    "latte": (("autoencoder", "Frame VAE"), ("denoiser", "Denoiser")),
+}
+"""System -> its stages and their titles."""
+OPTIONAL = {("latte", "autoencoder")}
+"""Stages that somebody else may have trained."""
 CAPTIONS = {
-    "reconstruction": "held-out clips, each above its reconstruction",
+    "reconstruction": "held-out clips or frames, each above its reconstruction",
     "content_frame": "their content frames",
     "content_samples": "generated content frames",
     "motion_samples": "held-out clips, each above a generated motion of its content frame",
+    "samples": "generated clips",
 }
+STRIP = "how the first clips came about: their first frames, estimated at several steps of the sampling"
 MEDIA_TYPES = {".gif": "image/gif", ".png": "image/png"}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c1e21; }
@@ -33,15 +41,21 @@ img { image-rendering: pixelated; border: 1px solid #d8dadd; } svg text { font: 
 """
 
 
-def newest_run(results: Path, stage: str) -> Path | None:
-    """Newest run folder of a stage that holds metrics, or None."""
-    runs = [path.parent for path in sorted(results.glob("*/metrics.jsonl")) if _stage_of(path.parent) == stage]
-    return runs[-1] if runs else None
+def newest_runs(results: Path) -> dict[tuple[str, str], Path]:
+    """(system, stage) -> its newest run folder that holds metrics, oldest first."""
+    runs: dict[tuple[str, str], Path] = {}
+    for path in sorted(results.glob("*/metrics.jsonl")):
+        key = _stage_of(path.parent)
+        runs.pop(key, None)
+        runs[key] = path.parent
+    return runs
 
 
-def _stage_of(run: Path) -> str:
-    config = run / "config.yaml"
-    return str((yaml.safe_load(config.read_text()) or {}).get("stage", "")) if config.is_file() else ""
+def _stage_of(run: Path) -> tuple[str, str]:
+    """(system, stage) of a run; empty where it does not say."""
+    place = run / "config.yaml"
+    config = (yaml.safe_load(place.read_text()) or {}) if place.is_file() else {}
+    return str(config.get("system", "")), str(config.get("stage", ""))
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -113,12 +127,15 @@ def stage_section(title: str, run: Path) -> str:
 
 def samples_section(folder: Path) -> str:
     """The generated clips as they play, with the settings that made them."""
-    clips = sorted(folder.glob("[0-9]*.gif"))
+    clips = sorted(path for pattern in ("[0-9]*.gif", "sample_output_*.gif") for path in folder.glob(pattern))
     if not clips:
         raise UserError(f"{folder} holds no GIF: run sample.py with --gif into this folder first")
     settings = json.loads((folder / "settings.json").read_text()) if (folder / "settings.json").is_file() else {}
     plain = [(name, value) for name, value in settings.items() if isinstance(value, str | int | float)]
     shown = "".join(picture(path, path.stem, 128) for path in clips)
+    strip = folder / "strip.png"
+    if strip.is_file():
+        shown += f"<div>{picture(strip, STRIP, 320)}</div>"
     return f"<h2>Generated clips</h2>{shown}<details><summary>Settings</summary>{table(plain)}</details>"
 
 
@@ -131,17 +148,27 @@ def build(results: Path, samples: Path, figures: Path | None) -> str:
             "<h2>Reconstruction of held-out clips</h2>" + table((k, v) for k, v in values.items() if not isinstance(v, dict | list))
         )
     parts.append(samples_section(samples))
-    for stage, title in STAGES:
-        run = newest_run(results, stage)
-        if run is None:
+    runs = newest_runs(results)
+    system = _system(samples, runs)
+    for stage, title in STAGES[system]:
+        run = runs.get((system, stage))
+        if run is not None:
+            parts.append(stage_section(title, run))
+        elif (system, stage) not in OPTIONAL:
             raise UserError(f"{results} holds no run of the {stage} stage: train it first")
-        parts.append(stage_section(title, run))
     return f'<!doctype html><meta charset="utf-8"><title>Kinoform</title><style>{STYLE}</style><h1>Kinoform</h1>' + "".join(parts)
+
+
+def _system(samples: Path, runs: Mapping[tuple[str, str], Path]) -> str:
+    """The system of the samples; where they do not say, that of the newest run."""
+    settings = json.loads((samples / "settings.json").read_text()) if (samples / "settings.json").is_file() else {}
+    known = [system for system, _ in runs if system in STAGES]
+    return settings["system"] if settings.get("system") in STAGES else known[-1] if known else next(iter(STAGES))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m launch.report", description=__doc__.split("\n")[0])
-    parser.add_argument("results", type=Path, help="results folder that holds the runs of the three stages")
+    parser.add_argument("results", type=Path, help="results folder that holds the runs of all stages")
     parser.add_argument("--samples", type=Path, required=True, help="folder that sample.py wrote, with GIFs")
     parser.add_argument("--figures", type=Path, help="JSON that evaluate.py reconstruct wrote")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")

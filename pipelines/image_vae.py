@@ -113,8 +113,8 @@ class FrameCoder(nn.Module):
 def open_codec(ae: str, weights: Weights = "ema", vae: str = "", chunk: int = 16) -> tuple[ImageVae, dict[str, Any]]:
     """The frame-wise VAE of `ae` or of `vae`, and what ties latents and exports to it: sha256, weights, path, kind.
 
-    `ae`: an export or run folder of ours. `vae`: folder of a diffusers AutoencoderKL, for want of `ae`. Latents are not scaled here
-    (`moments`, `decode_raw`). Raises UserError or ConfigError in one line.
+    `ae`: an export or run folder of ours, or the tutorial release's checkpoint (.pth). `vae`: folder of a diffusers AutoencoderKL, for
+    want of `ae`. Latents are not scaled here (`moments`, `decode_raw`). Raises UserError or ConfigError in one line.
     """
     if bool(ae) == bool(vae):
         raise ConfigError(f"which autoencoder? give {'one of ' * bool(ae)}--ae (a frame VAE of train_ae.py) or --vae (a diffusers folder)")

@@ -22,6 +22,7 @@ from datasets.shards import INDEX, ShardSet
 from datasets.storage import CacheConfig
 from pipelines.cmd import CMDPipeline
 from pipelines.image_vae import SD_SCALE
+from pipelines.latte import LattePipeline
 from pipelines.loading import is_official
 from utils.errors import ConfigError
 from utils.media import to_float
@@ -91,7 +92,18 @@ def _cmd(options: EncoderOptions) -> LatentEncoder:
     )
 
 
-ENCODERS: dict[str, Callable[[EncoderOptions], LatentEncoder]] = {"cmd": _cmd}
+def _latte(options: EncoderOptions) -> LatentEncoder:
+    return LattePipeline.from_exports(
+        ae=options.path,
+        vae=options.vae,
+        ae_weights=options.weights,
+        chunk=options.chunk,
+        device=options.device,
+        precision=options.precision,
+    )
+
+
+ENCODERS: dict[str, Callable[[EncoderOptions], LatentEncoder]] = {"cmd": _cmd, "latte": _latte}
 """System -> what opens its encoder."""
 IMAGE_VAE = "latte"
 """The system whose autoencoder may be an image VAE alone."""

@@ -173,7 +173,7 @@ class LatteSampleJob:
             "model": to_dict(pipeline.denoiser.config),
             "diffusion": to_dict(self.process),
             "latent": {"scale": pipeline.scale, "shift": pipeline.shift},
-            "sampling": to_dict(self.sampling),
+            "sampling": self.sampling.settings(self.process),
             "n_frames": self.n_frames,
             "image_size": list(pipeline.clip_shape[1:]),
             "chunk": config.chunk,

@@ -12,12 +12,13 @@ from diffusion import DiffusionConfig
 from models.autoencoders.cmd import CMDAEConfig, CMDAutoencoder
 from models.autoencoders.frame_vae import FrameVAE, FrameVAEConfig
 from models.official import cmd as official
+from models.official import frame_vae as official_frame_vae
 from models.official import latte as official_latte
 from models.official.checkpoint import State, unwrap
 from models.transformers.dit import ContentDiT, DiTConfig
 from models.transformers.latte import Latte, LatteConfig
 from models.transformers.motion_dit import MotionDiT, MotionDiTConfig
-from utils.config import from_dict, to_dict
+from utils.config import from_dict, load_yaml, to_dict
 from utils.errors import UserError
 from utils.files import sha256_file
 from utils.weights import load_tensors, read_export
@@ -80,8 +81,24 @@ def load_motion(path: str | Path, ae: CMDAEConfig, weights: Weights = "ema") -> 
 
 
 def load_frame_vae(path: str | Path, weights: Weights = "ema") -> Loaded:
-    """Latte's frame VAE. Raises UserError when the file is something else."""
-    return _exported_network(path, weights, FrameVAE, FrameVAEConfig, "autoencoder", "latte")
+    """Latte's frame VAE: an export, or the tutorial release's checkpoint (.pth).
+
+    A checkpoint does not tell the groups of its norms (taken for 32) and the heads of its attention, where it has any: a YAML file of
+    the same name beside it may say `norm_channels` and `num_heads`, or be the release's own config. Raises UserError.
+    """
+    if not is_official(path):
+        return _exported_network(path, weights, FrameVAE, FrameVAEConfig, "autoencoder", "latte")
+    checkpoint = load_tensors(path)
+    beside = Path(path).with_suffix(".yaml")
+    settings = load_yaml(beside) if beside.is_file() else {}
+    settings = settings.get("autoencoder_params", settings)
+    try:
+        known = {name: int(settings[name]) for name in ("norm_channels", "num_heads") if name in settings}
+        state, config = official_frame_vae.load(checkpoint, **known)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no checkpoint of the frame VAE: {error} (settings are read from {beside})") from None
+    card = {"system": "latte", "stage": "autoencoder", "model": to_dict(config)}
+    return Loaded(_frozen(FrameVAE, config, state, path), config, card, sha256_file(Path(path)), str(path))
 
 
 def load_latte(
