@@ -104,6 +104,8 @@ class LatteModelConfig:
     """Width of the step embedding before its MLP."""
     pos_embed_order: Literal["wh", "hw"] = "wh"
     """First half of the position channels: wh, the column, as in the official release; hw, the row, as in the tutorial's."""
+    init_from: str = flag("", "init-from", "pretrained")
+    """Export, run or released checkpoint of a Latte whose weights the run starts from (of its average); empty: a fresh start."""
     init_from_dit: str = flag("", "init-from-dit")
     """Official checkpoint of an image DiT of this size, whose weights the run starts from; empty: a fresh start."""
 
@@ -126,6 +128,8 @@ class LatteRunConfig(LatentRunConfig):
             raise ConfigError(f"--ae {self.ae.path} and --vae {self.vae.path}: give one of them, the first stage is either")
         if self.vae.chunk < 1:
             raise ConfigError(f"vae.chunk {self.vae.chunk}: at least 1 frame at a time")
+        if self.model.init_from and self.model.init_from_dit:
+            raise ConfigError("--init-from and --init-from-dit: a run starts from one of them")
         if self.model.init_from_dit and not Path(self.model.init_from_dit).is_file():
             raise ConfigError(f"--init-from-dit {self.model.init_from_dit}: no such file")
         side = self.model.patch_size or 8  # the latents are not known yet

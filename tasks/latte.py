@@ -1,22 +1,25 @@
 """Latte's denoiser stage: what is its own beside `tasks.latent` (spec, latte.md sections 2, 3 and 10)."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from datasets.loader import ClipSource
 from diffusion import learned_variance
 from engine.task import Batch
 from launch.env import Env
-from models.official.latte import init_from_dit
+from models.official.latte import init_from_dit, reorder_time
 from models.transformers.latte import Latte, LatteConfig
+from pipelines.loading import load_latte
 from tasks.clips import ClipInfo, open_clips
 from tasks.diffusion_task import Condition
 from tasks.frame_latents import open_frame_space
 from tasks.latent import Denoiser, LatentTask
-from tasks.latent_config import LatteRunConfig, latte_size
+from tasks.latent_config import LatteModelConfig, LatteRunConfig, latte_size
 from utils.errors import UserError
 from utils.rng import SampleRng
 from utils.weights import load_tensors
@@ -66,16 +69,36 @@ def latte_task(config: LatteRunConfig, clips: ClipInfo, env: Env) -> LatentTask:
         learn_sigma=learned_variance(config.diffusion),
         **condition.overrides(),
     )
-    return LatentTask(config, clips, space, condition, Denoiser(model, functools.partial(_network, model, config.model.init_from_dit)))
+    return LatentTask(config, clips, space, condition, Denoiser(model, functools.partial(_network, model, config.model)))
 
 
-def _network(config: LatteConfig, dit: str) -> Latte:
-    """Latte with fresh weights, or with those of an image DiT where they have the same shape and meaning."""
+def _network(config: LatteConfig, start: LatteModelConfig) -> Latte:
+    """Latte with fresh weights, or with those that the settings name, as far as they mean the same."""
     network = Latte(config)
-    if dit:
-        try:
-            network.load_state_dict(init_from_dit(load_tensors(dit)), strict=False)
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise UserError(f"--init-from-dit {dit} does not fit {config.depth} blocks of width {config.hidden_size}: {reason}") from None
+    try:
+        if start.init_from_dit:
+            network.load_state_dict(init_from_dit(load_tensors(start.init_from_dit), config), strict=False)
+        elif start.init_from:
+            network.load_state_dict(_trained(start.init_from, config, network.state_dict()), strict=False)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{start.init_from_dit or start.init_from} cannot start this run: {reason}") from None
     return network
+
+
+def _trained(path: str, config: LatteConfig, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a trained Latte for one of `config`, whatever release it is from; of other classes or texts nothing is taken.
+
+    Raises ValueError where the networks differ in more than that.
+    """
+    loaded = load_latte(path, input_size=config.input_size, in_channels=config.in_channels, num_heads=config.num_heads)
+    for name in ("patch_size", "num_heads", "block_layout", "pos_embed_order", "learn_sigma"):
+        theirs, ours = getattr(loaded.config, name), getattr(config, name)
+        if theirs != ours:
+            raise ValueError(f"it was trained with {name} {theirs}, the model has {ours}")
+    state, _ = reorder_time(loaded.module.state_dict(), loaded.config, config.time_embed_order)
+    found = {name: value for name, value in state.items() if name in fresh and fresh[name].shape == value.shape}
+    missing = [name for name in fresh if name not in found and not name.startswith(("y_embedder.", "cond_embedder."))]
+    if missing:
+        raise ValueError(f"it has no {missing[0]} of the shape {tuple(fresh[missing[0]].shape)}")
+    return found

@@ -24,6 +24,7 @@ from utils.config import from_dict, load_config
 from utils.errors import ConfigError, UserError
 from utils.media import to_float
 from utils.rng import SampleRng
+from utils.weights import write_export
 
 ROOT = Path(__file__).resolve().parent.parent
 JOINT = dataclasses.replace(CLIPS, images=2)
@@ -388,8 +389,29 @@ def test_weights_of_an_image_dit_start_a_run(ae: Path, tmp_path: Path) -> None:
     network = task(ae, "--init-from-dit", str(tmp_path / "dit.pt")).networks()["model"].module
     for name, value in source.state_dict().items():
         assert torch.equal(network.state_dict()[name], value), name
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match="cannot start this run"):
         task(ae, "--model.hidden_size", "64", "--init-from-dit", str(tmp_path / "dit.pt")).networks()
+
+
+def test_weights_of_another_latte_start_a_run(ae: Path, tmp_path: Path) -> None:
+    """An export, or the official release's checkpoint; here without its classes, in the tutorial's order of the step embedding."""
+    old = task(ae, "--num-classes", "3")
+    source = built(old)["model"]
+    assert isinstance(source, Latte)
+    write_export(tmp_path / "run" / "export", {"model": source.state_dict()}, old.card())
+    same = task(ae, "--num-classes", "3", "--init-from", str(tmp_path / "run")).networks()["model"].module
+    for name, value in source.state_dict().items():
+        assert torch.equal(same.state_dict()[name], value), name
+    torch.save({"ema": export_official(source.state_dict(), source.config)}, tmp_path / "latte.pt")
+    argv = ["--init-from", str(tmp_path / "latte.pt"), "--model.time_embed_order", "sin_cos"]
+    other = task(ae, *argv)
+    start = other.networks()["model"].module
+    x, t = torch.randn(2, 4, 4, 4, 6), torch.tensor([3, 700])
+    assert torch.equal(start.state_dict()["blocks.1.attn.qkv.weight"], source.state_dict()["blocks.1.attn.qkv.weight"])
+    torch.testing.assert_close(start.t_embedder(t), source.t_embedder(t))
+    assert start(x, t).shape == (2, 8, 4, 4, 6)
+    with pytest.raises(UserError, match="trained with block_layout interleaved, the model has late"):
+        task(ae, "--init-from", str(tmp_path / "run"), "--model.block_layout", "late").networks()
 
 
 # ---- other systems
