@@ -138,7 +138,7 @@ def add_latents_arguments(parser: argparse.ArgumentParser) -> None:
     add("--on-bad-sample", choices=["fail", "skip"], default="fail", help="damaged clips: stop (default), or leave them out and say so")
     speed = parser.add_argument_group("speed").add_argument
     speed("--batch-size", type=whole(1), default=32, metavar="N", help="clips, or frames, through the encoder at a time (default 32)")
-    speed("--precision", choices=["fp32", "bf16"], default="fp32", help="arithmetic of the encoder (default fp32)")
+    speed("--precision", choices=["fp32", "bf16"], default="fp32", help="arithmetic of the encoder (default fp32; VAEs of frames always)")
     speed("--workers", type=whole(1), default=2, metavar="N", help="threads of each process that read and decode ahead (default 2)")
     speed("--nproc_per_node", metavar="G", help="processes, one per GPU (`gpu`) or core, each of which takes its share of the shards")
     speed("--cache-dir", default="", metavar="FOLDER", help="where fetched shards are kept (default ~/.cache/kinoform)")
