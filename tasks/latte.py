@@ -75,11 +75,15 @@ def latte_task(config: LatteRunConfig, clips: ClipInfo, env: Env) -> LatentTask:
 def _network(config: LatteConfig, start: LatteModelConfig) -> Latte:
     """Latte with fresh weights, or with those that the settings name, as far as they mean the same."""
     network = Latte(config)
+    fresh = network.state_dict()
     try:
+        state: Mapping[str, Tensor] = {}
         if start.init_from_dit:
-            network.load_state_dict(init_from_dit(load_tensors(start.init_from_dit), config), strict=False)
+            state = init_from_dit(load_tensors(start.init_from_dit), config)
         elif start.init_from:
-            network.load_state_dict(_trained(start.init_from, config, network.state_dict()), strict=False)
+            state = _trained(start.init_from, config, fresh)
+        # A dry run builds it on the meta device.
+        network.load_state_dict({name: value.to(fresh[name].device) for name, value in state.items()}, strict=False)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{start.init_from_dit or start.init_from} cannot start this run: {reason}") from None
