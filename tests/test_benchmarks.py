@@ -124,8 +124,11 @@ def test_stream_baselines_read_every_clip(tmp_path: Path) -> None:
 def test_preprocess_prints_ratios_and_every_variant_cuts_all_clips(output: Callable[..., str]) -> None:
     text = output(preprocess.main, "--count", "2", "--frames", "40", "--sizes", "32", "--rounds", "1")
     assert [line.split(":")[0] for line in text.splitlines() if "videos to" in line] == list(preprocess.KINDS)
-    assert [int(count) for count in re.findall(r"(\d+) clips ", text)] == [4] * 10
-    assert ratios(text)[::5] == [1.0, 1.0]
+    assert [int(count) for count in re.findall(r"(\d+) clips ", text)] == [4] * 12
+    assert ratios(text)[::6] == [1.0, 1.0]
+    reached = re.findall(r"--decoder ffmpeg: ([\d.]+), and ([\d.]+) if it only decoded", text)
+    assert [float(ours) for ours, _ in reached] == ratios(text)[1::6]
+    assert [float(floor) for _, floor in reached] == ratios(text)[2::6]
 
 
 def test_formats_prints_size_speed_and_fidelity(output: Callable[..., str]) -> None:
