@@ -1,5 +1,6 @@
 """Single frames as samples: each kept frame once an epoch, however the stream is cut, stopped, fetched or damaged."""
 
+import shutil
 import tempfile
 from itertools import islice
 from pathlib import Path
@@ -16,9 +17,12 @@ from datasets.loader import ClipSource
 from datasets.reader import ClipReader
 from datasets.shards import ShardSet
 from datasets.single_frames import SingleFrames
+from launch.env import Env
+from tasks.clips import _open as open_clips_of
+from tests import distributed
 from tests.shard_sets import crc, sample_of, spoil, write_set
 from tests.stream_cuts import draw_cut, equal, joined, replaced, take
-from utils.errors import ConfigError
+from utils.errors import ConfigError, UserError
 
 
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40), share=st.floats(0.01, 1), seed=st.integers(0, 4))
@@ -140,3 +144,20 @@ def test_latents_of_whole_clips_have_no_frames(tmp_path: Path) -> None:
     for wrong in (DataConfig(frame_sample_prob=0.5), DataConfig(images=2)):
         with pytest.raises(ConfigError, match="latents of whole clips"):
             resolve(wrong, shards)
+
+
+def open_own(env: Env, paths: list[str]) -> str:
+    data = DataConfig(path=(paths[env.rank],), frame_sample_prob=0.5, on_bad_sample="skip", max_bad_share=1.0)
+    try:
+        return open_clips_of(data, env).name
+    except UserError as error:
+        return str(error)
+
+
+def test_ranks_that_would_keep_other_frames_are_told_so(tmp_path: Path) -> None:
+    whole = write_set(tmp_path / "set", [2, 2], lengths=(5, 9))
+    cut = Path(shutil.copytree(whole, tmp_path / "copy" / "set"))
+    (cut / "shard-00001.index.json").unlink()
+    assert distributed.run(open_own, 2, paths=[str(whole), str(whole)]) == ["set", "set"]
+    for message in distributed.run(open_own, 2, paths=[str(whole), str(cut)]):
+        assert "not the same for all processes (4 samples, lengths" in message and "\n" not in message

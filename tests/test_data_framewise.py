@@ -16,12 +16,17 @@ from datasets.config import DataConfig, open_shards, resolve
 from datasets.frames import linspace, strided
 from datasets.loader import ClipSource
 from datasets.mixture import Collection
+from datasets.prepare.latents import Share, encode_set
 from datasets.shards import ShardSet
 from datasets.statistics import pooled_statistics
 from tasks.clips import ClipInfo, empty_batch
+from tests.frame_encoders import ConvEncoder, frame_job
+from tests.preprocessing import run as prepare
 from tests.shard_sets import crc, frames_in, spoil, write_set
 from tests.stream_cuts import draw_cut, equal, joined, replaced, take
+from tests.videos import noise_frames, write_video
 from utils.errors import ConfigError, UserError
+from utils.media import to_float
 
 
 def write(folder: Path, sizes: list[int], **more: Any) -> Path:
@@ -166,3 +171,21 @@ def test_an_index_that_lies_is_refused(tmp_path: Path, values: dict[str, Any]) -
     edit(folder, **values)
     with pytest.raises(UserError, match="damaged"):
         ShardSet.open(folder)
+
+
+def test_a_set_that_preparation_wrote_gives_the_latents_of_what_the_clips_give(tmp_path: Path) -> None:
+    """Same samples, windows and images of both kinds of shards, with the condition vectors that lay beside the videos."""
+    for number, count in enumerate((13, 4, 30, 7, 22)):
+        video = write_video(tmp_path / "in" / "ab"[number % 2] / f"{number}.mp4", noise_frames(count, seed=number))
+        np.save(Path(video).with_suffix(".emb.npy"), np.arange(6, dtype=np.float16).reshape(2, 3) + number)
+    prepare(tmp_path / "in", "--out", tmp_path / "clips", "--image-size", 8, 12, "--clip-length", "video", "--shard-size", 2)
+    encode_set(frame_job(tmp_path / "clips", tmp_path / "latents", dtype="float32"), Share(), lambda samples: None)
+    data = DataConfig(n_frames=3, images=2, frame_interval=1, num_workers=0, weights=(), shuffle="block", shuffle_shards=2)
+    pairs = [take(Collection.of(ShardSet.open(tmp_path / kind)), data, 0, 6, global_batch_size=4) for kind in ("clips", "latents")]
+    encode = ConvEncoder().encode_moments
+    for clips, latents in zip(*pairs, strict=True):
+        assert torch.allclose(latents["moments"], encode(to_float(clips["video"])), atol=1e-6)
+        assert torch.allclose(latents["images"], encode(to_float(clips["images"])), atol=1e-6)
+        assert all(torch.equal(clips[name], latents[name]) for name in ("label", "index", "image_label", "cond"))
+        assert torch.equal(clips["cond"] - clips["cond"][:, :1], torch.arange(6.0).expand(4, 6))
+        assert torch.equal(clips["cond"][:, 0].long() % 2, clips["label"])

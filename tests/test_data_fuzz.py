@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from datasets.conditions import CondFormat
 from datasets.config import DataConfig
 from datasets.loader import ClipSource
 from datasets.prepare.clips import ClipRules
@@ -72,9 +73,10 @@ def fuzz(case: Callable[[random.Random], str], wanted: int) -> Counter[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("codec", "wanted"), [("npy", 4000), ("latent", 1500), ("mp4", 800)])
+@pytest.mark.parametrize(("codec", "wanted"), [("npy", 4000), ("latent", 1500), ("framewise", 1500), ("mp4", 800)])
 def test_damaged_shards_give_their_samples_or_one_line(tmp_path: Path, codec: str, wanted: int) -> None:
-    folder = write_set(tmp_path / "set", [5, 4], codec=codec, size=(16, 16) if codec == "mp4" else (2, 4))
+    size, cond = ((16, 16) if codec == "mp4" else (2, 4)), CondFormat((2, 3), "float16") if codec == "framewise" else None
+    folder = write_set(tmp_path / "set", [5, 4], codec=codec, size=size, cond=cond)
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def contents() -> list[torch.Tensor]:
