@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checkpoint, formats, preprocess, stream, train_step
+from benchmarks import checkpoint, formats, latte_step, preprocess, stream, train_step
 from datasets.prepare.clips import ClipRules
 from engine.checkpoint import latest
 from engine.config import EmaConfig, OptimConfig, ParallelConfig
@@ -51,6 +51,16 @@ def test_train_step_prints_ratios_of_every_stage(output: Callable[..., str]) -> 
     assert text.count("ms/step") == 6
     assert ratios(text)[::2] == [1.0, 1.0, 1.0]
     assert "torch " + torch.__version__ in text.splitlines()[0]
+
+
+def test_latte_step_compares_equal_networks(output: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = ("--device", "cpu", "--size", "4", "--frames", "2", "--depth", "2", "--rounds", "1", "--variants", "plain bf16", "eager bf16")
+    text = output(latte_step.main, *tiny)
+    assert text.count("ms/step") == 2 and "1.00 times as fast as plain bf16" in text
+    assert "Latte-S/2, 1 clip(s) of 2x4x4 latents" in text
+    monkeypatch.setattr(latte_step.PlainBlock, "attention", lambda self, x: x)
+    with pytest.raises(AssertionError, match="not the same"):
+        output(latte_step.main, *tiny)
 
 
 @pytest.mark.slow
