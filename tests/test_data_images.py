@@ -158,6 +158,7 @@ def test_bad_images_are_named_or_replaced_and_counted(tmp_path: Path) -> None:
     pairs = [pair for batch in batches for row in images_of(batch) for pair in row]
     assert not {(3, 3), (8, 3)} & set(pairs) and {(3, 0), (8, 0)} <= set(pairs), "other frames of the clip are good"
     assert replaced(stream) > 16, "more than the two clips a step"
+    assert stream.faults is not None and stream.faults._seen == 8 * 12 * 5 + replaced(stream), "images count for the share of bad ones"
     again = islice(source(path, 12, images=4, on_bad_sample="skip", max_bad_share=1.0).batches(5), 2)
     assert [crc(batch) for batch in again] == [crc(batch) for batch in batches[5:7]]
 
