@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from pipelines.cmd import CMDPipeline
 from pipelines.jobs import SampleConfig, Strip, choose_classes, class_name, in_turn, numbered
 from pipelines.loading import diffusion_of
 from pipelines.runs import find_family
-from pipelines.sampling import Sampling, respaced
-from utils.config import to_dict
+from pipelines.sampling import Sampler, Sampling, count_steps
 from utils.errors import ConfigError, UserError
 
 
@@ -43,8 +42,10 @@ class CMDSampleConfig(SampleConfig):
     """Steps of the content model."""
     motion_steps: int = 100
     """Steps of the motion model."""
-    sampler: Literal["ddim", "ddpm"] = "ddim"
-    """Sampler of both models."""
+    respacing: str = ""
+    """Which steps of training both models take, in place of a number: "50" evenly, "10,15,20" per equal section, "ddim50" at one stride."""
+    sampler: Sampler = "auto"
+    """Sampler of both models: ddim, ddpm (ancestral) or dpm++ (DPM-Solver++(2M)); of flows euler or heun. auto: ddim, of a flow euler."""
     eta: float = 0.0
     """DDIM: share of fresh noise; 0 is deterministic."""
     cfg_channels: int | None = None
@@ -62,6 +63,8 @@ class CMDSampleConfig(SampleConfig):
         self.at_least(1, "steps", "content_steps", "motion_steps", "n_frames", "cfg_channels")
         if not 0 <= self.eta <= 1:
             raise ConfigError(f"--eta {self.eta}: between 0 and 1")
+        if self.steps and self.respacing:
+            raise ConfigError(f"--steps {self.steps} and --respacing {self.respacing}: give one of them")
 
 
 class CMDSampleJob:
@@ -84,7 +87,7 @@ class CMDSampleJob:
             device=device,
             precision=config.precision,
         )
-        common = Sampling(sampler=config.sampler, eta=config.eta, cfg_channels=config.cfg_channels)
+        common = Sampling(sampler=config.sampler, eta=config.eta, cfg_channels=config.cfg_channels, respacing=config.respacing)
         motion_scale = config.guidance_scale if config.motion_guidance_scale is None else config.motion_guidance_scale
         self.content = dataclasses.replace(common, steps=config.steps or config.content_steps, guidance=config.guidance_scale, clip=True)
         self.motion = dataclasses.replace(common, steps=config.steps or config.motion_steps, guidance=motion_scale)
@@ -92,7 +95,7 @@ class CMDSampleJob:
             assert model is not None
             if model.config.cond_dim:
                 raise UserError(f"{model.path} is conditioned on vectors: generate with pipelines.cmd.CMDPipeline.generate(..., cond=...)")
-            respaced(diffusion_of(model), sampling.steps)
+            count_steps(diffusion_of(model), sampling)
         self.labels = choose_classes(config.classes, self.pipeline.num_classes, self.pipeline.classes)
         self.fps = config.fps or self.pipeline.fps
         self.n_frames = self.pipeline.clip_shape[0]
@@ -118,16 +121,18 @@ class CMDSampleJob:
 
     def settings(self) -> dict[str, Any]:
         """Plain values: everything that a sample depends on."""
-        parts = {"ae": self.pipeline.ae, "content": self.pipeline.content, "motion": self.pipeline.motion}
+        content, motion = self.pipeline.content, self.pipeline.motion
+        assert content is not None and motion is not None
+        parts = {"ae": self.pipeline.ae, "content": content, "motion": motion}
         return {
             "system": "cmd",
             "seed": self.config.seed,
             "classes": self.labels,
             "weights": self.config.weights,
-            "sha256": {name: part.sha256 for name, part in parts.items() if part is not None},
+            "sha256": {name: part.sha256 for name, part in parts.items()},
             "vae_sha256": self.pipeline.vae.sha256 if self.pipeline.vae is not None else "",
-            "content": to_dict(self.content),
-            "motion": to_dict(self.motion),
+            "content": self.content.settings(diffusion_of(content)),
+            "motion": self.motion.settings(diffusion_of(motion)),
             "exact": self.config.exact,
             "precision": self.config.precision,
             "device": self.pipeline.device.type,

@@ -114,6 +114,8 @@ def test_sampling_settings_by_process(runs: Path, ae: Path, tmp_path: Path) -> N
     content = export(content_task(ae), tmp_path / "content", 1)
     only_steps = dataclasses.replace(config, content=str(content), sampler="dpm++", respacing="ddim10")
     assert CMDSampleJob(only_steps, torch.device("cpu")).settings()["content"]["respacing"] == "ddim10"
+    with pytest.raises(ConfigError, match="--steps 3 and --respacing ddim10: give one of them"):
+        only_steps.validate()
     with pytest.raises(ConfigError, match="ddim999"):
         CMDSampleJob(dataclasses.replace(only_steps, respacing="ddim999"), torch.device("cpu"))
 
