@@ -110,7 +110,7 @@ def check_latents(stored: StoredLatents, codec: ImageVae | None, autoencoder: Ma
         _shape_of_frame(stored)
         return
     theirs, ours = str(made_by.get("sha256")), str(autoencoder["sha256"])
-    if theirs != ours and made_by.get("path") == autoencoder["path"]:
+    if theirs != ours and _run(made_by) == _run(autoencoder):
         raise ConfigError(
             f"{where} is stale: {autoencoder['path']} has other weights now ({ours[:12]}...) than its latents were made with "
             f"({theirs[:12]}...): run preprocess.py latents again"
@@ -125,6 +125,11 @@ def check_latents(stored: StoredLatents, codec: ImageVae | None, autoencoder: Ma
     if _shape_of_frame(stored) != (wanted[1], *wanted[3:]):
         found, takes = ("x".join(map(str, shape)) for shape in (_shape_of_frame(stored), (wanted[1], *wanted[3:])))
         raise ConfigError(f"{where} holds latents of {found} a frame, the autoencoder gives {takes}: run preprocess.py latents again")
+
+
+def _run(autoencoder: Mapping[str, Any]) -> tuple[str, Any]:
+    """Where an autoencoder lies (a run's folder and its export/ are one place), and which of its weights are meant."""
+    return str(autoencoder.get("path")).removesuffix("/export"), autoencoder.get("weights")
 
 
 def _shape_of_frame(stored: StoredLatents) -> tuple[int, int, int]:

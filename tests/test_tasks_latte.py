@@ -226,7 +226,9 @@ def test_latents_that_are_older_than_their_autoencoder_are_stale(tmp_path: Path)
     old = latent_clips(vae_export(tmp_path / "run"))
     vae_export(tmp_path / "run", seed=1)
     with pytest.raises(ConfigError, match=r"LATENTS is stale: .*run preprocess.py latents again"):
-        task(tmp_path / "run", clips=old)
+        task(tmp_path / "run" / "export", clips=old)
+    with pytest.raises(ConfigError, match=r"ema weights\), not of .*model weights\): give that one"):
+        task(tmp_path / "run", "--ae.weights", "model", clips=old)
 
 
 def test_pixels_need_an_autoencoder_and_frames_that_fit_it(ae: Path) -> None:

@@ -164,8 +164,11 @@ def test_pixel_shards_and_latent_shards_train_alike(root: Path, tmp_path: Path) 
 
 
 def test_a_measured_scale_is_one_over_the_deviation_and_survives(root: Path, tmp_path: Path) -> None:
-    made = alone(arguments(root, "--n-frames", "8"), tmp_path)
+    made = alone(arguments(root, "--n-frames", "8", "--ema-decay", "0"), tmp_path)
     card = read_card(made)
+    assert {place.name for place in (made / "export").iterdir()} == {"model.safetensors", "config.yaml"}, (
+        "without an average none is handed on"
+    )
     setting = config(*arguments(root, "--n-frames", "8"))
     task, source, _ = build(setting, ENV)
     networks = {name: network.module for name, network in task.networks().items()}
