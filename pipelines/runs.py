@@ -31,6 +31,12 @@ class Export:
         return str(self.card.get("ae", {}).get("kind", ""))
 
     @property
+    def ae_path(self) -> Path | None:
+        """Where that was read, if something is still there."""
+        recorded = self.card.get("ae", {}).get("path")
+        return Path(recorded) if recorded and Path(recorded).exists() else None
+
+    @property
     def ae_sha256(self) -> str:
         """Hash of the autoencoder weights that it was trained on; empty for an autoencoder."""
         return str(self.card.get("ae", {}).get("sha256", ""))
@@ -47,23 +53,22 @@ def systems_in(results: Path) -> list[str]:
 
 
 def find_family(results: Path, system: str = "cmd") -> dict[str, Path]:
-    """Stage -> run folder: the newest finished run of a system's first generator below `results`, its autoencoder, and the newest runs
-    of the other generators on that one. A generator on an image VAE from elsewhere has no autoencoder here.
+    """Stage -> run folder: the newest finished run of a system's first generator below `results`, its autoencoder (here, or where it was
+    when the run was trained), and the newest runs of the other generators on that one. An image VAE from elsewhere is left out.
 
     Raises UserError naming the stage that is missing.
     """
     found = [export for export in _finished(results) if export.system == system]
     first, *others = GENERATORS[system]
     stages = {stage: [e for e in found if e.stage == stage] for stage in ("autoencoder", first, *others)}
-    # An image VAE from elsewhere is no run of ours.
-    wanted = (first, *others) if stages[first] and stages[first][0].ae_kind == "sd" else ("autoencoder", first, *others)
-    missing = [stage for stage in wanted if not stages[stage]]
+    outside = bool(stages[first]) and (stages[first][0].ae_kind == "sd" or stages[first][0].ae_path is not None)
+    missing = [stage for stage, exports in stages.items() if not exports and not (outside and stage == "autoencoder")]
     if missing:
-        what = "no finished run" if len(missing) == len(wanted) else f"no finished {' and no finished '.join(missing)} run"
+        what = "no finished run" if len(missing) == len(stages) else f"no finished {' and no finished '.join(missing)} run"
         names = ", ".join(f"--{stage}" for stage in ("ae", first, *others))
         raise UserError(f"--run {results}: {what} in it (finished: it has export/config.yaml); train it, or give {names}")
     leader = stages[first][0]
-    family = {"autoencoder": _autoencoder_of(leader, stages["autoencoder"])} if "autoencoder" in wanted else {}
+    family = {} if leader.ae_kind == "sd" else {"autoencoder": _autoencoder_of(leader, stages["autoencoder"])}
     family[first] = leader.run
     for stage in others:
         family[stage] = next((e for e in stages[stage] if e.ae_sha256 == leader.ae_sha256), stages[stage][0]).run
@@ -71,10 +76,10 @@ def find_family(results: Path, system: str = "cmd") -> dict[str, Path]:
 
 
 def _autoencoder_of(export: Export, candidates: Sequence[Export]) -> Path:
-    """The run whose weights a run was trained on; the newest one where that is not among them, which the pipeline refuses by name."""
+    """The run whose weights a run was trained on, or else where they were then; failing both the newest, which the pipeline refuses."""
     weights = export.card.get("ae", {}).get("weights", "ema")
-    trained_on = (e for e in candidates if read_export(e.run, which=weights)[2] == export.ae_sha256)
-    return next(trained_on, candidates[0]).run
+    trained_on = (e.run for e in candidates if read_export(e.run, which=weights)[2] == export.ae_sha256)
+    return next(trained_on, export.ae_path or candidates[0].run)
 
 
 def _finished(results: Path) -> Iterator[Export]:

@@ -15,7 +15,7 @@ from PIL import Image
 import evaluate
 import sample
 from datasets.shards import ShardSet
-from datasets.video import decode_window
+from datasets.stored_video import decode_window
 from launch import report
 from launch.env import Env, distributed
 from pipelines.jobs import choose_classes, load_vectors
@@ -324,5 +324,14 @@ def test_the_report_shows_a_latte_family(results: Path, tmp_path: Path) -> None:
 def test_a_family_found_by_its_denoiser(tmp_path: Path) -> None:
     """The autoencoder that it was trained on is taken, wherever it lies."""
     ae = export_vae(tmp_path / "elsewhere" / "000-latte-autoencoder")
-    run = export_denoiser(tmp_path / "denoiser", identity(ae))
-    assert job("--denoiser", run, "--steps", 2).sources() == {"ae": str(ae), "denoiser": str(run)}
+    run = export_denoiser(tmp_path / "runs" / "000-latte-denoiser", identity(ae))
+    for given in (("--denoiser", run), ("--run", tmp_path / "runs")):
+        assert job(*given, "--steps", 2).sources() == {"ae": str(ae), "denoiser": str(run)}
+    export_vae(tmp_path / "runs" / "001-latte-autoencoder", seed=7)
+    assert job("--run", tmp_path / "runs", "--steps", 2).sources()["ae"] == str(ae)
+    shutil.rmtree(ae)
+    with pytest.raises(UserError, match="was trained on another autoencoder"):
+        job("--run", tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs" / "001-latte-autoencoder")
+    with pytest.raises(UserError, match="no finished autoencoder run"):
+        job("--run", tmp_path / "runs")
