@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from datasets.video import decode_window
+from datasets.stored_video import decode_window
 from launch.env import Env, Stopped, distributed
 from launch.run import parse_launch, run_main
 from pipelines.jobs import SampleConfig, SampleJob

@@ -21,7 +21,8 @@ from datasets.prepare.clips import MP4_CRF, ClipRules, video_clips
 from datasets.prepare.writer import npy_bytes
 from datasets.shards import VIDEO_SUFFIXES
 from datasets.sources.base import Video
-from datasets.video import VideoError, decode_window
+from datasets.stored_video import decode_window
+from datasets.video import VideoError
 from utils.media import encode_mp4
 
 

@@ -27,9 +27,9 @@ from datasets.prepare.build import SetInfo, build
 from datasets.prepare.clips import ClipRules
 from datasets.shards import ShardSet
 from datasets.sources import SourceOptions, list_videos
+from datasets.stored_video import decode_window
 from datasets.synthetic import DigitsConfig, make_digits
 from datasets.transforms import resize_clip
-from datasets.video import decode_window
 
 TARGET = 0.5
 """Of the raw read rate, for clips stored as they are (npy)."""

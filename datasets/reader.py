@@ -13,8 +13,8 @@ from datasets.frames import linspace, linspace_last_start
 from datasets.handles import Handles
 from datasets.mixture import Collection
 from datasets.shards import ShardSet, frame_sums
+from datasets.stored_video import decode_window
 from datasets.tables import TENSOR_BYTES, frame_bytes
-from datasets.video import decode_window
 from utils.errors import ConfigError, UserError
 
 _AGAIN = "copy the shard again or rerun preprocess.py"

@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
-# From videos to generated clips on a CPU: shards -> autoencoder -> latents -> content model -> motion model -> clips -> report.html.
+# From videos to generated clips on a CPU: shards -> autoencoder -> latents -> generators -> clips -> report.html.
 #   launch/quickstart.sh                 moving digits, made on the spot
 #   DATA=folder launch/quickstart.sh     your own videos
-#   OUT=folder ...                       where everything goes (default: quickstart)
+#   SYSTEM=latte ...                     which system: cmd (default) or latte
+#   OUT=folder ...                       where everything goes (default: quickstart, or quickstart/<system>)
 # Stop it at any time (Ctrl-C); the same command goes on where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-.venv/bin/python}
 DATA=${DATA:-}
-OUT=${OUT:-quickstart${DATA:+/$(basename "$DATA")}}
+SYSTEM=${SYSTEM:-cmd}
+STAGES=launch/quickstart/$SYSTEM.sh
+[ -f "$STAGES" ] || { echo "SYSTEM=$SYSTEM: one of $(basename -as .sh launch/quickstart/*.sh | paste -sd' ')" >&2; exit 2; }
+OUT=${OUT:-quickstart${DATA:+/$(basename "$DATA")}$([ "$SYSTEM" = cmd ] || echo "/$SYSTEM")}
 PROCESSES=${PROCESSES:-2}
-CONFIG=configs/cmd/tiny.yaml
+CONFIG=configs/$SYSTEM/tiny.yaml
 SIZE="32 32"
 LENGTH=8
 # bf16 where the processor computes in it: one and a half times as fast as fp32.
@@ -26,6 +30,24 @@ stopped() { echo; echo "Stopped. The same command goes on from here."; exit 130;
 trap stopped INT
 
 torchrun() { "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$PROCESSES" -- "$@"; }
+train() { # script, training set, validation set, further flags
+  local script=$1 set=$2 held_out=$3
+  shift 3
+  torchrun "$script" --config "$CONFIG" --data-path "$set" --val-path "$held_out" --results-dir "$RUNS" --precision "$PRECISION" "$@"
+}
+run_of() { # newest run folder of a stage
+  ls -d "$RUNS"/[0-9]*-"$1" | tail -n 1
+}
+encode_sets() { # SHARDS and HELD_OUT by the autoencoder AE -> LATENTS and HELD_OUT_LATENTS
+  say "Clips -> latents: the generators need not encode each clip again and again"
+  LATENTS=$RUNS/latents/train
+  HELD_OUT_LATENTS=$LATENTS
+  torchrun preprocess.py latents "$SHARDS" --ae "$AE" --out "$LATENTS"
+  if [ "$HELD_OUT" != "$SHARDS" ]; then
+    HELD_OUT_LATENTS=$RUNS/latents/held-out
+    torchrun preprocess.py latents "$HELD_OUT" --ae "$AE" --out "$HELD_OUT_LATENTS"
+  fi
+}
 
 mkdir -p "$OUT"
 if [ -n "$DATA" ]; then
@@ -41,35 +63,12 @@ else
   "$PYTHON" preprocess.py shards --dataset-name synthetic-digits --num-videos 64 --seed 1 --out "$HELD_OUT" --image-size $SIZE --clip-length $LENGTH
 fi
 
-train() { # script, training set, validation set, further flags
-  local script=$1 set=$2 held_out=$3
-  shift 3
-  torchrun "$script" --config $CONFIG --data-path "$set" --val-path "$held_out" --results-dir "$RUNS" --precision "$PRECISION" "$@"
-}
-latents_of() { torchrun preprocess.py latents "$1" --ae "$AE" --out "$2"; } # shard set, folder
-run_of() { # newest run folder of a stage
-  ls -d "$RUNS"/[0-9]*-"$1" | tail -n 1
-}
-
-say "Autoencoder"
-train train_ae.py "$SHARDS" "$HELD_OUT" --max-steps 800
-AE=$(run_of cmd-autoencoder)/export
-say "Clips -> latents: the generators need not encode each clip again and again"
-LATENTS=$RUNS/latents/train
-HELD_OUT_LATENTS=$LATENTS
-latents_of "$SHARDS" "$LATENTS"
-if [ "$HELD_OUT" != "$SHARDS" ]; then
-  HELD_OUT_LATENTS=$RUNS/latents/held-out
-  latents_of "$HELD_OUT" "$HELD_OUT_LATENTS"
-fi
-say "Content model: the content frame of a clip"
-train train_content_diffusion.py "$LATENTS" "$HELD_OUT_LATENTS" --ae "$AE" --max-steps 2200
-say "Motion model: the motion of a content frame"
-train train_motion_diffusion.py "$LATENTS" "$HELD_OUT_LATENTS" --ae "$AE" --max-steps 1300
+SAMPLING=()
+source "$STAGES"
 
 say "Reconstruction of held-out clips"
 torchrun evaluate.py reconstruct --ae "$AE" --data-path "$HELD_OUT" --out "$OUT/reconstruction.json"
 say "Generated clips"
-torchrun sample.py --run "$RUNS" --num-samples 20 --guidance-scale 2 --steps 50 --gif --out "$OUT/samples"
+torchrun sample.py --run "$RUNS" --num-samples 20 --gif --out "$OUT/samples" "${SAMPLING[@]}"
 "$PYTHON" -m launch.report "$RUNS" --samples "$OUT/samples" --figures "$OUT/reconstruction.json" --out "$OUT/report.html"
 say "Done: open $OUT/report.html"

@@ -17,8 +17,9 @@ from datasets.prepare.clips import ClipRules, Facts, samples
 from datasets.prepare.filters import FilterRules, Rejection
 from datasets.prepare.writer import Sample
 from datasets.sources.base import Video
+from datasets.stored_video import decode_window
 from datasets.transforms import resize_clip
-from datasets.video import VideoError, decode, decode_window, ffmpeg_program, probe
+from datasets.video import VideoError, decode, ffmpeg_program, probe
 from tests.videos import noise_frames, write_video
 
 DECODERS = ["pyav", pytest.param("ffmpeg", marks=pytest.mark.skipif(ffmpeg_program() is None, reason="no ffmpeg program"))]

@@ -10,10 +10,10 @@ import pytest
 from av.video.reformatter import ColorRange, VideoReformatter
 
 from datasets import video
+from datasets.stored_video import decode_window
 from datasets.video import (
     VideoError,
     decode,
-    decode_window,
     ffmpeg_command,
     ffmpeg_program,
     probe,

@@ -16,7 +16,7 @@ from datasets.conditions import MEMBER, CondFormat
 from datasets.npy import npy_header
 from datasets.shards import frame_sums
 from datasets.sources.base import hash16
-from datasets.video import decode_window
+from datasets.stored_video import decode_window
 
 _TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
