@@ -22,6 +22,7 @@ from tasks.clips import _open as open_clips_of
 from tests import distributed
 from tests.shard_sets import crc, sample_of, spoil, write_set
 from tests.stream_cuts import draw_cut, equal, joined, replaced, take
+from tests.test_data_remote import Store
 from utils.errors import ConfigError, UserError
 
 
@@ -114,6 +115,20 @@ def test_compressed_frames_are_single_too(tmp_path: Path) -> None:
     assert video.shape == (6, 3, 1, 16, 16)
     whole = ClipReader(shards, 5).read(samples, np.zeros(6, np.int64))
     assert torch.equal(video[:, :, 0], torch.from_numpy(whole[np.arange(6), frames]).permute(0, 3, 1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("kind", [{}, {"codec": "mp4", "size": (16, 16)}])
+def test_frames_of_a_remote_set_are_those_of_the_local_one(tmp_path: Path, kind: dict[str, Any]) -> None:
+    store = Store(tmp_path, **kind)
+    given: dict[str, Any] = {"frame_sample_prob": 0.5, "n_frames": 1}
+    for rank in range(2):
+        local = store.source(path=(str(store.folder),), shuffle="block", rank=rank, world_size=2, **given)
+        stream = store.source(rank=rank, world_size=2, num_workers=1, **given).batches(3)
+        found = [crc(batch) for batch in islice(stream, local.steps_per_epoch)]
+        stream.close()  # type: ignore[attr-defined]
+        assert found == [crc(batch) for batch in islice(local.batches(3), local.steps_per_epoch)]
+    assert set(store.fetched().values()) == {1}
 
 
 @pytest.mark.parametrize(

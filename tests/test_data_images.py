@@ -118,12 +118,19 @@ def test_images_of_blocks_come_from_the_window_of_their_clip(tmp_path: Path) -> 
     assert len(everywhere) == 8
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_images_of_a_remote_set_are_those_of_the_local_one_and_fetch_no_shard_twice(tmp_path: Path, workers: int) -> None:
-    store = Store(tmp_path)
+KINDS: list[tuple[dict[str, Any], int]] = [({}, 0), ({}, 2), ({"codec": "framewise"}, 2), ({"codec": "mp4", "size": (16, 16)}, 1)]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("kind", "workers"), KINDS)
+def test_images_of_a_remote_set_are_those_of_the_local_one_and_fetch_no_shard_twice(
+    tmp_path: Path, kind: dict[str, Any], workers: int
+) -> None:
+    store = Store(tmp_path, **kind)
 
     def found(path: str, rank: int) -> list[int]:
-        stream = store.source(path=(path,), shuffle="block", images=2, num_workers=workers, rank=rank, world_size=2)
+        given = {"images": 2, "flip": kind.get("codec") != "framewise"}
+        stream = store.source(path=(path,), shuffle="block", num_workers=workers, rank=rank, world_size=2, **given)
         batches = stream.batches(3)
         crcs = [crc(batch) for batch in islice(batches, 9)]
         batches.close()  # type: ignore[attr-defined]
