@@ -16,7 +16,7 @@ from launch.env import Env
 from pipelines.image_vae import SD_SCALE, ImageVae, open_codec
 from tasks.clips import ClipInfo, Networks, StoredLatents
 from tasks.latent_config import LatteRunConfig
-from utils.errors import ConfigError
+from utils.errors import ConfigError, UserError
 from utils.media import to_float
 from utils.rng import SampleRng
 
@@ -152,9 +152,16 @@ def _normalisation(config: LatteRunConfig, clips: ClipInfo, codec: ImageVae | No
     assert codec is not None
     if codec.kind == "sd":
         return SD_SCALE, 0.0
-    found: list[Any] = [measure(config, codec, env) if env.is_main else None]
+    found: list[Any] = [None]
+    if env.is_main:
+        try:
+            found = [measure(config, codec, env)]
+        except UserError as error:  # raised on every rank, so that none waits for the others
+            found = [error]
     if env.world_size > 1:
         dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
+    if isinstance(found[0], UserError):
+        raise found[0]
     return found[0]
 
 

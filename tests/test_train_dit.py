@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -179,6 +180,32 @@ def test_a_measured_scale_is_one_over_the_deviation_and_survives(root: Path, tmp
     latents = torch.cat(drawn)
     assert latents.std().item() == pytest.approx(1, abs=0.02) and latents.mean().item() == pytest.approx(0, abs=0.02)
     assert task.state() == {"latent_scale": card["latent"]["scale"], "latent_shift": card["latent"]["shift"]}
+
+
+def measured_losses(env: Env, argv: list[str], results: str) -> list[Any]:
+    """Losses with a scale that is measured, on rank 0; and what a set that cannot be read says on this rank."""
+    folder = train(env, argv, results)
+    flat = [*argv, "--latent.measure_clips", "1"]
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tasks.frame_latents.measure", _fails)
+            build(config(*flat), env)
+    except UserError as error:
+        return [losses(folder), str(error)]
+    return []
+
+
+def _fails(*_: Any) -> None:
+    raise UserError("the first clip is damaged")
+
+
+@pytest.mark.slow
+def test_all_processes_use_what_one_measures(root: Path, tmp_path: Path) -> None:
+    argv = arguments(root, "--n-frames", "8", "--max-steps", "2")
+    expected = losses(alone(argv, tmp_path / "one"))
+    for found, error in run(measured_losses, argv=argv, results=str(tmp_path / "two")):
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert error == "the first clip is damaged", "on every rank, and nobody waits"
 
 
 def test_evaluation_and_previews_of_a_validation_set(root: Path, tmp_path: Path) -> None:
