@@ -1,7 +1,7 @@
 """Data preparation: `preprocess.py shards VIDEOS --out SHARDS` turns any collection of videos into the shards that training reads.
 
 A set for a first try needs no videos: `preprocess.py shards --dataset-name synthetic-digits --num-videos 64 --out SHARDS`.
-`preprocess.py latents SHARDS --ae RUN --out LATENTS` encodes shards once, so that content and motion stages need not in each step.
+`preprocess.py latents SHARDS --ae RUN --out LATENTS` encodes shards once, so that denoisers need not in each step.
 `preprocess.py COMMAND --help` lists the options of a command.
 """
 
