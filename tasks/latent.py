@@ -1,6 +1,5 @@
 """Denoisers on the latents of a frozen first stage. A system brings its space (what a batch is in latents, and back) and its network."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -57,17 +56,13 @@ class LatentTask:
     """Trains `model` to remove noise from the latents of `space`."""
 
     def __init__(self, config: LatentRunConfig, clips: ClipInfo, space: LatentSpace, condition: Condition, denoiser: Denoiser) -> None:
+        self.name = f"{config.system}-{config.stage}"
         self.config = config
         self.clips = clips
         self.space = space
         self.condition = condition
         self.denoiser = denoiser
         self.process = build_process(config.diffusion)
-
-    @functools.cached_property
-    def name(self) -> str:
-        """<system>-<stage>."""
-        return f"{self.config.system}-{self.config.stage}"
 
     def networks(self) -> dict[str, Network]:
         """`model`, then the frozen networks before it."""
