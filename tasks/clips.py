@@ -152,11 +152,8 @@ def _open(data: DataConfig, env: Env) -> Collection:
         dist.all_gather_object(seen, (shards.digest, shards.num_samples, lengths))
         other = next((rank for rank, what in enumerate(seen) if what != seen[0]), None)
         if other is not None:
-            what = [
-                f"{samples} samples, lengths {lengths:08x}" if data.frame_sample_prob else f"{samples} samples"
-                for _, samples, lengths in seen
-            ]
-            differ = f"{what[0]} on rank 0, {what[other]} on rank {other}"
+            counts = f"{seen[0][1]} samples on rank 0, {seen[other][1]} on rank {other}"
+            differ = "clips of other lengths" if data.frame_sample_prob and seen[0][:2] == seen[other][:2] else counts
             raise UserError(f"{shards.location} is not the same for all processes ({differ}): copy the set again to the node that differs")
     return shards
 
