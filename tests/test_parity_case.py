@@ -92,7 +92,7 @@ def run_folder(folder: Path) -> subprocess.CompletedProcess:
 def test_unknown_modules_fail_and_pending_systems_are_skipped(tmp_path):
     write_case(tmp_path, system="diffusion", module="no such module", name="module")
     write_case(tmp_path, system="no such system", name="system")
-    write_case(tmp_path, system="latte", name="pending")
+    write_case(tmp_path, system="vidm", name="pending")
     (tmp_path / "broken.safetensors").write_bytes(b"not a case")
     result = run_folder(tmp_path)
     assert result.returncode == 1 and "3 failed, 1 passed, 1 skipped" in result.stdout, result.stdout
