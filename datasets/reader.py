@@ -101,7 +101,8 @@ class ClipReader:
         nbytes, faults = shards.meta["cond_nbytes"], []
         for k, sample in enumerate(samples.tolist()):
             try:
-                payload = os.pread(self.handles.get(int(shards.shard[sample])).fd, nbytes, int(shards.cond_offset[sample]))
+                file = self.handles.get(int(shards.shard[sample]))  # held while it is read: another thread may let go of it
+                payload = os.pread(file.fd, nbytes, int(shards.cond_offset[sample]))
             except (UserError, OSError) as error:
                 faults.append((k, self._unreadable(sample, error)))
                 continue
@@ -155,7 +156,8 @@ class ClipReader:
         """Reads one compressed sample into uint8 (rows, bytes)."""
         shards = self.shards
         try:
-            payload = os.pread(self.handles.get(int(shards.shard[sample])).fd, int(shards.nbytes[sample]), int(shards.offset[sample]))
+            file = self.handles.get(int(shards.shard[sample]))  # held while it is read: another thread may let go of it
+            payload = os.pread(file.fd, int(shards.nbytes[sample]), int(shards.offset[sample]))
         except (UserError, OSError) as error:
             return self._unreadable(sample, error)
         if zlib.crc32(payload) != shards.crc32[sample]:

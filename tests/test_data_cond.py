@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 
 from datasets.conditions import CondFormat
 from datasets.config import DataConfig, open_shards, resolve
+from datasets.handles import Handle, Handles
 from datasets.loader import ClipSource
+from datasets.mixture import Collection
+from datasets.reader import ClipReader
 from datasets.shards import ShardSet
 from tasks.clips import ClipInfo, empty_batch
 from tests.shard_sets import crc, frames_in, sample_of, vector_of, write_set
@@ -104,6 +107,23 @@ def test_a_damaged_vector_is_named_or_passed_over(tmp_path: Path, workers: int) 
     assert replaced(source) >= 6
     again = islice(ClipSource(open_shards(skip), skip, seed=1, global_batch_size=12).batches(2), 1)
     assert [crc(batch) for batch in again] == [crc(batches[2])]
+
+
+@pytest.mark.parametrize("codec", ["npy", "mp4"])
+def test_a_file_stays_open_while_it_is_read(tmp_path: Path, codec: str) -> None:
+    """Another thread may have filled the table of open shards by then, and this one left it."""
+
+    class Crowded(Handles):
+        def get(self, shard: int) -> Handle:
+            return Handle(self._shards.open_shard(shard))
+
+    size = (16, 16) if codec == "mp4" else (2, 4)
+    shards = Collection.over(ShardSet.open(write_set(tmp_path / "set", [4], codec=codec, cond=SMALL, size=size)))
+    reader, rows = ClipReader(shards, 2, handles=Crowded(shards)), np.arange(4)
+    vectors = np.empty((4, SMALL.values), np.float32)
+    assert reader.fill(reader.empty(4), rows, rows, np.zeros(4, np.int64)) == []
+    assert reader.fill_vectors(vectors, rows, rows) == []
+    check(torch.from_numpy(vectors), rows.tolist(), SMALL)
 
 
 def test_a_shard_without_its_index_is_passed_over(tmp_path: Path) -> None:
