@@ -21,6 +21,8 @@ from utils.media import to_float
 from utils.rng import SampleRng
 
 _log = logging.getLogger(__name__)
+_DIGITS = 12
+"""Of a hash, as messages show it: 48 bits, which a checkpoint's numbers hold exactly."""
 
 
 class FrameSpace:
@@ -71,12 +73,23 @@ class FrameSpace:
         return latents[:, [0, min(1, latents.shape[1] - 1), min(2, latents.shape[1] - 1)]].float() / 3
 
     def state(self) -> dict[str, int | float]:
-        """Scale and shift: a run keeps those that it began with."""
-        return {"latent_scale": self.scale, "latent_shift": self.shift}
+        """Scale and shift, which a run keeps as it began, and the first digits of its autoencoder's hash."""
+        return {"latent_scale": self.scale, "latent_shift": self.shift, "autoencoder": self._fingerprint}
 
     def load_state(self, state: dict[str, int | float]) -> None:
-        """Takes back what `state` gave."""
+        """Takes back what `state` gave. UserError when that was of another autoencoder."""
+        began = state.get("autoencoder", self._fingerprint)
+        if began != self._fingerprint:
+            raise UserError(
+                f"the run began with other weights of the autoencoder ({began:0{_DIGITS}x}...) than those of {self.autoencoder.get('path')} "
+                f"now ({self._fingerprint:0{_DIGITS}x}...): give it those, or start anew with --resume none"
+            )
         self.scale, self.shift = float(state["latent_scale"]), float(state["latent_shift"])
+
+    @property
+    def _fingerprint(self) -> int:
+        """The first digits of the autoencoder's hash as a number; 0 where it is not known."""
+        return int((self.autoencoder.get("sha256") or "0")[:_DIGITS], 16)
 
     def card(self) -> dict[str, Any]:
         """Autoencoder and normalisation, for an export's card."""
@@ -144,10 +157,10 @@ def _normalisation(config: LatteRunConfig, clips: ClipInfo, codec: ImageVae | No
     """Scale and shift where the settings have none: of Stable Diffusion's VAE, of the latent set, or measured (alike on every rank)."""
     if clips.latents is not None:
         known, stable = clips.latents.statistics, clips.latents.autoencoder.get("kind") == "sd"
-        if stable and known.get("shift") == known.get("mean"):  # not a scale that preprocess.py was given
-            return SD_SCALE, 0.0
         if not known:
             raise ConfigError(f"--data-path {clips.latents.location} does not say how its latents are spread: give --latent-scale")
+        if stable and known["shift"] == known["mean"]:  # not a scale that preprocess.py was given
+            return SD_SCALE, 0.0
         return known["scale"], known["shift"]
     assert codec is not None
     if codec.kind == "sd":

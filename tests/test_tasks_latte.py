@@ -179,7 +179,8 @@ def test_latents_are_addressed_posterior_samples_brought_to_unit_variance(ae: Pa
 
 def test_normalisation_is_given_or_the_sets_or_stable_diffusions(ae: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def state(*argv: str, clips: ClipInfo = CLIPS) -> dict[str, Any]:
-        return task(ae, *argv, clips=clips).state()
+        found = task(ae, *argv, clips=clips).state()
+        return {name: found[name] for name in ("latent_scale", "latent_shift")}
 
     automatic = ["--latent-scale", "0"]
     assert state(*automatic, clips=latent_clips(ae)) == {"latent_scale": 2.0, "latent_shift": 0.25}
@@ -198,13 +199,33 @@ def test_normalisation_is_given_or_the_sets_or_stable_diffusions(ae: Path, monke
     assert state(*automatic, clips=latent_clips(ae)) == {"latent_scale": SD_SCALE, "latent_shift": 0.0}, "as from pixels"
     given = {"mean": 0.25, "std": 0.5, "scale": 3.0, "shift": 0.0}
     assert state(*automatic, clips=latent_clips(ae, statistics=given)) == {"latent_scale": 3.0, "latent_shift": 0.0}
+    with pytest.raises(ConfigError, match="give --latent-scale"):  # such as sets that were given a scale each
+        state(*automatic, clips=latent_clips(ae, statistics={}))
 
 
 def test_a_run_keeps_the_normalisation_that_it_began_with(ae: Path) -> None:
     made = task(ae, "--latent-scale", "4")
-    made.load_state({"latent_scale": 2.0, "latent_shift": 0.5})
-    assert made.state() == {"latent_scale": 2.0, "latent_shift": 0.5}
+    made.load_state(made.state() | {"latent_scale": 2.0, "latent_shift": 0.5})
+    assert made.state() == task(ae).state() | {"latent_scale": 2.0, "latent_shift": 0.5}
     assert made.card()["latent"] == {"scale": 2.0, "shift": 0.5}
+    made.load_state({"latent_scale": 3.0, "latent_shift": 0.25})  # of a checkpoint that does not name its autoencoder
+    assert made.state() == task(ae).state() | {"latent_scale": 3.0, "latent_shift": 0.25}
+
+
+@pytest.mark.parametrize("held", ["pixels", "latents"])
+def test_a_run_does_not_go_on_with_another_autoencoder(tmp_path: Path, held: str) -> None:
+    """Trained further in its folder, or latents made anew with another: the settings are the same, the space is not."""
+
+    def made(seed: int) -> LatentTask:
+        where = vae_export(tmp_path / "run", seed)
+        return task(where) if held == "pixels" else task(None, clips=latent_clips(where))
+
+    began, other = made(0).state(), made(1)
+    with pytest.raises(UserError, match=r"began with other weights .*--resume none$") as error:
+        other.load_state(began)
+    assert "\n" not in str(error.value)
+    assert str(error.value).count("...") == 2 and str(tmp_path / "run") in str(error.value)
+    made(0).load_state(began)
 
 
 @pytest.mark.parametrize(
