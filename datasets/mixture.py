@@ -72,6 +72,14 @@ class Collection:
         """The collection itself, or that of one set."""
         return shards if isinstance(shards, cls) else cls.of(cast(ShardSet, shards))
 
+    def numbered_after(self, classes: list[str]) -> "Collection":
+        """The same samples, whose labels count these classes first: one name has one number in what a model learns and is tested on."""
+        if not self.classes:
+            return self
+        merged = list(dict.fromkeys([*classes, *self.classes]))
+        number = {name: label for label, name in enumerate(merged)}
+        return replace(self, classes=merged, label=np.array([number[name] for name in self.classes], dtype=np.int64)[self.label])
+
     @cached_property
     def _firsts(self) -> tuple[np.ndarray, np.ndarray]:
         """First sample and first shard of each set, and the ends."""

@@ -130,7 +130,7 @@ def open_clips(config: RunConfig, data: DataConfig, env: Env, *, latents: bool =
     if not data.val_path:
         return ClipInfo.of(shards, data), source, None
     held_out = dataclasses.replace(data, path=(data.val_path,), weights=(), flip=False, shuffle="auto", dataset_name="")
-    others = _open(held_out, env)
+    others = _open(held_out, env).numbered_after(shards.classes)
     _check_same_kind(shards, others)
     whole = env.world_size * config.train.accumulation
     share = held_out.frame_sample_prob
@@ -167,6 +167,19 @@ def _check_same_kind(shards: Collection, held_out: Collection) -> None:
         raise ConfigError(
             f"--val-path {held_out.location} holds {what[1]}, --data-path {shards.location} {what[0]}: both must hold the same kind"
         )
+
+
+def check_held_out(clips: ClipInfo, valid: ClipSource | None, *, labels: bool, vectors: bool) -> None:
+    """Raises ConfigError when the validation clips lack the condition of a model that is told their classes, or condition vectors."""
+    if valid is None:
+        return
+    where, cond, others = f"--val-path {valid.shards.location}", valid.shards.cond, valid.shards.classes
+    if vectors and (0 if cond is None else cond.values) != clips.cond_dim:
+        found = f"condition vectors {cond}" if cond else "no condition vectors"
+        raise ConfigError(f"{where} holds {found}, the training set such of {clips.cond_dim} numbers: prepare both alike")
+    if labels and not vectors and clips.classes and others != list(clips.classes):
+        what = f"the class {others[len(clips.classes)]}, which the training set lacks" if others else "no classes, the training set some"
+        raise ConfigError(f"{where} has {what}: prepare both with the same classes")
 
 
 def input_clips(networks: Networks, batch: Batch, rng: SampleRng) -> Tensor:

@@ -15,7 +15,7 @@ from launch.env import Env
 from models.official.latte import init_from_dit, reorder_time
 from models.transformers.latte import Latte, LatteConfig
 from pipelines.loading import load_latte
-from tasks.clips import ClipInfo, open_clips
+from tasks.clips import ClipInfo, check_held_out, open_clips
 from tasks.diffusion_task import Condition
 from tasks.frame_latents import open_frame_space
 from tasks.latent import Denoiser, LatentTask
@@ -52,6 +52,7 @@ class JointCondition(Condition):
 def build(config: LatteRunConfig, env: Env) -> tuple[LatentTask, ClipSource, ClipSource | None]:
     """Task, training clips and (with `data.val_path`) validation clips."""
     clips, source, valid = open_clips(config, config.data, env)
+    check_held_out(clips, valid, labels=config.condition.num_classes != 0, vectors=config.condition.use_text_embed)
     return latte_task(config, clips, env), source, valid
 
 

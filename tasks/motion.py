@@ -14,7 +14,7 @@ from engine.task import Batch, LossOutput, Network
 from launch.env import Env
 from models.transformers.motion_dit import MotionDiT
 from pipelines.sampling import Sampling, sample
-from tasks.clips import ClipInfo, Networks, empty_batch, open_clips, units
+from tasks.clips import ClipInfo, Networks, check_held_out, empty_batch, open_clips, units
 from tasks.diffusion_task import (
     Condition,
     DenoiserRunConfig,
@@ -149,4 +149,5 @@ def build(config: CMDMotionConfig, env: Env) -> tuple[CMDMotionTask, ClipSource,
     """Task, training clips and (with `data.val_path`) validation clips."""
     say_unused(config.final, env.is_main)
     clips, source, valid = open_clips(config, config.data, env)
+    check_held_out(clips, valid, labels=config.condition.num_classes != 0, vectors=config.condition.use_text_embed)
     return CMDMotionTask(config, clips, open_first_stage(config.ae, config.vae, clips)), source, valid
