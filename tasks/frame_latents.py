@@ -80,9 +80,10 @@ class FrameSpace:
         """Takes back what `state` gave. UserError when that was of another autoencoder."""
         began = state.get("autoencoder", self._fingerprint)
         if began != self._fingerprint:
+            then, now = (f"{number:0{_DIGITS}x}..." for number in (began, self._fingerprint))
             raise UserError(
-                f"the run began with other weights of the autoencoder ({began:0{_DIGITS}x}...) than those of {self.autoencoder.get('path')} "
-                f"now ({self._fingerprint:0{_DIGITS}x}...): give it those, or start anew with --resume none"
+                f"the run began with other weights of the autoencoder ({then}) than those of {self.autoencoder.get('path')} now ({now}): "
+                "give it those, or start anew with --resume none"
             )
         self.scale, self.shift = float(state["latent_scale"]), float(state["latent_shift"])
 

@@ -1,6 +1,7 @@
 """Settings of denoisers that train on the latents of a frozen first stage."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -70,8 +71,10 @@ class LatentRunConfig(RunConfig):
         """Raises ConfigError on settings and combinations that cannot work."""
         super().validate()
         latent = self.latent
-        if not latent.scale >= 0:  # NaN too
+        if not 0 <= latent.scale < math.inf:  # NaN too
             raise ConfigError(f"--latent-scale {latent.scale}: more than 0, or 0 to take or measure that of the latents")
+        if not math.isfinite(latent.shift):
+            raise ConfigError(f"--latent-shift {latent.shift}: it is a number that is taken off each latent")
         if latent.shift and not latent.scale:
             raise ConfigError(f"--latent-shift {latent.shift} needs a --latent-scale: without one both are measured")
         if latent.measure_clips < 1:

@@ -126,6 +126,8 @@ def test_release_flags_reach_their_settings() -> None:
         (["--model.depth", "3"], "depth 3 is odd"),
         (["--model.num_heads", "5"], "not a multiple of num_heads 5"),
         (["--latent-scale", "-1"], "--latent-scale -1.0"),
+        (["--latent-scale", "inf"], "--latent-scale inf"),
+        (["--latent-scale", "1", "--latent-shift", "nan"], "--latent-shift nan"),
         (["--latent-shift", "1"], "needs a --latent-scale"),
         (["--latent.measure_clips", "0"], "at least 1"),
         (["--ae", "a", "--vae", "b"], "give one of them"),
