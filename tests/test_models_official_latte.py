@@ -125,10 +125,7 @@ def test_what_does_not_fit_is_named_in_one_line():
         (lambda: official.export_official(model.state_dict(), LatteConfig(**SMALL, block_layout="late")), "both releases interleave"),
         (lambda: official.export_official(latte(head_dim=12).state_dict(), latte(head_dim=12).config), "head_dim 12"),
         (lambda: official.export_official(latte(cond_dim=3).state_dict(), latte(cond_dim=3).config), "cond_in_final"),
-        (
-            lambda: official.export_tutorial(classes.state_dict(), classes.config),
-            "no class",
-        ),
+        (lambda: official.export_tutorial(classes.state_dict(), classes.config), "no class"),
     ]
     for call, words in cases:
         with pytest.raises(ValueError, match=re.escape(words)) as error:
@@ -137,6 +134,46 @@ def test_what_does_not_fit_is_named_in_one_line():
     tutorial = official.export_tutorial(latte(**TUTORIAL).state_dict(), latte(**TUTORIAL).config)
     with pytest.raises(ValueError, match="no square of 3 channels"):
         official.load(tutorial, in_channels=3, num_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("x_embedder.proj.weight", (32, 16)),
+        ("pos_embed", (6, 32)),
+        ("temp_embed", (3,)),
+        ("temp_embed", (1, 3, 31)),
+        ("final_layer.linear.weight", ()),
+        ("blocks.x.y", (1,)),
+    ],
+)
+def test_tensors_of_other_shapes_are_named_in_one_line(name, shape):
+    model = latte()
+    state = official.export_official(model.state_dict(), model.config)
+    with pytest.raises(ValueError, match=f"^[^\n]*{re.escape(name)}[^\n]*$"):
+        official.load(state | {name: torch.zeros(shape)}, num_heads=2)
+    tutorial = official.export_tutorial(latte(**TUTORIAL).state_dict(), latte(**TUTORIAL).config)
+    with pytest.raises(ValueError, match=r"patch_embed\.0\.weight has shape"):
+        official.load(tutorial | {"patch_embed_layer.patch_embed.0.weight": torch.zeros(3)}, num_heads=2)
+
+
+@pytest.mark.parametrize(("changes", "words"), [({"learn_sigma": True}, "learn_sigma"), ({"mlp_ratio": 2.0}, "mlp_ratio 2.0")])
+def test_what_the_tutorial_cannot_be_is_not_written(changes, words):
+    model = latte(**TUTORIAL | changes)
+    with pytest.raises(ValueError, match=words):
+        official.export_tutorial(model.state_dict(), model.config)
+
+
+def test_the_official_step_embedding_has_one_width():
+    model = latte(time_embed_dim=64)
+    with pytest.raises(ValueError, match="time_embed_dim 64"):
+        official.export_official(model.state_dict(), model.config)
+
+
+def test_labels_without_a_null_row():
+    model = latte(num_classes=3, class_dropout_prob=0.0)
+    state = official.export_official(model.state_dict(), model.config)
+    assert official.official_config(state, num_heads=2, class_dropout_prob=0.0) == model.config
 
 
 def test_named_sizes_need_no_heads():

@@ -33,7 +33,8 @@ def check_names(found: Iterable[str], required: Iterable[str], optional: Iterabl
 
 def depth_of(names: Iterable[str], prefix: str) -> int:
     """Number of layers: one more than the largest number that follows `prefix`. Raises ValueError when there is none."""
-    numbers = [int(name.removeprefix(prefix).partition(".")[0]) for name in names if name.startswith(prefix)]
+    following = [name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)]
+    numbers = [int(text) for text in following if text.isdecimal()]
     if not numbers:
         raise ValueError(f"the state dict does not fit: nothing is called {prefix}0.*")
     return max(numbers) + 1

@@ -71,7 +71,7 @@ def _autoencoder_config(state: State, known: Mapping[str, Any]) -> FrameVAEConfi
     }
     if blocks:
         told["num_mid_layers"] = _units(state, blocks[0]) - 1
-    if (blocks or any(told["attn_down"])) and "num_heads" not in known:
+    if (told.get("num_mid_layers") or any(told["attn_down"])) and "num_heads" not in known:
         raise ValueError("this frame VAE has attention, and its weights do not tell the number of heads: say num_heads")
     return FrameVAEConfig(**(told | dict(known)))
 
@@ -85,8 +85,11 @@ def _width(state: State, block: str) -> int:
 
 
 def _shape(state: State, name: str) -> tuple[int, ...]:
+    """Shape of a convolution's weight."""
     if name not in state:
         raise ValueError(f"the state dict does not fit: nothing is called {name}")
+    if state[name].ndim != 4:
+        raise ValueError(f"the state dict does not fit: {name} has shape {tuple(state[name].shape)}, expected 4 axes")
     return tuple(state[name].shape)
 
 

@@ -40,6 +40,8 @@ _TUTORIAL_BLOCK = {
     "mlp_block.2": "mlp.fc2",
     "adaptive_norm_layer.1": "adaLN_modulation.1",
 }
+_OFFICIAL_TIME = 256
+"""Width of the official step embedding, which is no setting there."""
 _SAME_TABLE = 1e-2
 """Stored tables may be half precision, or the averages of a constant."""
 
@@ -79,6 +81,8 @@ def export_official(state: State, config: LatteConfig) -> State:
     Raises ValueError for a model that the release's network cannot be.
     """
     _check_layout(config)
+    if config.time_embed_dim != _OFFICIAL_TIME:
+        raise ValueError(f"time_embed_dim {config.time_embed_dim}: the official step embedding has {_OFFICIAL_TIME}")
     if config.head_dim not in (0, config.hidden_size / config.num_heads):
         raise ValueError(f"head_dim {config.head_dim}: the official heads have hidden_size / num_heads, which is not that")
     if config.cond_dim and config.cond_in_final:
@@ -108,7 +112,7 @@ def official_config(checkpoint: Mapping[str, Any], **known: Any) -> LatteConfig:
     if "temp_embed" in state:
         found["n_frames"] = state["temp_embed"].shape[1]
     if _LABELS in state:
-        found["num_classes"] = len(state[_LABELS]) - 1
+        found["num_classes"] = len(state[_LABELS]) - (known.get("class_dropout_prob") != 0)  # without dropping there is no null row
     if "text_embedding_projection.1.weight" in state:
         found |= {"cond_dim": state["text_embedding_projection.1.weight"].shape[1], "cond_in_final": False}
     return LatteConfig(**found | known)
@@ -119,6 +123,7 @@ def import_tutorial(checkpoint: Mapping[str, Any], in_channels: int = 4) -> Stat
     state = _unwrap(checkpoint)
     names = _tutorial_names(depth_of(state, "layers."))
     check_names(state, names)
+    _check_axes(state)
     ours = {names[name]: value for name, value in state.items()}
     patch = _patch_of(ours[_PATCH], in_channels)
     return ours | {_PATCH: rearrange(ours[_PATCH], "d (p q c) -> d c p q", p=patch, q=patch)}
@@ -128,13 +133,18 @@ def export_tutorial(state: State, config: LatteConfig, *, foreign_positions: boo
     """The tutorial's state dict of Latte's. Raises ValueError for a model that the tutorial's network cannot be.
 
     It computes row-first positions when it runs and stores none, so weights trained with column-first ones (pos_embed_order wh) give
-    other outputs there; `foreign_positions` writes them nevertheless, for a reader that is told the order.
+    other outputs there, and it has no channels for a learned variance; `foreign_positions` writes both nevertheless, for a reader that is
+    told of them.
     """
     _check_layout(config)
     if config.pos_embed_order != "hw" and not foreign_positions:
         raise ValueError("pos_embed_order 'wh': the tutorial's network computes 'hw' positions itself, which are wrong for these weights")
     if config.num_classes or config.cond_dim:
         raise ValueError("the tutorial's network has no class and no text condition")
+    if config.mlp_ratio != 4:
+        raise ValueError(f"mlp_ratio {config.mlp_ratio}: the tutorial's network has 4")
+    if config.learn_sigma and not foreign_positions:
+        raise ValueError("learn_sigma: the tutorial's network has no channels for the variance")
     ours = _reordered(state, config, "sin_cos")
     names = _tutorial_names(depth_of(ours, "blocks."))
     check_names(ours, names.values())
@@ -189,6 +199,15 @@ def _check_official(state: State) -> None:
     wanted = [name for name in dit_names(depth_of(state, "blocks.")) if name != "pos_embed"]
     text = tuple(_TEXT) if any(name in state for name in _TEXT) else ()
     check_names(state, (*wanted, *text), (*_TABLES, _LABELS))
+    _check_axes(state)
+
+
+def _check_axes(state: State) -> None:
+    """Raises ValueError for a tensor with another number of axes than the release's of that name."""
+    for name, value in state.items():
+        axes = 3 if name in _TABLES else 1 if name.endswith(".bias") else 4 if name == _PATCH else 2
+        if value.ndim != axes:
+            raise ValueError(f"the state dict does not fit: {name} has shape {tuple(value.shape)}, expected {axes} axes")
 
 
 def _check_layout(config: LatteConfig) -> None:
@@ -218,7 +237,7 @@ def _grid_and_order(state: State) -> tuple[tuple[int, int], GridOrder]:
 
 
 def _close(table: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(table, expected, rtol=0, atol=_SAME_TABLE)
+    return table.shape == expected.shape and torch.allclose(table, expected, rtol=0, atol=_SAME_TABLE)
 
 
 def _settings(state: State, channels: int, patch: int, known: Mapping[str, Any]) -> dict[str, Any]:
