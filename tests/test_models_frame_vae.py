@@ -165,6 +165,13 @@ def test_checkpoints_there_and_back(config: FrameVAEConfig, known: dict[str, int
     FrameVAE(read).load_state_dict(frame_vae.export(found, read))
 
 
+def test_blocks_of_the_middle_may_have_no_attention() -> None:
+    config = dataclasses.replace(SMALL, mid_channels=(16, 12, 16), num_mid_layers=0, num_heads=7)
+    state = built(config).state_dict()
+    assert not [name for name in state if "attention" in name] and "decoder_mids.1.residual_input_conv.0.weight" in state
+    assert dataclasses.replace(frame_vae.load(state, norm_channels=4)[1], num_heads=7) == config
+
+
 def test_discriminator_checkpoints_there_and_back() -> None:
     config = FrameDiscriminatorConfig(channels=1, conv_channels=(8, 16), kernels=(4, 4, 4), strides=(2, 2, 1), paddings=(1, 1, 1))
     for kind in ("batch", "group"):
@@ -189,3 +196,5 @@ def test_foreign_checkpoints_are_named() -> None:
         frame_vae.load(state)
     with pytest.raises(ValueError, match="nothing is called"):
         frame_vae.load({"conv.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"encoder_conv_in\.weight has shape"):
+        frame_vae.load(state | {"encoder_conv_in.weight": torch.zeros(3)})

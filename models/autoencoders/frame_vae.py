@@ -35,7 +35,7 @@ class FrameVAEConfig:
     num_down_layers: int = 2
     """Residual units of each level of the encoder."""
     num_mid_layers: int = 2
-    """Pairs of attention and unit in each block of the middle."""
+    """Pairs of attention and unit after the first unit of each block of the middle; 0: that unit alone."""
     num_up_layers: int = 2
     """Residual units of each level of the decoder."""
     clamp_logvar: bool = True
@@ -43,9 +43,9 @@ class FrameVAEConfig:
 
     def __post_init__(self) -> None:
         levels = len(self.down_channels) - 1
-        counts = (self.num_down_layers, self.num_mid_layers, self.num_up_layers, self.norm_channels, self.num_heads)
+        counts = (self.num_down_layers, self.num_mid_layers + 1, self.num_up_layers, self.norm_channels, self.num_heads)
         if min(self.channels, self.z_channels, *counts, *self.down_channels, *self.mid_channels) < 1:
-            raise ValueError("channels, layers, norm_channels and num_heads must be at least 1")
+            raise ValueError("channels, layers (but num_mid_layers), norm_channels and num_heads must be at least 1")
         if levels < 1 or len(self.down_sample) != levels or len(self.attn_down) != levels:
             found = f"{len(self.down_channels)}, {len(self.down_sample)} and {len(self.attn_down)}"
             raise ValueError(f"down_channels needs one entry more than down_sample and attn_down, and two at least; there are {found}")
@@ -75,7 +75,7 @@ class FrameVAEConfig:
         """Widths that some attention works at: a level's outer one in the decoder, its inner one in the encoder."""
         pairs = zip(self.down_channels, self.down_channels[1:], self.attn_down, strict=False)
         levels = {width for before, after, attended in pairs if attended for width in (before, after)}
-        return levels | (set(self.mid_channels) if len(self.mid_channels) > 1 else set())
+        return levels | (set(self.mid_channels[1:]) if self.num_mid_layers else set())
 
 
 class Attention(nn.Module):
