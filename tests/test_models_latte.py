@@ -185,6 +185,9 @@ def test_text_in_the_final_layer_is_a_setting():
         model(x, t, cond=cond)
     assert not torch.allclose(seen["all"], seen["release"])
     torch.testing.assert_close(seen["release"], release.t_embedder(t)[None])
+    release(*clips(frames=5), cond=cond, images=2)
+    assert seen["release"].shape[0] == 5
+    torch.testing.assert_close(seen["release"], release.t_embedder(t).expand(5, -1, -1))  # of images as well
 
 
 class Copies(TorchDispatchMode):

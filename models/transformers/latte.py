@@ -135,8 +135,10 @@ class Latte(nn.Module):
         clip = _sum(step, label, text)[None]  # (1, B, D)
         space, last = clip, clip if self.config.cond_in_final else _sum(step, label)[None]
         if images and (self.y_embedder is not None or self.cond_embedder is not None):
-            picture = self._picture(step, images, image_y, image_drop)  # (I, B, D)
-            space, last = (torch.cat([c.expand(x.shape[2] - images, -1, -1), picture]) for c in (clip, last))
+            bare = self._picture(step, images, image_y, image_drop)
+            picture = _sum(bare, self._text(None, None, len(t)))  # (I, B, D)
+            pairs = (clip, picture), (last, picture if self.config.cond_in_final else bare)
+            space, last = (torch.cat([c.expand(x.shape[2] - images, -1, -1), of_images]) for c, of_images in pairs)
         tokens = self._blocks(tokens, space, clip, images)
         patch, (rows, columns) = self.config.patch_size, self.config.grid
         out = self.final_layer(tokens, last)
@@ -157,10 +159,10 @@ class Latte(nn.Module):
         return None if self.cond_embedder is None else self.cond_embedder(cond, batch, drop)
 
     def _picture(self, step: Tensor, images: int, y: Tensor | None, drop: Tensor | None) -> Tensor:
-        """Condition of the images, (I, B, D)."""
+        """Condition of the images but for the text, (I, B, D)."""
         step = step.repeat(images, 1)  # (I B, D)
         y, drop = (None if value is None else value.t().flatten() for value in (y, drop))
-        return _sum(step, self._label(y, drop, len(step)), self._text(None, None, len(step))).unflatten(0, (images, -1))
+        return _sum(step, self._label(y, drop, len(step))).unflatten(0, (images, -1))
 
     def _blocks(self, tokens: Tensor, space: Tensor, clip: Tensor, images: int) -> Tensor:
         """All blocks on (T + I, B, N, D), conditions of all frames (T + I or 1, B, D) and of the clip alone (1, B, D)."""
