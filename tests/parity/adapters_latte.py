@@ -57,7 +57,8 @@ def clip_of(name: str) -> tuple[str, dict[str, int]]:
 @adapter("latte", "expl-frameidx")
 @adapter("latte", "official-frameidx")
 def check_frames(case: Case) -> None:
-    length, intervals = case.config("num_frames"), case.config("frame_interval")
+    length, interval = case.config("num_frames"), case.config("frame_interval")
+    intervals = [interval] if isinstance(interval, int) else interval
     for name in case.names("out/"):
         kind, at = clip_of(name.removeprefix("out/"))
         assert at["i"] in intervals

@@ -54,6 +54,7 @@ def check_loss(case: Case) -> None:
     terms = diffusion.training_losses(model, x0, t, noise, given)
     terms["loss"].mean().backward()
     ours = terms | {"loss_mean": terms["loss"].mean(), "x_t": swapped(diffusion.q_sample(x0, t, noise))}
+    ours["timestep_map"] = torch.tensor(diffusion.timestep_map)
     for name in case.names("out/"):
         case.compare(name, ours[name.removeprefix("out/")], REL, ABS)
     # A variance that the loss does not train has no gradient at all.

@@ -189,8 +189,10 @@ def run_updates(case: Case, model: Latte, ema: Ema) -> tuple[Tensor, Tensor]:
     losses, norms = torch.zeros(updates, parts), torch.zeros(updates)
     for step in range(updates):
         for part in range(parts):
-            x0, t, noise = (case.input(f"{name}_{step * parts + part}") for name in ("x0", "t", "noise"))
-            loss = diffusion.training_losses(model, swapped(x0), t, swapped(noise), {})["loss"].mean()
+            at = step * parts + part
+            x0, t, noise = (case.input(f"{name}_{at}") for name in ("x0", "t", "noise"))
+            given = {"y": case.input(f"y_{at}")} if case.has(f"in/y_{at}") else {}
+            loss = diffusion.training_losses(model, swapped(x0), t, swapped(noise), given)["loss"].mean()
             (loss / parts).backward()
             losses[step, part] = loss.detach()
         norms[step] = norm = gradient_norm(parameters)
