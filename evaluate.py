@@ -23,14 +23,13 @@ from launch.env import Env, Stopped, distributed
 from launch.run import Launch, parse_launch, run_main
 from losses import perceptual
 from metrics.frames import SSIM_WINDOW, lpips, psnr, quantise, ssim
-from pipelines.latents import ENCODERS, IMAGE_VAE, EncoderOptions, FrameEncoder
-from pipelines.loading import SD_SCALE, is_official
+from pipelines.latents import ENCODERS, EncoderOptions, FrameEncoder, system_of
+from pipelines.loading import SD_SCALE
 from utils.config import dump_yaml, load_config, to_dict
 from utils.errors import ConfigError
 from utils.files import atomic_write_text
 from utils.media import to_float
 from utils.rng import SampleRng
-from utils.weights import read_card
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,7 @@ class ReconstructConfig:
     """Measures how well an autoencoder gives clips back."""
 
     system: str = ""
-    """Whose official checkpoint it is: cmd or latte. An export says it itself."""
+    """Whose official checkpoint it is: cmd or latte; empty: as the names in it say. An export says it itself."""
     ae: str = ""
     """The autoencoder: an export or run folder, or an official checkpoint (.pt, .pth)."""
     data_path: str = ""
@@ -123,9 +122,7 @@ def measure_reconstruction(config: ReconstructConfig, env: Env) -> dict[str, Any
 
 def _open(config: ReconstructConfig, shards: Collection, device: torch.device) -> Any:
     """The pipeline of the autoencoder: something with `reconstruct` and `identity`. Raises UserError or ConfigError."""
-    system = config.system or ("cmd" if config.ae else IMAGE_VAE)
-    if config.ae and not is_official(config.ae):
-        system = read_card(config.ae).get("system", "")
+    system = system_of(config.ae, config.system)
     if system not in ENCODERS:
         raise ConfigError(f"--ae {config.ae or config.vae}: autoencoders of {', '.join(ENCODERS)} are measured, not of '{system}'")
     options = EncoderOptions(

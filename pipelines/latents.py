@@ -23,7 +23,7 @@ from datasets.storage import CacheConfig
 from pipelines.cmd import CMDPipeline
 from pipelines.image_vae import SD_SCALE
 from pipelines.latte import LattePipeline
-from pipelines.loading import is_official
+from pipelines.loading import is_official, released_system
 from utils.errors import ConfigError
 from utils.media import to_float
 from utils.weights import read_card
@@ -109,6 +109,16 @@ IMAGE_VAE = "latte"
 """The system whose autoencoder may be an image VAE alone."""
 
 
+def system_of(ae: str, told: str = "") -> str:
+    """The system that opens an autoencoder: an export says it, an official checkpoint does unless it is `told`; empty `ae`: an image VAE.
+
+    Raises UserError for what cannot be read.
+    """
+    if ae and not is_official(ae):
+        return str(read_card(ae).get("system", ""))
+    return told or (released_system(ae) if ae else IMAGE_VAE)
+
+
 def add_latents_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `preprocess.py latents`."""
     add = parser.add_argument_group("what").add_argument
@@ -125,7 +135,11 @@ def add_latents_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"factor of the image VAE's latents (default {SD_SCALE}); of encoders of frames: what latents are to be multiplied by in "
         "training (default: measured, so that they have unit variance)",
     )
-    add("--system", choices=sorted(ENCODERS), help="whose official checkpoint or image VAE it is (default: cmd, for --vae alone latte)")
+    add(
+        "--system",
+        choices=sorted(ENCODERS),
+        help="whose official checkpoint or image VAE it is (default: as its names say; for --vae alone latte)",
+    )
     add(
         "--store",
         choices=["moments", "sample"],
@@ -195,9 +209,7 @@ def _open(args: argparse.Namespace, pixels: ShardSet, device: torch.device) -> L
     """The encoder of a command line. Raises ConfigError or UserError in one line."""
     if not (args.ae or args.vae):
         raise ConfigError("say what encodes the clips: --ae, a trained autoencoder, or --vae, an image VAE")
-    system = args.system or ("cmd" if args.ae else IMAGE_VAE)
-    if args.ae and not is_official(args.ae):
-        system = read_card(args.ae).get("system")
+    system = system_of(args.ae, args.system or "")
     if system not in ENCODERS:
         what = f"--ae {args.ae} is an export of '{system}'" if args.ae else f"--vae {args.vae} without --ae"
         raise ConfigError(f"{what}: latents are made by {', '.join(ENCODERS)}")

@@ -120,7 +120,10 @@ def load_latte(
         state, config = official_latte.load(checkpoint, **known, **({"num_heads": num_heads} if num_heads else {}))
     except (ValueError, KeyError) as error:
         raise UserError(f"{path} is no checkpoint of Latte that can be read: {error}") from None
-    card = {"system": "latte", "stage": "denoiser", "model": to_dict(config), **_released_with(release, config)}
+    told = to_dict(config)
+    if release == "tutorial":
+        del told["input_size"]  # nobody knows what it was trained on
+    card = {"system": "latte", "stage": "denoiser", "model": told, **_released_with(release, config)}
     loaded = Loaded(_frozen(Latte, config, state, path), config, card, sha256_file(Path(path)), str(path), weights)
     return _resized(loaded, input_size)
 
@@ -161,6 +164,13 @@ def diffusion_of(loaded: Loaded) -> DiffusionConfig:
 def is_official(path: str | Path) -> bool:
     """Whether a path names an official checkpoint rather than an export of ours."""
     return Path(path).suffix in OFFICIAL_SUFFIXES
+
+
+def released_system(path: str | Path) -> str:
+    """The system whose autoencoder an official checkpoint holds, told by the names in it. Raises UserError where it cannot be read."""
+    checkpoint = load_tensors(path)
+    names = [name for part in (checkpoint, *checkpoint.values()) if isinstance(part, Mapping) for name in part]
+    return "latte" if any("encoder_conv_in." in str(name) for name in names) else "cmd"
 
 
 def _exported_network(
