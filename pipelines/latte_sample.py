@@ -219,6 +219,8 @@ class LatteSampleJob:
         denoiser = self.pipeline.denoiser
         assert denoiser is not None
         notes = []
+        if self.config.guidance_scale != 1 and not denoiser.config.num_classes and not denoiser.config.cond_dim:
+            notes.append(f"warning: --guidance-scale {self.config.guidance_scale:g} does nothing: the denoiser has no condition")
         trained = denoiser.card["model"].get("n_frames", 16)
         if self.n_frames != trained:
             notes.append(f"warning: clips of {self.n_frames} frames, the denoiser was trained on {trained}: quality drops")

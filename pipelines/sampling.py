@@ -47,6 +47,8 @@ class Sampling:
         if self.sampler not in ("auto", *known):
             raise ConfigError(f"sampler {self.sampler}: the model's process is {diffusion.process}, which has {', '.join(known)}")
         sampler = known[0] if self.sampler == "auto" else self.sampler
+        if self.eta and sampler != "ddim":
+            raise ConfigError(f"eta {self.eta}: only ddim has a share of fresh noise to set, not {sampler}")
         if self.respacing and diffusion.process == "flow":
             raise ConfigError(f"respacing {self.respacing!r}: a flow has no steps to choose from, give a number of steps")
         return dataclasses.replace(self, sampler=sampler)

@@ -168,6 +168,13 @@ def test_other_lengths_and_sizes_are_made_with_a_warning(results: Path, tmp_path
     assert job("--run", results, *SETTINGS).notes == []
 
 
+def test_guidance_without_a_condition_is_told(tmp_path: Path) -> None:
+    family(tmp_path, config=dataclasses.replace(LATTE, num_classes=0))
+    told = "warning: --guidance-scale 2 does nothing: the denoiser has no condition"
+    assert job("--run", tmp_path, "--guidance-scale", 2).notes == [told]
+    assert job("--run", tmp_path).notes == []
+
+
 def test_the_usual_steps_and_what_respacing_replaces(results: Path) -> None:
     assert job("--run", results).steps == 100, "the process has fewer than 250"
     assert job("--run", results, "--respacing", "ddim25").steps == 25
@@ -260,6 +267,7 @@ def test_settings_that_cannot_be_are_refused(argv: list[str], message: str) -> N
     [
         (["--run", "{results}", "--classes", "nine"], 1, "no such class"),
         (["--run", "{results}", "--sampler", "heun"], 2, "which has ddim, ddpm, dpm++"),
+        (["--run", "{results}", "--sampler", "ddpm", "--eta", "1"], 2, "eta 1.0: only ddim"),
         (["--run", "{results}", "--smapler", "ddim"], 2, "--sampler"),
         (["--denoiser", "{results}/nothing.pt", "--ae", "{results}/000-latte-autoencoder"], 1, "does not exist"),
     ],
