@@ -90,6 +90,8 @@ def test_settings_that_cannot_be_are_refused():
         ({"hidden_size": 30, "num_heads": 2}, "not a multiple of 4"),
         ({"time_embed_dim": 15}, "time_embed_dim 15 is odd"),
         ({"n_frames": 0}, "n_frames 0: at least 1"),
+        ({"head_dim": -2}, "head_dim -2: at least 1"),
+        ({"mlp_ratio": -1.0}, "mlp_ratio -1.0: the MLPs"),
     ):
         with pytest.raises(ValueError, match=words):
             LatteConfig(**SMALL | changes)

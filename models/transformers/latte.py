@@ -75,8 +75,12 @@ class LatteConfig:
             raise ValueError(f"input_size {h} x {w} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4, which the position tables need")
-        if self.head_dim < 0 or (not self.head_dim and self.hidden_size % self.num_heads):
+        if self.head_dim < 0:
+            raise ValueError(f"head_dim {self.head_dim}: at least 1, or 0 for hidden_size / num_heads")
+        if not self.head_dim and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}; or give head_dim")
+        if int(self.hidden_size * self.mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio}: the MLPs of a width of {self.hidden_size} would have nothing between their layers")
         if self.time_embed_dim % 2:
             raise ValueError(f"time_embed_dim {self.time_embed_dim} is odd: half of it are sines, half cosines")
 
