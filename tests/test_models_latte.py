@@ -91,7 +91,7 @@ def test_settings_that_cannot_be_are_refused():
         ({"time_embed_dim": 15}, "time_embed_dim 15 is odd"),
         ({"n_frames": 0}, "n_frames 0: at least 1"),
         ({"head_dim": -2}, "head_dim -2: at least 1"),
-        ({"mlp_ratio": -1.0}, "mlp_ratio -1.0: the MLPs"),
+        ({"mlp_ratio": -1.0}, "mlp_ratio -1.0: nothing is left"),
     ):
         with pytest.raises(ValueError, match=words):
             LatteConfig(**SMALL | changes)

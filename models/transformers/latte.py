@@ -80,7 +80,7 @@ class LatteConfig:
         if not self.head_dim and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}; or give head_dim")
         if int(self.hidden_size * self.mlp_ratio) < 1:
-            raise ValueError(f"mlp_ratio {self.mlp_ratio}: the MLPs of a width of {self.hidden_size} would have nothing between their layers")
+            raise ValueError(f"mlp_ratio {self.mlp_ratio}: nothing is left between the layers of an MLP of width {self.hidden_size}")
         if self.time_embed_dim % 2:
             raise ValueError(f"time_embed_dim {self.time_embed_dim} is odd: half of it are sines, half cosines")
 
