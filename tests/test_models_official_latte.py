@@ -202,5 +202,9 @@ def test_a_dit_starts_a_latte():
     tokens = torch.randn(2, 6, 32)
     eps = model.final_layer(tokens, t[:, None].expand(2, 32) / 700).unflatten(-1, (2, 2, 8))[..., :4]
     torch.testing.assert_close(other.final_layer(tokens, t[:, None].expand(2, 32) / 700).unflatten(-1, (2, 2, 4)), eps)
+    compiled = {f"_orig_mod.{name}": value for name, value in dit.state_dict().items()}
+    assert same(official.init_from_dit(compiled), part)
+    with pytest.raises(ValueError, match=re.escape("blocks.0.mlp.fc1.weight has shape ()")):
+        official.init_from_dit(dit.state_dict() | {"blocks.0.mlp.fc1.weight": torch.zeros(())}, other.config)
     with pytest.raises(ValueError, match=re.escape("the DiT checkpoint has hidden_size")):
         official.init_from_dit(dit.state_dict(), latte(depth=2).config)

@@ -170,10 +170,11 @@ def init_from_dit(checkpoint: Mapping[str, Any], config: LatteConfig | None = No
     With `config` it is made to fit: the order of the step embedding, and a final layer without variance. Raises ValueError when it
     cannot be.
     """
-    state = unwrap(checkpoint, "ema", "model")
+    state = _unwrap(checkpoint)
     depth = depth_of(state, "blocks.")
     wanted = [name for name in dit_names(depth) if name != "pos_embed"]
     check_names(state, wanted, ("pos_embed", _LABELS))
+    _check_axes(state)
     state = {name: state[name] for name in wanted}
     if config is None:
         return state
