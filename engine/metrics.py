@@ -33,8 +33,8 @@ class Meter:
         self._main = main_network
         self._flops = flops
         self._peak = peak
-        self._sums: dict[str, Tensor] = {}
-        self._names: dict[str, list[str]] = {}
+        self._sums: dict[tuple[str, tuple[str, ...]], Tensor] = {}
+        """Phase and names of its metrics -> their sums. A loss may get further terms at any step, such as a discriminator's."""
         self._rates: dict[str, float] = {}
         self._warm = False
         self._restart()
@@ -51,8 +51,8 @@ class Meter:
         """Add one optimiser turn. Sums of a turn that was left out do not count."""
         values = torch.cat([sums.values, sums.counts, norm.double().view(1), torch.ones_like(sums.values[:1])])
         values = values.masked_fill(~finite, 0.0)  # torch.where would copy the number to the GPU and wait
-        self._sums[phase] = self._sums[phase] + values if phase in self._sums else values
-        self._names[phase] = sums.names
+        key = phase, tuple(sums.names)
+        self._sums[key] = self._sums[key] + values if key in self._sums else values
         self._rates[phase] = rate
         flops = self._flops.get(phase)
         self._work = None if flops is None or self._work is None else self._work + flops * samples
@@ -82,29 +82,25 @@ class Meter:
 
     def read(self, step: int, skipped: Tensor) -> dict[str, float]:
         """Values of the log line after `step` steps, and a fresh start. Every rank calls it."""
-        phases = list(self._sums)
-        numbers = torch.cat([*(self._sums[phase] for phase in phases), skipped.view(1)]).tolist()  # the interval's one host sync
+        numbers = torch.cat([*self._sums.values(), skipped.view(1)]).tolist()  # the interval's one host sync
         seconds = time.perf_counter() - self._started - self._paused
-        line: dict[str, float] = {}
-        for phase in phases:
-            size = len(self._sums[phase])
-            self._describe(line, phase, numbers[:size])
-            numbers = numbers[size:]
-        line |= self._pace(step, seconds)
-        line["skipped"] = numbers[0]
+        line = self._means(numbers) | {f"lr/{phase}": self._rates[phase] for phase, _ in self._sums} | self._pace(step, seconds)
+        line["skipped"] = numbers[-1]
         self._sums.clear()
         self._restart()
         return line
 
-    def _describe(self, line: dict[str, float], phase: str, numbers: list[float]) -> None:
-        names = self._names[phase]
-        n = 1 + len(names)
-        values, counts, (norm, steps) = numbers[:n], numbers[n : 2 * n], numbers[2 * n :]
-        keys = ["loss" if phase == self._main else f"loss/{phase}", *(f"train/{name}" for name in names)]
-        line |= {key: value / count for key, value, count in zip(keys, values, counts, strict=True) if count > 0}
-        line[f"lr/{phase}"] = self._rates[phase]
-        if steps > 0:
-            line[f"grad_norm/{phase}"] = norm / steps
+    def _means(self, numbers: list[float]) -> dict[str, float]:
+        """Loss, metrics and gradient norm of each phase, from the sums in their order; a metric over the steps that had it."""
+        found: dict[tuple[str, str], tuple[float, float]] = {}
+        for (phase, names), sums in self._sums.items():
+            own, numbers = numbers[: len(sums)], numbers[len(sums) :]
+            keys = ["loss" if phase == self._main else f"loss/{phase}", *(f"train/{name}" for name in names), f"grad_norm/{phase}"]
+            n = len(names) + 1
+            for key, value, count in zip(keys, [*own[:n], own[-2]], [*own[n : 2 * n], own[-1]], strict=True):
+                total, counted = found.get((phase, key), (0.0, 0.0))
+                found[phase, key] = total + value, counted + count
+        return {key: total / count for (_, key), (total, count) in found.items() if count > 0}
 
     def _pace(self, step: int, seconds: float) -> dict[str, float]:
         worst = torch.tensor([self._feed.waited / max(seconds, 1e-9), peak_memory(self._env.device) / GIB], dtype=torch.float64)

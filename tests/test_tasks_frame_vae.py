@@ -218,6 +218,19 @@ def test_the_start_of_the_discriminator_survives_a_restart(tmp_path: Path) -> No
     assert all(torch.equal(value, weights(parts)[name]) for name, value in weights(whole).items())
 
 
+def test_the_discriminator_may_start_between_two_log_lines(tmp_path: Path) -> None:
+    """The loss gets a term, which is the mean over the steps that had it; the others are the mean over all steps."""
+    with distributed(60) as env:
+        each, seldom = (
+            lines(train(env, str(tmp_path / every), "--disc-start 3 --max-steps 6", f"--log-every {every}")) for every in ("1", "6")
+        )
+    (after,) = [line for line in seldom if line["step"] == 6 and "loss" in line]
+    for key in ("loss", "loss/disc", "train/mse", "train/adversarial", "train/disc_real", "grad_norm/ae", "grad_norm/disc"):
+        values = [line[key] for line in each if key in line]
+        assert len(values) == (6 if key in ("loss", "train/mse", "grad_norm/ae") else 3), key
+        assert after[key] == pytest.approx(sum(values) / len(values), rel=1e-5), key
+
+
 def train_modes(env: Env, folder: str, modes: list[str]) -> list[str]:
     flags = "--max-steps 3 --disc-start 1 --loss.adversarial.norm group"
     return [str(train(env, f"{folder}/{mode}", flags, f"--parallel {mode}")) for mode in modes]
