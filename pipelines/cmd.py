@@ -11,7 +11,7 @@ from torch import Tensor
 from models.autoencoders.cmd import CMDAutoencoder
 from pipelines.image_vae import ImageVae, vae_of
 from pipelines.loading import Loaded, Weights, diffusion_of, load_autoencoder, load_content, load_motion, understood
-from pipelines.sampling import Sampling, sample
+from pipelines.sampling import Sampling, in_groups, sample
 from utils.config import to_dict
 from utils.errors import UserError
 from utils.rng import SampleRng
@@ -148,20 +148,8 @@ class CMDPipeline:
         """
         if self.content is None or self.motion is None:
             raise UserError("generation needs a content and a motion model, not the autoencoder alone")
-        wrong = [label for label in labels or () if not 0 <= label < self.num_classes]
-        if wrong and self.num_classes:
-            raise UserError(f"there is no class {wrong[0]}: the models know {self.num_classes} classes, 0 to {self.num_classes - 1}")
-        groups = [[i] for i in range(len(indices))] if exact else [list(range(len(indices)))]
-        clips = []
-        for group in groups:
-            rng = SampleRng(seed, torch.tensor([indices[i] for i in group]), self.device)
-            given: dict[str, Tensor] = {}
-            if labels is not None:
-                given["y"] = torch.tensor([labels[i] for i in group], device=self.device)
-            if cond is not None:
-                given["cond"] = cond[group].to(self.device)
-            clips.append(self._generate(rng, given, content, motion))
-        return torch.cat(clips)
+        groups = in_groups(indices, labels, cond, seed=seed, num_classes=self.num_classes, exact=exact, device=self.device)
+        return torch.cat([self._generate(rng, given, content, motion) for _, rng, given in groups])
 
     def _generate(self, rng: SampleRng, given: Mapping[str, Tensor], content: Sampling, motion: Sampling) -> Tensor:
         assert self.content is not None and self.motion is not None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipelines.image_vae import SD_SCALE, ImageVae, open_codec
 from pipelines.loading import Loaded, Weights, diffusion_of, is_official, load_latte, understood
-from pipelines.sampling import Sampling, sample
+from pipelines.sampling import Sampling, in_groups, sample
 from utils.errors import UserError
 from utils.rng import SampleRng
 from utils.weights import read_card
@@ -148,19 +148,10 @@ class LattePipeline:
         """
         if self.denoiser is None:
             raise UserError("generation needs a denoiser, not the autoencoder alone")
-        wrong = [label for label in labels or () if not 0 <= label < self.num_classes]
-        if wrong and self.num_classes:
-            raise UserError(f"there is no class {wrong[0]}: the model knows {self.num_classes} classes, 0 to {self.num_classes - 1}")
         shape = (self.codec.channels, n_frames or self.clip_shape[0], *self.denoiser.config.input_size)
-        groups = [[i] for i in range(len(indices))] if exact else [list(range(len(indices)))]
+        groups = in_groups(indices, labels, cond, seed=seed, num_classes=self.num_classes, exact=exact, device=self.device)
         clips = []
-        for group in groups:
-            rng = SampleRng(seed, torch.tensor([indices[i] for i in group]), self.device)
-            given: dict[str, Tensor] = {}
-            if labels is not None:
-                given["y"] = torch.tensor([labels[i] for i in group], device=self.device)
-            if cond is not None:
-                given["cond"] = cond[group].to(self.device)
+        for group, rng, given in groups:
             seen = None if watch is None else _for_group(watch, group)
             clips.append(self.decode(self._latents(shape, rng, understood(self.denoiser, given, sampling.guidance), sampling, seen)))
         return torch.cat(clips)

@@ -1,7 +1,7 @@
 """One call that draws from a diffusion model, with noise that belongs to the sample and not to the batch it is in."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from diffusion.flow_samplers import euler_sample, heun_sample
 from diffusion.guidance import ClassifierFreeGuidance
 from diffusion.samplers import Callback, Noise, ddim_sample, ddpm_sample
 from utils.config import to_dict
-from utils.errors import ConfigError
+from utils.errors import ConfigError, UserError
 from utils.rng import SampleRng
 
 Sampler = Literal["auto", "ddim", "ddpm", "dpm++", "euler", "heun"]
@@ -113,6 +113,33 @@ def _denoise(
     return ddim_sample(
         process, model, start, noise=noise, eta=sampling.eta, clip_denoised=sampling.clip, model_kwargs=kwargs, callback=callback
     )
+
+
+def in_groups(
+    indices: Sequence[int],
+    labels: Sequence[int] | None,
+    cond: Tensor | None,
+    *,
+    seed: int,
+    num_classes: int,
+    exact: bool,
+    device: torch.device,
+) -> Iterator[tuple[list[int], SampleRng, dict[str, Tensor]]]:
+    """The samples that go through the networks together: positions in `indices`, their noise, and their conditions (`y`, `cond`).
+
+    With `exact` each one alone, because a matrix product may round differently in a larger batch; without, all. `labels` and `cond`
+    belong to `indices`. Raises UserError for a class that the models do not know, where they know any.
+    """
+    wrong = [label for label in labels or () if not 0 <= label < num_classes]
+    if wrong and num_classes:
+        raise UserError(f"there is no class {wrong[0]}: {num_classes} classes are known, 0 to {num_classes - 1}")
+    for group in [[i] for i in range(len(indices))] if exact else [list(range(len(indices)))]:
+        given: dict[str, Tensor] = {}
+        if labels is not None:
+            given["y"] = torch.tensor([labels[i] for i in group], device=device)
+        if cond is not None:
+            given["cond"] = cond[group].to(device)
+        yield group, SampleRng(seed, torch.tensor([indices[i] for i in group]), device), given
 
 
 def count_steps(diffusion: DiffusionConfig, sampling: Sampling) -> int:
