@@ -12,7 +12,7 @@ from pipelines.jobs import SampleConfig, SampleJob
 from pipelines.latte_sample import LatteSampleConfig, LatteSampleJob
 from pipelines.runs import systems_in
 from utils.config import load_config, load_yaml
-from utils.errors import UserError
+from utils.errors import ConfigError, UserError
 
 
 class System(NamedTuple):
@@ -42,7 +42,11 @@ def load_sampling(argv: Sequence[str], prog: str, about: str) -> SampleConfig:
             except SystemExit:
                 about = ""
         raise SystemExit(0)
-    return load_config(schemas, [*(("--system", system) if system else ()), *argv], prog=prog, description=about)
+    config = load_config(schemas, [*(("--system", system) if system else ()), *argv], prog=prog, description=about)
+    if not system and not config.run:
+        known = " or ".join(SYSTEMS)
+        raise ConfigError(f"what to sample from? give --run FOLDER (the --results-dir of training), or --system {known} and its models")
+    return config
 
 
 def _told(argv: Sequence[str]) -> str:
