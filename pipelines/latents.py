@@ -233,6 +233,8 @@ def _rules(args: argparse.Namespace, encoder: LatentEncoder, pixels: ShardSet) -
     what = args.ae or args.vae
     if isinstance(encoder, FrameEncoder):
         _refuse(args, ("n_frames", "window_stride"), f"{what} encodes frame by frame, clips of any length")
+        if args.store != "sample":
+            _refuse(args, ("seed",), "moments are no draws, it goes with --store sample")
         return LatentRules(0, 0, **common, store=args.store or "moments", seed=args.seed or 0, scale=args.scale_factor or 0.0)
     _refuse(args, ("store", "seed"), f"{what} encodes clips as a whole, and says itself what is stored of them")
     length, *size = encoder.clip_shape

@@ -278,6 +278,7 @@ def test_the_command_line(pixels: Path, whole: Path, tmp_path: Path, monkeypatch
     assert folder_digests(tmp_path / "set") == folder_digests(whole)
     for extra, words in (
         (("--window-stride", 2), "--window-stride means nothing here: folder encodes frame by frame"),
+        (("--seed", 2), "--seed means nothing here: moments are no draws"),
         (("--latent-scale", 2), "with other settings"),
         (("--store", "sample"), "with other settings"),
     ):
