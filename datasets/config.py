@@ -76,7 +76,7 @@ def resolve(data: DataConfig, shards: Collection | ShardSet) -> DataConfig:
     _check_numbers(data)
     _check_frames(data, shards)
     if shards.is_latent and data.flip:
-        raise ConfigError(f"--flip: {shards.location} holds latents, which cannot be mirrored; drop the flag, or train on the clips")
+        raise ConfigError(f"--flip: {shards.location} holds latents, which cannot be mirrored; say --no-flip, or train on the clips")
     if shards.by_frame:
         _check_clips(data, shards)
     else:
