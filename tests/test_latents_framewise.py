@@ -60,6 +60,14 @@ def frames_of(members: dict[str, bytes], count: int) -> torch.Tensor:
     return to_float(torch.from_numpy(clip.copy()).permute(3, 0, 1, 2)[None])
 
 
+def test_any_memory_layout_of_the_encoder_gives_the_same_bytes(pixels: Path, whole: Path, tmp_path: Path) -> None:
+    class ChannelsLast(ConvEncoder):
+        def encode_moments(self, video: torch.Tensor) -> torch.Tensor:
+            return super().encode_moments(video).permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
+
+    assert folder_digests(make(pixels, tmp_path / "set", ChannelsLast(), dtype="float32")) == folder_digests(whole)
+
+
 def test_each_frame_has_its_row(pixels: Path, whole: Path) -> None:
     """Against the whole clip through the encoder in one piece, whatever pieces it was encoded in."""
     index = json.loads((whole / "index.json").read_bytes())

@@ -144,6 +144,7 @@ def _drawn(moments: np.ndarray, numbers: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _sample(job: LatentJob, row: int, values: np.ndarray, members: dict[str, bytes]) -> Sample:
+    values = np.ascontiguousarray(values)  # convolutions may leave their channels last
     sums = sums_text(values.view(np.uint8))
     return Sample(
         job.name(row, 0), {"safetensors": save({job.rules.store: values})} | members, len(values), int(job.pixels.label[row]), sums
