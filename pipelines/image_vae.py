@@ -149,7 +149,11 @@ def load_image_vae(path: str, scale_factor: float, chunk: int = 16) -> ImageVae:
     )
     if weights is None:
         raise UserError(f"{folder}: no diffusion_pytorch_model.safetensors beside config.json")
-    autoencoder = AutoencoderKL.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
+    try:
+        autoencoder = AutoencoderKL.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
+    except Exception as error:  # of many kinds: of the JSON, the weights' file, the network's shapes
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder} cannot be read as a diffusers AutoencoderKL ({reason}): copy the folder again") from None
     settings = autoencoder.config
     return ImageVae(
         autoencoder,

@@ -247,6 +247,17 @@ def official_file(folder: Path, **changes: object) -> tuple[Path, LatteConfig]:
     return folder / "0150000.pt", config
 
 
+def test_a_damaged_stable_diffusion_vae_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = sd_folder(tmp_path / "vae", monkeypatch)
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("Error while deserializing header: invalid\nand a second line")
+
+    monkeypatch.setattr(FakeKL, "from_pretrained", broken)
+    with pytest.raises(UserError, match=r"vae cannot be read as a diffusers AutoencoderKL \(Error .* invalid\): copy the folder"):
+        open_codec("", vae=str(folder))
+
+
 def test_official_checkpoints_are_read_on_the_image_vae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, config = official_file(tmp_path)
     folder = sd_folder(tmp_path / "vae", monkeypatch)
