@@ -114,6 +114,8 @@ def load_latte(
     checkpoint = load_tensors(path)
     if weights == "model" and "model" in checkpoint:
         checkpoint = {"model": checkpoint["model"]}
+    elif weights == "model" and "ema" in checkpoint:
+        raise UserError(f"{path} holds the average of the weights alone, as the release's joint training saves it: use --weights ema")
     try:
         release = official_latte.release_of(checkpoint)
         known = {"in_channels": in_channels} if release == "tutorial" else {}

@@ -258,6 +258,14 @@ def test_a_damaged_stable_diffusion_vae_is_one_line(tmp_path: Path, monkeypatch:
         open_codec("", vae=str(folder))
 
 
+def test_a_file_of_averages_has_no_other_weights(tmp_path: Path) -> None:
+    path, config = official_file(tmp_path)
+    torch.save({"ema": torch.load(path, weights_only=True)["ema"]}, path)
+    assert load_latte(path, num_heads=2).config == config
+    with pytest.raises(UserError, match="use --weights ema"):
+        load_latte(path, "model", num_heads=2)
+
+
 def test_official_checkpoints_are_read_on_the_image_vae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, config = official_file(tmp_path)
     folder = sd_folder(tmp_path / "vae", monkeypatch)
