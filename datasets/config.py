@@ -30,6 +30,9 @@ class DataConfig:
     frame_sample_prob: float = flag(0.0, "frame-sample-prob")
     """0: samples are clips. Above 0: samples are single frames, each frame of each stored clip kept with this probability; an epoch
     has every kept frame once. n_frames is 1 then, and neither frame_interval nor clip_rule has a meaning."""
+    previous: bool = flag(False, "previous", "with-previous")
+    """Samples are clips of n_frames together with the n_frames before them, for models that continue a video. Of a stored clip that is
+    too short for both, the clip alone."""
     images: int = flag(0, "num-images", "use-image-num")
     """Frames of other clips, drawn at random, that come beside each clip for joint training on videos and images."""
     image_size: tuple[int, int] = flag((0, 0), "image-size")
@@ -119,6 +122,14 @@ def _check_frames(data: DataConfig, shards: Collection) -> None:
     for given, told in ((data.frame_sample_prob, share), (data.images, images)):
         if given and not shards.by_frame:
             raise ConfigError(f"{told}: {shards.location} holds latents of whole clips, of which no frame can be taken; drop the flag")
+    if data.previous and not shards.by_frame:
+        raise ConfigError(
+            f"--previous: {shards.location} holds latents of whole clips, which say themselves what came before; drop the flag"
+        )
+    others = {share: data.frame_sample_prob > 0, images: data.images > 0, "--clip-rule linspace": data.clip_rule == "linspace"}
+    other = next((told for told, given in others.items() if given), None)
+    if data.previous and other:
+        raise ConfigError(f"--previous {other}: what comes before a clip is taken with consecutive frames alone; drop one of the flags")
     if data.frame_sample_prob and data.n_frames > 1:
         raise ConfigError(f"{share} --n-frames {data.n_frames}: samples are single frames or clips; drop one of the flags")
     if data.frame_sample_prob and data.images:

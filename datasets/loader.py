@@ -24,6 +24,7 @@ from datasets.faults import Fault, FaultLog
 from datasets.lookahead import Lookahead
 from datasets.mixture import Collection
 from datasets.order import Order
+from datasets.pairs import PairReader
 from datasets.picks import Picker, Picks, places
 from datasets.reader import ClipReader
 from datasets.shards import ShardSet
@@ -43,8 +44,10 @@ class ClipSource(Dataset[Item]):
 
     A batch: `video` uint8 (b, c, t, h, w), a view of frames that lie channels last, or of latent sets their tensors by name
     (b, *shape) in the stored type; `label` int64 (b,), 0 when unlabelled; `index` int64 (b,), position in the endless sequence;
-    `cond` float32 (b, numbers) where condition vectors are stored; with `data.images` also `images`, as many frames of other clips
-    in place of t, and `image_label` int64 (b, images).
+    `cond` float32 (b, numbers) where condition vectors are stored.
+    With `data.previous` twice as many frames, of which the clip is the second half, and `has_previous` bool (b,): false where the
+    first half is black for want of frames. With `data.images` also `images`, as many frames of other clips in place of t, and
+    `image_label` int64 (b, images).
     Rank r has the r-th contiguous part of each global batch, cut into `accumulation` contiguous micro-batches. Raises ConfigError
     when a global batch does not divide or exceeds the set. Bad samples are errors, or replaced, as `data.on_bad_sample` says.
     """
@@ -74,7 +77,12 @@ class ClipSource(Dataset[Item]):
             world=world_size,
             shard=None if not window else shards.shard if single is None else shards.shard[single.sample],
         )
-        self.reader = ClipReader(shards, self.data.n_frames, interval=self.data.frame_interval, rule=self.data.clip_rule)
+        interval = self.data.frame_interval
+        self.reader: ClipReader | PairReader = (
+            PairReader(shards, self.data.n_frames, interval=interval)
+            if self.data.previous
+            else ClipReader(shards, self.data.n_frames, interval=interval, rule=self.data.clip_rule)
+        )
         self.image_reader = ClipReader(shards, 1, handles=self.reader.handles)
         self.picker = Picker(self.order, self.reader, seed, single)
         self.faults = FaultLog(shards, self.data.max_bad_share, rank=rank) if self.data.on_bad_sample == "skip" else None
@@ -109,6 +117,8 @@ class ClipSource(Dataset[Item]):
         batch = self._tensors(stored, self._mirrored("data/flip", indices))
         if vectors is not None:
             batch["cond"] = torch.from_numpy(vectors)
+        if isinstance(self.reader, PairReader):
+            batch["has_previous"] = torch.from_numpy(self.reader.has_previous(samples))
         return batch | {"label": torch.from_numpy(self.shards.label[samples])}, faults
 
     def _images(self, indices: np.ndarray) -> tuple[Batch, list[Fault]]:
@@ -125,7 +135,7 @@ class ClipSource(Dataset[Item]):
         return {"images": images, "image_label": torch.from_numpy(self.shards.label[samples].reshape(shape))}, faults
 
     def _read(
-        self, reader: ClipReader, count: int, pick: Callable[[np.ndarray, int], Picks], vectors: np.ndarray | None = None
+        self, reader: ClipReader | PairReader, count: int, pick: Callable[[np.ndarray, int], Picks], vectors: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, list[Fault]]:
         """Samples of `count` rows, what is stored of them, uint8 (count, frames, bytes), and those that others were put in place of.
 

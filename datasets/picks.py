@@ -10,6 +10,7 @@ import torch
 
 from datasets.mixture import Collection
 from datasets.order import NEAR, Order
+from datasets.pairs import PairReader
 from datasets.reader import ClipReader
 from datasets.single_frames import SingleFrames
 from utils.rng import SampleRng, hash_indices
@@ -23,7 +24,7 @@ class Picker:
     """Picks by position of the endless sequence."""
 
     order: Order
-    reader: ClipReader
+    reader: ClipReader | PairReader
     """Knows how many windows a sample has."""
     seed: int
     single: SingleFrames | None = None

@@ -89,6 +89,8 @@ class ClipInfo:
     """What the stream gives in place of the clips' pixels; None: the pixels."""
     images: int = 0
     """Single frames that the stream gives beside each clip."""
+    previous: bool = False
+    """The stream gives as many frames again, those before the clip."""
 
     @classmethod
     def of(cls, shards: Collection, data: DataConfig) -> "ClipInfo":
@@ -103,6 +105,7 @@ class ClipInfo:
             digest=shards.digest,
             latents=StoredLatents.of(shards),
             images=data.images,
+            previous=data.previous,
         )
 
     def card(self) -> dict[str, object]:
@@ -194,10 +197,12 @@ def input_clips(networks: Networks, batch: Batch, rng: SampleRng) -> Tensor:
 
 def empty_batch(clips: ClipInfo, batch_size: int) -> Batch:
     """A micro-batch of the stream on the meta device (`index` on the CPU, as always)."""
-    batch = _empty_frames(clips, batch_size, clips.n_frames) | {
+    batch = _empty_frames(clips, batch_size, clips.n_frames * (2 if clips.previous else 1)) | {
         "label": torch.empty(batch_size, dtype=torch.int64, device="meta"),
         "index": torch.arange(batch_size),
     }
+    if clips.previous:
+        batch["has_previous"] = torch.empty(batch_size, dtype=torch.bool, device="meta")
     if clips.images:
         (pictures,) = _empty_frames(clips, batch_size, clips.images).values()
         batch["images"] = pictures
