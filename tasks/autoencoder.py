@@ -6,19 +6,25 @@ import torch
 from torch import Tensor
 
 from datasets.loader import ClipSource
-from engine.config import OptimConfig
 from engine.task import Batch, LossOutput, Network
 from launch.env import Env
-from losses import perceptual
-from losses.adversarial import discriminator_loss, feature_matching, generator_loss
-from losses.reconstruction import l1, mse, pick_frame
-from losses.reconstruction import perceptual as perceptual_distance
-from metrics.frames import SSIM_WINDOW, psnr, ssim
+from losses.reconstruction import mse
 from models.autoencoders.cmd import CMDAEConfig, CMDAutoencoder
-from models.discriminators import DiscriminatorConfig, Discriminators
 from pipelines.image_vae import ImageVae, load_image_vae
 from tasks.autoencoder_config import CMDAutoencoderConfig
 from tasks.clips import ClipInfo, Networks, empty_batch, input_clips, open_clips, units
+from tasks.reconstruction import (
+    adversarial_terms,
+    discriminators_output,
+    is_adversarial,
+    loss_frame,
+    loss_networks,
+    measures,
+    reconstruction_terms,
+    step_of,
+    summed,
+    turns,
+)
 from utils.config import to_dict
 from utils.errors import ConfigError
 from utils.rng import SampleRng
@@ -61,54 +67,40 @@ class CMDAutoencoderTask:
         if self.vae is not None:
             nets["vae"] = Network(self.vae, "frozen", methods=("encode", "decode"))
             return nets
-        setting = config.loss.perceptual
-        if setting.kind != "none" and setting.weight > 0:
-            net = perceptual.build(setting.kind, setting.weights, setting.on_missing)
-            if net is not None:
-                nets["perceptual"] = Network(net, "frozen")
-        adversarial = config.loss.adversarial
-        if adversarial.enabled:
-            disc = Discriminators(DiscriminatorConfig(ndf=adversarial.ndf, n_layers=adversarial.n_layers))
-            nets["disc"] = Network(disc, "ddp", optim=OptimConfig(lr=adversarial.disc_lr, betas=adversarial.disc_betas))
-        return nets
+        return nets | loss_networks(config.loss.perceptual, config.loss.adversarial, config.optim)
 
     def phases(self, step: int) -> tuple[str, ...]:
         """The autoencoder; from the start step on also the discriminators."""
-        adversarial = self.config.loss.adversarial
-        return ("ae", "disc") if adversarial.enabled and step >= adversarial.start_step else ("ae",)
+        return turns(self.config.loss.adversarial, step)
 
     def loss(self, phase: str, networks: Networks, batch: Batch, rng: SampleRng) -> LossOutput:
         """Reconstruction loss of the autoencoder, or the discriminators' loss on its detached output."""
         clips = input_clips(networks, batch, rng)
-        frame = rng.integers("loss-frame", clips.shape[2])
+        frame, loss = loss_frame(rng, clips.shape[2]), self.config.loss
         if phase == "disc":
-            return self._discriminator_loss(networks, clips, frame)
+            with torch.no_grad():
+                recon = networks["ae"](clips)[0].float()
+            return discriminators_output(networks, loss.adversarial, clips, recon, frame)
         recon, content, _ = networks["ae"](clips)
         recon = recon.float()
         if self.vae is not None:
-            terms = {"l2": (self.config.loss.latent_l2, mse(clips, recon))}
-        else:
-            terms = self._pixel_terms(networks, clips, recon, frame)
-            if self.config.loss.content_mean > 0:
-                terms["content_mean"] = (self.config.loss.content_mean, mse(clips.mean(dim=2), content.float()))
-            if len(self.phases(self._step(rng))) > 1:
-                terms |= self._adversarial_terms(networks, clips, recon, frame)
-        total = sum((weight * value.sum() for weight, value in terms.values()), torch.zeros((), device=recon.device))
-        count = len(clips)
-        metrics = {name: (value.detach().sum(), count) for name, (_, value) in terms.items()}
-        return LossOutput(total, count, metrics)
+            return summed({"l2": (loss.latent_l2, mse(clips, recon))}, len(clips))
+        factors = {"l1": loss.l1, "l2": loss.l2, "perceptual": loss.perceptual.weight}
+        terms = reconstruction_terms(networks, factors, clips, recon, frame)
+        if loss.content_mean > 0:
+            terms["content_mean"] = (loss.content_mean, mse(clips.mean(dim=2), content.float()))
+        if is_adversarial(loss.adversarial, step_of(rng, self.config.train.global_batch_size)):
+            terms |= adversarial_terms(networks, loss.adversarial, clips, recon, frame)
+        return summed(terms, len(clips))
 
     def batch_spec(self, batch_size: int) -> Batch:
         """An empty micro-batch on the meta device."""
         return empty_batch(self.clips, batch_size)
 
     def evaluate(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, tuple[Tensor, int]]:
-        """Mean absolute error, PSNR and SSIM of the reconstruction in pixels."""
+        """Mean absolute error, PSNR, SSIM and the perceptual distance of the reconstruction in pixels."""
         clips, recon = self._pixels(networks, batch, rng)[:2]
-        values = {"l1": l1(clips, recon), "psnr": psnr(clips, recon)}
-        if min(clips.shape[-2:]) >= SSIM_WINDOW:
-            values["ssim"] = ssim(clips, recon)
-        return {name: (value.sum(), len(value)) for name, value in values.items()}
+        return measures(networks, clips, recon, loss_frame(rng, clips.shape[2]))
 
     def preview(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
         """Each original above its reconstruction, and the content frames."""
@@ -137,41 +129,6 @@ class CMDAutoencoderTask:
             return clips, recon.clamp(-1, 1), content.clamp(-1, 1)
         original, recon, content = (networks["vae"].decode(v).clamp(-1, 1) for v in (clips, recon, content[:, :, None]))
         return original, recon, content[:, :, 0]
-
-    def _step(self, rng: SampleRng) -> int:
-        """Optimiser step that the samples belong to."""
-        return int(rng.index[0]) // self.config.train.global_batch_size
-
-    def _pixel_terms(self, networks: Networks, clips: Tensor, recon: Tensor, frame: Tensor) -> dict[str, tuple[float, Tensor]]:
-        """Name -> (factor, value per sample)."""
-        loss = self.config.loss
-        terms = {"l1": (loss.l1, l1(clips, recon)), "l2": (loss.l2, mse(clips, recon))}
-        if "perceptual" in networks:
-            distance = perceptual_distance(networks["perceptual"], clips, recon, frame)
-            terms["perceptual"] = (loss.perceptual.weight, distance.float())
-        return {name: term for name, term in terms.items() if term[0] > 0}
-
-    def _adversarial_terms(self, networks: Networks, clips: Tensor, recon: Tensor, frame: Tensor) -> dict[str, tuple[float, Tensor]]:
-        """Name -> (factor, value per sample) of fooling both discriminators and of matching their features."""
-        setting = self.config.loss.adversarial
-        fake = networks["disc"](pick_frame(recon, frame), recon)
-        with torch.no_grad():
-            real = networks["disc"](pick_frame(clips, frame), clips)
-        fooled = torch.stack([generator_loss(stages[-1].float()) for stages in fake]).sum(0)
-        matched = torch.stack([feature_matching(r, f).float() for r, f in zip(real, fake, strict=True)]).sum(0)
-        return {"adversarial": (setting.weight, fooled), "feature_matching": (setting.weight * setting.feature_matching, matched)}
-
-    def _discriminator_loss(self, networks: Networks, clips: Tensor, frame: Tensor) -> LossOutput:
-        """Loss of both discriminators; no gradient reaches the autoencoder."""
-        with torch.no_grad():
-            recon = networks["ae"](clips)[0].float()
-        real = networks["disc"](pick_frame(clips, frame), clips)
-        fake = networks["disc"](pick_frame(recon, frame), recon)
-        kind = self.config.loss.adversarial.loss
-        losses = [discriminator_loss(r[-1].float(), f[-1].float(), kind) for r, f in zip(real, fake, strict=True)]
-        count = len(clips)
-        metrics = {name: (value.detach().sum(), count) for name, value in zip(("disc_2d", "disc_3d"), losses, strict=True)}
-        return LossOutput(torch.stack(losses).sum(), count, metrics)
 
 
 def build(config: CMDAutoencoderConfig, env: Env) -> tuple[CMDAutoencoderTask, ClipSource, ClipSource | None]:

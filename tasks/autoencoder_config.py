@@ -6,6 +6,7 @@ from typing import Literal
 from datasets.config import DataConfig
 from engine.config import OptimConfig, RunConfig
 from tasks.clips import VaeConfig
+from tasks.reconstruction_config import AdversarialConfig, PerceptualConfig, check_not_negative, without_missing_weights
 from utils.config import flag
 from utils.errors import ConfigError
 
@@ -26,40 +27,6 @@ class AutoencoderModelConfig:
     """Channels D of the motion latent."""
     rotary: Literal["axial", "none"] = "axial"
     """Positions in the attention: axial, or none as in the official release (whose weights know no position at all)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PerceptualConfig:
-    kind: Literal["lpips-vgg", "lpips-alex", "lpips-squeeze", "effl0", "none"] = flag("lpips-vgg", "perceptual")
-    """Network of the perceptual loss; none trains without."""
-    weights: str = flag("", "perceptual-weights")
-    """File with the network's weights; empty: the torch hub cache."""
-    on_missing: Literal["error", "warn-and-disable"] = "error"
-    """What to do when the weights are not there."""
-    weight: float = 4.0
-    """Its factor in the loss."""
-
-
-@dataclasses.dataclass(frozen=True)
-class AdversarialConfig:
-    enabled: bool = flag(False, "adversarial")
-    """Train with a 2-D discriminator on one frame and a 3-D one on the clip. (The release builds them and never uses them.)"""
-    start_step: int = 0
-    """Optimiser step at which the discriminators and their loss set in."""
-    loss: Literal["hinge", "vanilla"] = "hinge"
-    """Loss of the discriminators."""
-    weight: float = 1.0
-    """Factor of the generator's adversarial loss."""
-    feature_matching: float = 4.0
-    """Factor of the feature matching loss, relative to the adversarial one."""
-    ndf: int = 64
-    """Width of the discriminators' first layer."""
-    n_layers: int = 3
-    """Layers of stride 2."""
-    disc_lr: float = 1e-5
-    """Learning rate of the discriminators' own AdamW."""
-    disc_betas: tuple[float, float] = (0.5, 0.9)
-    """Its decay rates."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +60,7 @@ class CMDAutoencoderConfig(RunConfig):
 
     def for_planning(self) -> "CMDAutoencoderConfig":
         """The same for a dry run: perceptual weights that are missing leave their network out of the count, with a warning."""
-        perceptual = dataclasses.replace(self.loss.perceptual, on_missing="warn-and-disable")
-        return dataclasses.replace(self, loss=dataclasses.replace(self.loss, perceptual=perceptual))
+        return without_missing_weights(self)
 
     def validate(self) -> None:
         """Raises ConfigError on settings and combinations that cannot work."""
@@ -111,10 +77,7 @@ class CMDAutoencoderConfig(RunConfig):
         if model.mode == "latent" and loss.latent_l2 <= 0:
             raise ConfigError(f"loss.latent_l2 is {loss.latent_l2}: in latent mode it is the only loss and must be positive")
         factors = {name: getattr(loss, name) for name in ("l1", "l2", "content_mean")} | {"perceptual.weight": loss.perceptual.weight}
-        for name, value in factors.items():
-            if not value >= 0:  # NaN too
-                raise ConfigError(f"loss.{name} {value}: 0 or more")
-        if min(loss.adversarial.ndf, loss.adversarial.n_layers) < 1:
-            raise ConfigError("loss.adversarial: ndf and n_layers must be at least 1")
+        check_not_negative(factors)
+        loss.adversarial.validate()
         if model.mode == "pixel" and not (loss.l1 or loss.l2 or (loss.perceptual.kind != "none" and loss.perceptual.weight)):
             raise ConfigError("loss: l1, l2 and the perceptual loss are all off, nothing is left to train on")

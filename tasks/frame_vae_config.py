@@ -7,7 +7,7 @@ from datasets.config import DataConfig
 from engine.config import EmaConfig, OptimConfig, RunConfig
 from models.autoencoders.frame_vae import FrameVAEConfig
 from models.discriminators import FrameDiscriminatorConfig
-from tasks.autoencoder_config import PerceptualConfig
+from tasks.reconstruction_config import PerceptualConfig, check_not_negative, without_missing_weights
 from utils.config import flag
 from utils.errors import ConfigError
 
@@ -53,8 +53,7 @@ class FrameVAERunConfig(RunConfig):
 
     def for_planning(self) -> "FrameVAERunConfig":
         """The same for a dry run: perceptual weights that are missing leave their network out of the count, with a warning."""
-        perceptual = dataclasses.replace(self.loss.perceptual, on_missing="warn-and-disable")
-        return dataclasses.replace(self, loss=dataclasses.replace(self.loss, perceptual=perceptual))
+        return without_missing_weights(self)
 
     def discriminator(self) -> FrameDiscriminatorConfig | None:
         """That of the discriminator; None without one. Raises ConfigError."""
@@ -83,9 +82,7 @@ class FrameVAERunConfig(RunConfig):
             "adversarial.start_step": adversarial.start_step,
             "adversarial.lr": adversarial.lr,
         }
-        for name, value in numbers.items():
-            if not value >= 0:  # NaN too
-                raise ConfigError(f"loss.{name} {value}: 0 or more")
+        check_not_negative(numbers)
         if not all(0 <= value < 1 for value in adversarial.betas):
             raise ConfigError(f"loss.adversarial.betas {' '.join(map(str, adversarial.betas))}: 0 or more, and below 1")
         self.discriminator()
