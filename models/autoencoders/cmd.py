@@ -1,20 +1,18 @@
 """CMD autoencoder: a clip <-> one content frame and a small motion latent (paper sections 3.1 and 3.2; spec, cmd.md section 3).
 
 Letters: B clips, T frames, h w pixels, p patch, H' = h/p rows and W' = w/p columns of tokens, S = H'W', d width, D motion channels.
-Tokens are kept frame-major, (T, B, S, d): merging (B, S) for attention over time and (T, B) for attention over space are then
-both views, so neither needs a transposed copy of the activations.
+Tokens are kept frame-major, (T, B, S, d), as models/layers/timesformer.py says.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.layers.attention import SelfAttention
-from models.layers.rotary import Tables, grid_tables, time_tables
+from models.layers.rotary import grid_tables, time_tables
+from models.layers.timesformer import Layer, PatchHead, patch_vectors
 
 
 @dataclass(frozen=True)
@@ -58,67 +56,6 @@ class CMDAEConfig:
     def latent_size(self) -> tuple[int, int]:
         """(T, W' + H') of the motion latent."""
         return self.n_frames, sum(self.grid)
-
-
-class Attention(nn.Module):
-    """LayerNorm and attention over the frames of each position, or over the positions of each frame."""
-
-    def __init__(self, dim: int, heads: int, over_time: bool) -> None:
-        super().__init__()
-        self.over_time = over_time
-        self.norm = nn.LayerNorm(dim)
-        self.attn = SelfAttention(dim, heads)
-
-    def forward(self, x: Tensor, rope: Tables | None) -> Tensor:
-        """(T, B, S, d) -> (T, B, S, d)."""
-        y = self.norm(x)
-        if self.over_time:
-            return self.attn(y.flatten(1, 2), rope, over_first=True).unflatten(1, x.shape[1:3])
-        return self.attn(y.flatten(0, 1), rope).unflatten(0, x.shape[0:2])
-
-
-class GatedFeedForward(nn.Module):
-    """LayerNorm, linear d -> 8d split into value and gate, value * GELU(gate), linear 4d -> d."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.up = nn.Linear(dim, 8 * dim)
-        self.down = nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.up(self.norm(x)).chunk(2, dim=-1)
-        return self.down(value * F.gelu(gate))
-
-
-class Layer(nn.Module):
-    """Pre-norm residual layer: attention over time, attention over space, feed-forward."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.time = Attention(dim, heads, over_time=True)
-        self.space = Attention(dim, heads, over_time=False)
-        self.ff = GatedFeedForward(dim)
-
-    def forward(self, x: Tensor, time_rope: Tables | None, space_rope: Tables | None) -> Tensor:
-        """(T, B, S, d) -> (T, B, S, d)."""
-        x = x + self.time(x, time_rope)
-        x = x + self.space(x, space_rope)
-        return x + self.ff(x)
-
-
-class PatchHead(nn.ConvTranspose2d):
-    """Transposed convolution of kernel = stride = patch, computed as one matrix product on channels-last tokens."""
-
-    def __init__(self, dim: int, channels: int, patch: int) -> None:
-        super().__init__(dim, channels, patch, patch)
-
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]
-        """(T, B, H'W', d) -> (T, B, C, h, w)."""
-        out = F.linear(x, self.weight.flatten(1).t())
-        p = self.kernel_size[0]
-        out = rearrange(out, "t b (h w) (c p q) -> t b c (h p) (w q)", h=grid[0], p=p, q=p)
-        return out if self.bias is None else out + self.bias[:, None, None]
 
 
 class CMDAutoencoder(nn.Module):
@@ -198,9 +135,7 @@ class CMDAutoencoder(nn.Module):
 
     def _patches(self, linear: nn.Linear, x: Tensor) -> Tensor:
         """(..., C, h, w) -> (..., S, d)."""
-        p = self.config.patch_size
-        x = rearrange(x, "... c (h p) (w q) -> ... (h w) (p q c)", p=p, q=p)
-        return linear(x.to(linear.weight.dtype))
+        return linear(patch_vectors(x, self.config.patch_size).to(linear.weight.dtype))
 
     def _stack(self, layers: nn.ModuleList, x: Tensor) -> Tensor:
         """(T, B, S, d) -> (T, B, S, d)."""

@@ -36,14 +36,14 @@ def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over axis 1 or axis 0 of a (N, M, D) or (M, N, D) tensor; fused qkv and output linear, both with bias."""
+    """Multi-head self-attention over axis 1 or axis 0 of a (N, M, D) or (M, N, D) tensor; fused qkv, output linear with bias."""
 
-    def __init__(self, dim: int, heads: int, head_dim: int = 0) -> None:
+    def __init__(self, dim: int, heads: int, head_dim: int = 0, qkv_bias: bool = True) -> None:
         """`head_dim` 0: dim / heads."""
         super().__init__()
         self.heads = heads
         width = heads * head_dim or dim
-        self.qkv = nn.Linear(dim, 3 * width)
+        self.qkv = nn.Linear(dim, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, dim)
 
     def forward(self, x: Tensor, rope: Tables | None = None, over_first: bool = False) -> Tensor:
@@ -58,3 +58,11 @@ class SelfAttention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         out = sdpa(q, k, v)  # (B, H, N, E)
         return self.proj((out.permute(2, 0, 1, 3) if over_first else out.transpose(1, 2)).flatten(2))
+
+    def read(self, x: Tensor, position: int) -> Tensor:
+        """(B, N, D) -> (B, D): `forward(x)[:, position]`, with the queries of the other positions left out."""
+        weight, bias, width = self.qkv.weight, self.qkv.bias, self.proj.in_features
+        q = F.linear(x[:, position], weight[:width], None if bias is None else bias[:width])
+        kv = F.linear(x, weight[width:], None if bias is None else bias[width:])
+        k, v = kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, E)
+        return self.proj(sdpa(q.unflatten(-1, (self.heads, 1, -1)), k, v).flatten(1))

@@ -4,6 +4,7 @@ Tables are made in each forward pass from sizes alone (a few hundred numbers), s
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,12 +13,31 @@ Tables = tuple[Tensor, Tensor]
 """(cosines, sines), each (N, E'), E' <= head width; the channels beyond E' are left alone."""
 
 
-def time_tables(frames: int, width: int, device: torch.device) -> Tables:
-    """1-D tables for `frames` integer positions: angles p * 10000^(-2i / E') on pair i."""
+TimeLayout = Literal["pairs", "halves"]
+
+
+def time_tables(frames: int, width: int, device: torch.device, layout: TimeLayout = "pairs") -> Tables:
+    """1-D tables for `frames` integer positions: angles p * 10000^(-2i / E') on pair i.
+
+    "halves" is PVDM's and HVDM's table (spec, pvdm.md section 2.1): channel j has the angle of pair j mod E'/2, so that the two channels
+    of a pair turn by different angles. That is no rotation, but the released weights were trained with it.
+    """
     used = width // 2 * 2
-    rate = 10000.0 ** (-torch.arange(0, used, 2, device=device, dtype=torch.float32) / used)
-    angles = torch.arange(frames, device=device, dtype=torch.float32)[:, None] * rate  # (T, E'/2)
+    angles = torch.arange(frames, device=device, dtype=torch.float32)[:, None] * time_rates(used, device)  # (T, E'/2)
+    if layout == "halves":
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos(), angles.sin()
     return _tables(angles)
+
+
+def time_rates(width: int, device: torch.device) -> Tensor:
+    """(E'/2,): radians a frame of each pair."""
+    return 10000.0 ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
+
+
+def grid_scales(count: int, device: torch.device) -> Tensor:
+    """(count,): frequencies spaced evenly in the logarithm from 1 to 5."""
+    return 2.0 ** torch.linspace(0.0, math.log2(5.0), count, device=device)
 
 
 def grid_tables(rows: int, columns: int, width: int, device: torch.device) -> Tables:
@@ -26,7 +46,7 @@ def grid_tables(rows: int, columns: int, width: int, device: torch.device) -> Ta
     Positions run from -1 to 1 on both axes, times pi times frequencies spaced evenly in the logarithm from 1 to 5.
     """
     count = width // 4
-    scale = math.pi * 2.0 ** torch.linspace(0.0, math.log2(5.0), count, device=device)
+    scale = math.pi * grid_scales(count, device)
     row = torch.linspace(-1.0, 1.0, rows, device=device)[:, None, None] * scale  # (R, 1, E'/4)
     column = torch.linspace(-1.0, 1.0, columns, device=device)[None, :, None] * scale  # (1, C, E'/4)
     angles = torch.cat([row.expand(rows, columns, count), column.expand(rows, columns, count)], dim=-1)
