@@ -19,18 +19,23 @@ Process = GaussianDiffusion | FlowMatching
 class DiffusionConfig:
     steps: int = flag(1000, "diffusion-steps")
     """Steps of the process that the network is trained on."""
-    schedule: Literal["linear", "squaredcos_cap_v2"] = flag("linear", "noise-schedule")
-    """Noise schedule."""
+    schedule: Literal["linear", "squaredcos_cap_v2", "quad"] = flag("linear", "noise-schedule")
+    """Noise schedule: betas on a straight line, by the cosine, or with their roots on a straight line."""
+    beta_start: float = flag(0.0, "beta-start")
+    """First beta of linear and quad; 0: the schedule's own (linear 0.1 / steps, quad 0.0015)."""
+    beta_end: float = flag(0.0, "beta-end")
+    """Last beta of linear and quad; 0: the schedule's own (linear 20 / steps, quad 0.0195)."""
     predict: Literal["eps", "x0", "v"] = "eps"
     """What the network predicts: the noise, the clean sample, or v = sqrt(A) noise - sqrt(1 - A) sample."""
     variance: Literal["learned_range", "fixed_small", "fixed_large"] = "learned_range"
     """learned_range: the network also predicts where the variance lies between its two bounds; fixed: at one of the bounds.
     A flow has no variance, and takes no notice."""
-    loss: Literal["mse", "rescaled_mse", "kl", "rescaled_kl"] = "mse"
-    """mse: plus the variational bound where the variance is learned; rescaled_mse: the bound times steps/1000;
+    loss: Literal["mse", "rescaled_mse", "l1", "kl", "rescaled_kl"] = "mse"
+    """mse, or l1 in its place: plus the variational bound where the variance is learned; rescaled_mse: the bound times steps/1000;
     kl: the bound alone; rescaled_kl: the bound times steps."""
     respacing: str = ""
-    """Steps kept: empty for all, "50" evenly, "10,15,20" per equal section, "ddim50" at one stride."""
+    """Steps kept: empty for all, "50" evenly, "10,15,20" per equal section, "ddim50" at one stride from 0, "trailing50" at one stride
+    that ends in the noisiest step."""
     process: Literal["ddpm", "flow"] = flag("ddpm", "process")
     """ddpm: noise in steps, which all of the above describes; flow: the straight path to noise in continuous time (rectified flow),
     of which the network predicts the velocity."""
@@ -50,11 +55,17 @@ class DiffusionConfig:
 
 NOT_OF = {
     "ddpm": ("time_sampling", "logit_mean", "logit_std", "time_shift"),
-    "flow": ("steps", "schedule", "predict", "loss", "respacing", "weighting", "min_snr_gamma"),
+    "flow": ("steps", "schedule", "beta_start", "beta_end", "predict", "loss", "respacing", "weighting", "min_snr_gamma"),
 }
 """Settings that mean nothing in a process."""
 
-NOT_WITH = {"min_snr_gamma": ("weighting", "none"), "logit_mean": ("time_sampling", "uniform"), "logit_std": ("time_sampling", "uniform")}
+NOT_WITH = {
+    "min_snr_gamma": ("weighting", "none"),
+    "logit_mean": ("time_sampling", "uniform"),
+    "logit_std": ("time_sampling", "uniform"),
+    "beta_start": ("schedule", "squaredcos_cap_v2"),
+    "beta_end": ("schedule", "squaredcos_cap_v2"),
+}
 """Setting -> (another one, the value of it with which it means nothing)."""
 
 
@@ -86,7 +97,7 @@ def _check_effect(config: DiffusionConfig) -> None:
 
 
 def _gaussian(config: DiffusionConfig, channel_dim: int) -> GaussianDiffusion:
-    betas = beta_schedule(config.schedule, config.steps)
+    betas = beta_schedule(config.schedule, config.steps, config.beta_start or None, config.beta_end or None)
     kept = space_timesteps(config.steps, config.respacing)
     return GaussianDiffusion(
         respace_betas(betas, kept),

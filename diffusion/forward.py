@@ -38,6 +38,10 @@ class ForwardProcess:
         """The indices that the network receives, (b,) int64."""
         return self._device_tables(t.device)["timestep_map"][t]
 
+    def steps_of(self, timesteps: Tensor) -> Tensor:
+        """The steps of this process that go by these original indices, (b,) int64; `timestep_map` is ascending."""
+        return torch.searchsorted(self._device_tables(timesteps.device)["timestep_map"], timesteps)
+
     def _device_tables(self, device: torch.device) -> dict[str, Tensor]:
         """Float32 copies, made once a device: a lookup never copies from the host."""
         if device not in self._on_device:
@@ -74,6 +78,10 @@ class ForwardProcess:
     def x0_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """The x_0 at which the velocity is `v`."""
         return self.lookup("sqrt_alphas_cumprod", t, x_t) * x_t - self.lookup("sqrt_one_minus_alphas_cumprod", t, x_t) * v
+
+    def eps_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """The noise at which the velocity is `v`."""
+        return self.lookup("sqrt_one_minus_alphas_cumprod", t, x_t) * x_t + self.lookup("sqrt_alphas_cumprod", t, x_t) * v
 
     def velocity(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """The velocity at the x_t that `noise` makes of x_0."""

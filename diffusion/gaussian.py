@@ -17,7 +17,7 @@ from utils.rng import SampleRng
 
 Predict = Literal["eps", "x0", "v"]
 Variance = Literal["learned_range", "fixed_small", "fixed_large"]
-Loss = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
+Loss = Literal["mse", "rescaled_mse", "l1", "kl", "rescaled_kl"]
 Weighting = Literal["none", "min_snr"]
 Denoiser = Callable[..., Any]
 """(x, original timesteps (b,) int64, **conditions) -> output, or (output, anything)."""
@@ -35,6 +35,8 @@ class Prediction(NamedTuple):
     variance: Tensor
     log_variance: Tensor
     x0: Tensor
+    estimate: Tensor
+    """What the network predicts (eps, x0 or v), untouched."""
     extra: Any = None
     """What the network returned beside its output."""
 
@@ -61,9 +63,9 @@ class GaussianDiffusion(ForwardProcess):
     ) -> None:
         _check_option("predict", predict, ("eps", "x0", "v"))
         _check_option("variance", variance, ("learned_range", *FIXED_TABLES))
-        _check_option("loss", loss, ("mse", "rescaled_mse", "kl", "rescaled_kl"))
+        _check_option("loss", loss, ("mse", "rescaled_mse", "l1", "kl", "rescaled_kl"))
         _check_option("weighting", weighting, ("none", "min_snr"))
-        if weighting == "min_snr" and loss in ("kl", "rescaled_kl"):
+        if weighting == "min_snr" and loss not in ("mse", "rescaled_mse"):
             raise ValueError(f"weighting min_snr weighs the mse, which loss {loss!r} does not have")
         if not min_snr_gamma > 0:
             raise ValueError(f"min_snr_gamma {min_snr_gamma}: above 0")
@@ -114,7 +116,14 @@ class GaussianDiffusion(ForwardProcess):
             x0 = denoised_fn(x0)
         if clip_denoised:
             x0 = x0.clamp(-1, 1)
-        return Prediction(self.q_posterior(x0, x, t)[0], variance, log_variance, x0)
+        return Prediction(self.q_posterior(x0, x, t)[0], variance, log_variance, x0, output)
+
+    def eps_of(self, p: Prediction, x: Tensor, t: Tensor, *, as_given: bool = False) -> Tensor:
+        """The noise in x (b, ...): the one that leads to the prediction's x_0, or `as_given` by the network, whatever was done to x_0
+        since. A network that predicts x_0 gives no noise of its own: there the two are the same."""
+        if not as_given or self.predict == "x0":
+            return self.eps_from_x0(x, t, p.x0)
+        return p.estimate if self.predict == "eps" else self.eps_from_v(x, t, p.estimate)
 
     def _x0_of(self, estimate: Tensor, x: Tensor, t: Tensor) -> Tensor:
         if self.predict == "eps":
@@ -147,9 +156,11 @@ class GaussianDiffusion(ForwardProcess):
     def training_losses(
         self, model: Denoiser, x0: Tensor, t: Tensor, noise: Tensor, model_kwargs: Mapping[str, Any] | None = None
     ) -> dict[str, Tensor]:
-        """Per-sample terms, each (b,) float32: `loss` always, `mse` for the mse losses, `vb` where the bound is part of the loss.
+        """Per-sample terms, each (b,) float32: `loss` always, `mse` for the mse losses (`l1` for l1), `vb` where the bound is part of
+        the loss.
 
-        loss = w mse + vb for mse (rescaled_mse: vb is times T/1000 already), w being `mse_weight`; vb for kl, T vb for rescaled_kl.
+        loss = w mse + vb for mse (rescaled_mse: vb is times T/1000 already), w being `mse_weight`; l1 + vb for l1; vb for kl, T vb for
+        rescaled_kl.
         """
         x0 = x0.float()
         x_t = self.q_sample(x0, t, noise)
@@ -159,24 +170,29 @@ class GaussianDiffusion(ForwardProcess):
             return {"loss": vb * self.num_timesteps if self.loss == "rescaled_kl" else vb, "vb": vb}
         target = self._target(x0, t, noise.float())
         if self.variance != "learned_range":
-            mse = mean_flat((target - output) ** 2)
-            return {"loss": self._weighted(mse, t), "mse": mse}
+            name, error = self._error(target, output)
+            return {"loss": self._weighted(error, t), name: error}
         estimate, v = output.chunk(2, dim=self.channel_dim)
-        mse = mean_flat((target - estimate) ** 2)
+        name, error = self._error(target, estimate)
         # The bound trains the variance only: through the mean its gradient is far noisier than the mse.
         frozen = torch.cat([estimate.detach(), v], dim=self.channel_dim)
         vb = self.variational_bound(x0, x_t, t, self.predict_from(frozen, x_t, t))
         if self.loss == "rescaled_mse":
             vb = vb * (self.num_timesteps / 1000.0)
-        return {"loss": self._weighted(mse, t) + vb, "mse": mse, "vb": vb}
+        return {"loss": self._weighted(error, t) + vb, name: error, "vb": vb}
+
+    def _error(self, target: Tensor, estimate: Tensor) -> tuple[str, Tensor]:
+        """Name and value (b,) of the distance that the network is trained on."""
+        difference = target - estimate
+        return ("l1", mean_flat(difference.abs())) if self.loss == "l1" else ("mse", mean_flat(difference**2))
 
     def _target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         if self.predict == "v":
             return self.velocity(x0, t, noise)
         return noise if self.predict == "eps" else x0
 
-    def _weighted(self, mse: Tensor, t: Tensor) -> Tensor:
-        return mse if self.weighting == "none" else self.mse_weight(t) * mse
+    def _weighted(self, error: Tensor, t: Tensor) -> Tensor:
+        return error if self.weighting == "none" else self.mse_weight(t) * error
 
     def mse_weight(self, t: Tensor) -> Tensor:
         """Weight of each sample's mse, (b,): min(SNR, gamma) on x_0's error (Hang et al. 2023), the same in terms of eps

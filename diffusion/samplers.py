@@ -60,16 +60,23 @@ def ddim_sample(
     noise: Noise | None = None,
     eta: float = 0.0,
     clip_denoised: bool = False,
+    keep_eps: bool = False,
     denoised_fn: Callable[[Tensor], Tensor] | None = None,
     cond_fn: Denoiser | None = None,
     model_kwargs: Kwargs = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """DDIM from x_T (b, ...) to x_0; eta 0 is deterministic (and needs no noise), eta 1 has the variance of DDPM."""
+    """DDIM from x_T (b, ...) to x_0; eta 0 is deterministic (and needs no noise), eta 1 has the variance of DDPM.
+
+    `keep_eps`: where x_0 was clamped the step still takes the noise that the network predicted, not the one that leads to the clamped
+    x_0 (spec: PVDM section 4).
+    """
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must be in [0, 1], got {eta}")
     if eta > 0 and noise is None:
         raise ValueError(f"DDIM with eta {eta} needs noise")
+    if keep_eps and cond_fn is not None:
+        raise ValueError("keep_eps keeps the network's noise, which cond_fn is there to change: give one of them")
     x = x_T.float()
     level, level_next = _float32(diffusion, "alphas_cumprod"), _float32(diffusion, "alphas_cumprod_prev")
     sigma = np.float32(eta) * np.sqrt((1 - level_next) / (1 - level)) * np.sqrt(1 - level / level_next)
@@ -79,7 +86,7 @@ def ddim_sample(
         p = diffusion.p_mean_variance(model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs)
         if cond_fn is not None:
             p = condition_score(diffusion, p, cond_fn, x, step, model_kwargs)
-        x = p.x0 * float(on_x0[step]) + float(on_eps[step]) * diffusion.eps_from_x0(x, t, p.x0)
+        x = p.x0 * float(on_x0[step]) + float(on_eps[step]) * diffusion.eps_of(p, x, t, as_given=keep_eps)
         if step > 0 and eta > 0 and noise is not None:
             x = x + float(sigma[step]) * noise(k)
         if callback is not None:

@@ -39,7 +39,10 @@ class Sampling:
     clip: bool = False
     """Keep the estimate of the clean sample in [-1, 1] at each step (for data of that range)."""
     respacing: str = ""
-    """Which steps of training are taken, in place of `steps`: "50" evenly, "10,15,20" per equal section, "ddim50" at one stride."""
+    """Which steps of training are taken, in place of `steps`: "50" evenly, "10,15,20" per equal section, "ddim50" at one stride from 0,
+    "trailing50" at one stride that ends in the noisiest."""
+    keep_eps: bool = False
+    """DDIM with `clip`: a step takes the noise as the network predicts it, not the one that leads to the clipped sample (PVDM)."""
 
     def resolved(self, diffusion: DiffusionConfig) -> "Sampling":
         """The same with `auto` replaced. Raises ConfigError with one line when it does not suit the process."""
@@ -49,6 +52,8 @@ class Sampling:
         sampler = known[0] if self.sampler == "auto" else self.sampler
         if self.eta and sampler != "ddim":
             raise ConfigError(f"eta {self.eta}: only ddim has a share of fresh noise to set, not {sampler}")
+        if self.keep_eps and not (sampler == "ddim" and self.clip):
+            raise ConfigError(f"keep_eps: only ddim with clip has a noise to keep, not {sampler}{'' if self.clip else ' without clip'}")
         if self.respacing and diffusion.process == "flow":
             raise ConfigError(f"respacing {self.respacing!r}: a flow has no steps to choose from, give a number of steps")
         return dataclasses.replace(self, sampler=sampler)
@@ -57,7 +62,7 @@ class Sampling:
         """Plain values that a draw depends on. A setting that was added since and does nothing is left out, so that records of
         older samples stay equal."""
         values = to_dict(self.resolved(diffusion))
-        return values if self.respacing else {name: value for name, value in values.items() if name != "respacing"}
+        return {name: value for name, value in values.items() if value or name not in ("respacing", "keep_eps")}
 
 
 def sample(
@@ -70,18 +75,23 @@ def sample(
     *,
     condition: Mapping[str, Tensor] | None = None,
     always: Mapping[str, Tensor] | None = None,
+    null: Mapping[str, Tensor | float] | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """One draw (*shape) for each sample of `rng`, (b, *shape) float32 on its device.
 
-    `condition` (`y` or `cond`) is what guidance takes away in its second half, `always` (the keyframe) what both halves keep.
+    `condition` (`y`, `cond`, a previous clip) is what guidance takes away in its second half, `always` (the keyframe) what both halves
+    keep. Taking away is the network's own matter (`drop`), except for a condition with a value in `null`, which is set to that value.
     `callback(k, x, x0)` sees x after step k of `count_steps` and the estimate of the clean sample that led to it.
     Raises ConfigError when the sampling does not suit the process.
     """
     given = dict(condition or {})
     if given and sampling.guidance != 1:
-        given["drop"] = torch.zeros(len(rng), dtype=torch.bool, device=rng.device)
-        model = ClassifierFreeGuidance(model, sampling.guidance, {"drop": True}, sampling.cfg_channels)
+        without = {name: value for name, value in (null or {}).items() if name in given}
+        if given.keys() - without.keys():
+            given["drop"] = torch.zeros(len(rng), dtype=torch.bool, device=rng.device)
+            without["drop"] = True
+        model = ClassifierFreeGuidance(model, sampling.guidance, without, sampling.cfg_channels)
     kwargs = given | dict(always or {})
     sampling = sampling.resolved(diffusion)
     process = respaced(diffusion, sampling.respacing or sampling.steps)
@@ -111,7 +121,15 @@ def _denoise(
     if sampling.sampler == "dpm++":
         return dpm_solver_sample(process, model, start, clip_denoised=sampling.clip, model_kwargs=kwargs, callback=callback)
     return ddim_sample(
-        process, model, start, noise=noise, eta=sampling.eta, clip_denoised=sampling.clip, model_kwargs=kwargs, callback=callback
+        process,
+        model,
+        start,
+        noise=noise,
+        eta=sampling.eta,
+        clip_denoised=sampling.clip,
+        keep_eps=sampling.keep_eps,
+        model_kwargs=kwargs,
+        callback=callback,
     )
 
 

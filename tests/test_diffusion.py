@@ -59,7 +59,7 @@ def test_older_schedules():
     [
         (("linaer", 10), "unknown"),
         (("const", 10), "needs"),
-        (("quad", 9, 1e-4), "needs"),
+        (("warmup10", 9, 1e-4), "needs"),
         (("linear", 10), "0, 1"),
         (("linear", 0), "1 step"),
     ],
@@ -275,12 +275,15 @@ def test_prior_and_whole_bound():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"schedule": "quad"},
+        {"schedule": "warmup10"},
         {"schedule": "cosin"},
         {"respacing": "2000"},
         {"steps": 5},
         {"predict": "PREVIOUS_X"},
-        {"loss": "l1"},
+        {"loss": "l3"},
+        {"loss": "l1", "weighting": "min_snr"},
+        {"respacing": "trailing0"},
+        {"schedule": "quad", "beta_start": 0.5, "beta_end": 1.5},
         {"variance": "learned"},
     ],
 )

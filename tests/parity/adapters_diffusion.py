@@ -82,7 +82,7 @@ def _plain(spec: Any) -> str:
 def _labelled_schedule(label: str, stored: Tensor) -> np.ndarray:
     """Betas of a label such as "linear1000". The older schedules' explicit ends are recorded only as the first and last beta."""
     name = SCHEDULES[max((known for known in SCHEDULES if label.startswith(known)), key=len)]
-    ends = (float(stored[0]), float(stored[-1])) if name in EXPLICIT else (None, None)
+    ends = (float(stored[0]), float(stored[-1])) if name in (*EXPLICIT, "quad") else (None, None)
     return beta_schedule(name, len(stored), *ends)
 
 
