@@ -1,7 +1,8 @@
-"""Train an autoencoder (CMD: a clip to a content frame and a motion latent, and back; Latte: a VAE of single frames).
+"""Train an autoencoder (CMD: a clip to a content frame and a motion latent, and back; PVDM: to three planes; Latte: a VAE of frames).
 
   torchrun --standalone --nproc_per_node 2 train_ae.py --config configs/cmd/tiny.yaml --data-path SHARDS
   python train_ae.py --nproc_per_node 2 --config configs/latte/tiny.yaml --data-path SHARDS
+  python train_ae.py --config configs/pvdm/ucf101-adversarial.yaml --data-path SHARDS --val-path HELD_OUT --init-from RUN
 
 The same line starts a run, resumes it and finds it finished. Exit status: 0 done; 75 stopped by a signal
 and saved; 130 Ctrl-C; 2 wrong settings; 1 any other error.
@@ -12,17 +13,21 @@ from engine.plan import report
 from engine.task import BatchSource, Task
 from launch.env import Env, distributed
 from launch.run import parse_launch, run_main
-from tasks import autoencoder, frame_vae
+from tasks import autoencoder, frame_vae, pvdm_autoencoder
 from tasks.autoencoder_config import CMDAutoencoderConfig
 from tasks.frame_vae_config import FrameVAERunConfig
+from tasks.pvdm_autoencoder_config import PVDMAutoencoderConfig
 from utils.config import dump_yaml, load_config, to_dict
 
 PROG = "train_ae.py"
-SCHEMAS: dict[str, type[CMDAutoencoderConfig | FrameVAERunConfig]] = {"cmd": CMDAutoencoderConfig, "latte": FrameVAERunConfig}
+Config = CMDAutoencoderConfig | PVDMAutoencoderConfig | FrameVAERunConfig
+SCHEMAS: dict[str, type[Config]] = {"cmd": CMDAutoencoderConfig, "pvdm": PVDMAutoencoderConfig, "latte": FrameVAERunConfig}
 
 
-def build(config: CMDAutoencoderConfig | FrameVAERunConfig, env: Env) -> tuple[Task, BatchSource, BatchSource | None]:
+def build(config: Config, env: Env) -> tuple[Task, BatchSource, BatchSource | None]:
     """Task, training samples and validation samples of the config's system."""
+    if isinstance(config, PVDMAutoencoderConfig):
+        return pvdm_autoencoder.build(config, env)
     return frame_vae.build(config, env) if isinstance(config, FrameVAERunConfig) else autoencoder.build(config, env)
 
 

@@ -71,9 +71,9 @@ def reconstruction_terms(networks: Networks, factors: dict[str, float], clips: T
     is not 0 and the network is there.
     """
     terms: Terms = {}
-    for name, distance in (("l1", l1), ("l2", mse)):
+    for name, error in (("l1", l1), ("l2", mse)):
         if factors.get(name):
-            terms[name] = (factors[name], distance(clips, recon))
+            terms[name] = (factors[name], error(clips, recon))
     if "perceptual" in networks and factors.get("perceptual"):
         distance = perceptual_distance(networks["perceptual"], clips, recon, frame)
         terms["perceptual"] = (factors["perceptual"], distance.float())
