@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from models.layers.planes import PLANES, PlaneProjection, plane_shapes, split_planes, spread_planes
-from models.layers.rotary import grid_tables, time_tables
+from models.layers.rotary import TimeLayout, grid_tables, time_tables
 from models.layers.timesformer import Layer, PatchHead, patch_vectors
 
 
@@ -140,14 +140,14 @@ class PVDMAutoencoder(nn.Module):
 
     def features(self, latent: Tensor) -> Tensor:
         """Decoder input of latents (b, e, L): the sum of the planes spread over the clip, (S, b, R_h R_w, d)."""
-        dtype = self.from_latent["xy"].weight.dtype
+        dtype = self.patch_in.weight.dtype
         planes = zip(PLANES, self.planes(latent), strict=True)
         return spread_planes(*(self.from_latent[axis](plane.permute(0, 2, 3, 1).to(dtype)) for axis, plane in planes))
 
     def _stack(self, layers: nn.ModuleList, x: Tensor) -> Tensor:
         """(S, b, R_h R_w, d) -> (S, b, R_h R_w, d)."""
         c = self.config
-        layout = "halves" if c.frame_rotary == "release" else "pairs"
+        layout: TimeLayout = "halves" if c.frame_rotary == "release" else "pairs"
         time_rope = time_tables(c.clip_frames, c.head_dim, x.device, layout)
         space_rope = grid_tables(*c.grid, c.head_dim, x.device)
         for layer in layers:

@@ -85,10 +85,16 @@ class PlaneProjection(nn.Module):
         token = self.token.to(x.dtype).expand(*x.shape[:3], 1, -1)
         shape = x.shape[:3]
         x = (torch.cat([x, token], dim=3) + self.positions.to(x.dtype)).flatten(0, 2)  # (B rows columns, n + 1, d)
-        *layers, last = self.layers
-        for layer in layers:
+        for layer in self.layers[:-1]:
             x = layer(x)
-        return last.read(x, self.position).unflatten(0, shape)
+        return self.last.read(x, self.position).unflatten(0, shape)
+
+    @property
+    def last(self) -> ProjectionLayer:
+        """The layer that is computed at one position only."""
+        layer = self.layers[-1]
+        assert isinstance(layer, ProjectionLayer)
+        return layer
 
 
 def spread_planes(xy: Tensor, yt: Tensor, xt: Tensor) -> Tensor:
