@@ -82,9 +82,9 @@ def reconstruction_terms(networks: Networks, factors: dict[str, float], clips: T
 
 def adversarial_terms(networks: Networks, setting: AdversarialConfig, clips: Tensor, recon: Tensor, frame: Tensor) -> Terms:
     """Fooling both discriminators, and matching what their stages see of the original."""
-    fake = networks["disc"](pick_frame(recon, frame), recon)
-    with torch.no_grad():
+    with torch.no_grad():  # first, as in the release: the order decides what the running statistics are
         real = networks["disc"](pick_frame(clips, frame), clips)
+    fake = networks["disc"](pick_frame(recon, frame), recon)
     fooled = torch.stack([generator_loss(stages[-1].float()) for stages in fake]).sum(0)
     matched = torch.stack([feature_matching(r, f).float() for r, f in zip(real, fake, strict=True)]).sum(0)
     return {"adversarial": (setting.weight, fooled), "feature_matching": (setting.feature_matching, matched)}
