@@ -9,12 +9,19 @@ from utils.errors import ConfigError
 
 _LOWEST = {
     "train": {"global_batch_size": 1, "accumulation": 1, "epochs": 1, "max_steps": 0, "max_bad_steps": 0},
-    "optim": {"lr": 0, "eps": 0, "weight_decay": 0, "clip_norm": 0, "clip_start": 0, "warmup_steps": 0, "final_lr_ratio": 0},
+    "optim": {
+        "lr": 0, "eps": 0, "weight_decay": 0, "clip_norm": 0, "clip_start": 0, "warmup_steps": 0, "warmup_start": 0, "final_lr_ratio": 0,
+    },
+    "ema": {"every": 1},
     "parallel": {"shard_size": 0, "timeout": 1},
     "checkpoint": {"every": 0, "keep_last": 0},
     "log": {"every": 0, "preview_every": 0, "eval_every": 0, "eval_batches": 0},
-}
+    "best": {"patience": 0},
+}  # fmt: skip
 """Group -> setting -> the least that it may be."""
+
+_BETTER = {"psnr": 1, "ssim": 1} | dict.fromkeys(("loss", "l1", "mse", "perceptual", "error"), -1)
+"""Metric of an evaluation -> 1 where more is better, -1 where less is."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,10 @@ class OptimConfig:
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warm-up."""
     warmup_steps: int = flag(0, "warmup-steps")
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up."""
+    warmup_start: float = 0.0
+    """Share of lr that the warm-up starts from: step n (from 0) has start + (1 - start) * n / warmup_steps of lr.
+    0: (n + 1) / warmup_steps, so that the first step does something."""
     final_lr_ratio: float = 0.0
     """Where the cosine ends, as a share of lr."""
 
@@ -66,7 +76,9 @@ class EmaConfig:
     decay: float = flag(0.9999, "ema-decay")
     """Decay of the exponential moving average of the weights; 0: no average."""
     warmup: bool = flag(False, "ema-warmup")
-    """Use min(decay, (1 + step) / (10 + step)), so that short runs average too."""
+    """Use min(decay, (1 + n) / (10 + n)) at the n-th update (from 1), so that short runs average too."""
+    every: int = flag(1, "ema-every")
+    """Optimiser steps between updates of the average."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +125,26 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class BestConfig:
+    metric: str = flag("", "best-metric")
+    """Keep the export of the evaluation that was best by this metric, such as psnr, in place of the last weights; needs --val-path.
+    Empty: the last weights."""
+    mode: Literal["auto", "min", "max"] = flag("auto", "best-mode")
+    """Whether less or more of the metric is better; auto: as is known of the metric."""
+    patience: int = flag(0, "patience")
+    """End the run after this many evaluations without a better one; 0: never."""
+
+    @property
+    def sign(self) -> int:
+        """1 where more of the metric is better, -1 where less is. Raises ConfigError where `auto` does not know."""
+        if self.mode != "auto":
+            return 1 if self.mode == "max" else -1
+        if self.metric in _BETTER:
+            return _BETTER[self.metric]
+        raise ConfigError(f"--best-metric {self.metric}: give --best-mode min or max; it is known of {', '.join(_BETTER)}")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """What `engine.loop.fit` reads. Stages subclass it."""
 
@@ -122,6 +154,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    best: BestConfig = field(default_factory=BestConfig)
 
     def validate(self) -> None:
         """Raises ConfigError for a number that cannot be. Stages add what they know."""
@@ -134,3 +167,11 @@ class RunConfig:
         for name, values in shares.items():
             if not all(0 <= value < 1 for value in values):
                 raise ConfigError(f"{name} {' '.join(map(str, values))}: 0 or more, and below 1")
+        if not self.optim.warmup_start <= 1:
+            raise ConfigError(f"optim.warmup_start {self.optim.warmup_start}: a share of lr, at most 1")
+        if self.best.metric:
+            assert self.best.sign
+        elif self.best.patience:
+            raise ConfigError("--patience: name what should get better with --best-metric, such as psnr or loss")
+        if self.best.patience and not self.log.eval_every:
+            raise ConfigError("--patience counts evaluations: set --eval-every")

@@ -32,6 +32,10 @@ class Network:
     """Module -> its shard, compile and checkpointing units (the transformer blocks); None: the module is one unit."""
     methods: tuple[str, ...] = ()
     """Methods besides `forward` that the task calls (`encode`, `decode`): they need their parameters gathered too."""
+    clip_parts: tuple[str, ...] = ()
+    """Children whose gradients are clipped each to the norm of its own, and what is left to its own; (): all of them together."""
+    sync_norms: bool = False
+    """Batch norms normalise by the statistics of the whole micro-batch over all ranks, in place of each rank's own samples."""
 
 
 @dataclass
