@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from utils.media import encode_mp4, gif_bytes, grid, png_bytes, to_float, to_uint8, write_gif, write_mp4, write_png
+from utils.media import VideoWriter, encode_mp4, gif_bytes, grid, png_bytes, to_float, to_uint8, write_gif, write_mp4, write_png
 
 
 def test_uint8_to_float_and_back_is_exact() -> None:
@@ -87,3 +87,27 @@ def test_png_is_exact(tmp_path: Path) -> None:
 def test_a_float_video_is_refused_with_its_shape(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="to_uint8"):
         write_mp4(tmp_path / "video.mp4", torch.zeros(3, 4, 8, 8))
+
+
+def test_a_video_written_in_pieces_is_the_same_file(tmp_path: Path) -> None:
+    video = torch.randint(0, 255, (3, 21, 17, 22), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for name, cuts in (("whole", (21,)), ("pieces", (5, 9, 1, 6))):
+        with VideoWriter(tmp_path / f"{name}.mp4", 8.0) as writer:
+            for part in video.split(cuts, dim=1):
+                writer.write(part)
+        assert writer.frames == 21
+    assert (tmp_path / "whole.mp4").read_bytes() == (tmp_path / "pieces.mp4").read_bytes()
+    assert (tmp_path / "whole.mp4").read_bytes() == encode_mp4(
+        np.pad(video.permute(1, 2, 3, 0), ((0, 0), (0, 1), (0, 0), (0, 0)), "edge"), 8, gop=16
+    )
+    with av.open(str(tmp_path / "whole.mp4")) as container:
+        assert container.streams.video[0].frames == 21
+
+
+def test_a_video_that_breaks_off_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "video.mp4"
+    path.write_bytes(b"before")
+    with pytest.raises(RuntimeError, match="stop"), VideoWriter(path, 8.0) as writer:
+        writer.write(torch.zeros(3, 4, 8, 8, dtype=torch.uint8))
+        raise RuntimeError("stop")
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]

@@ -2,16 +2,20 @@
 
 import io
 import math
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import torch
+from av.container import OutputContainer
+from av.video.stream import VideoStream
 from PIL import Image
 from torch import Tensor
 
-from utils.files import atomic_write_bytes
+from utils.files import atomic_path, atomic_write_bytes
 
 
 def to_float(video: Tensor) -> Tensor:
@@ -24,6 +28,7 @@ def to_uint8(video: Tensor) -> Tensor:
     return video.float().clamp(-1.0, 1.0).add(1.0).mul(127.5).round().to(torch.uint8)
 
 
+_BITEXACT = {"fflags": "+bitexact"}
 _LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in ITU-R 601's luma, which is also Pillow's "L"."""
 
@@ -66,26 +71,76 @@ def _frames(video: Tensor) -> np.ndarray:
     return video.expand(3, -1, -1, -1).permute(1, 2, 3, 0).cpu().contiguous().numpy()
 
 
+def _add_stream(container: OutputContainer, size: tuple[int, int], fps: float, crf: int, gop: int) -> VideoStream:
+    """H.264 4:2:0 without B-frames, the same bytes each time; frames of (height, width), both even."""
+    # x264's macroblock tree reads memory it has not written when frames are small: now and then it gives other bytes.
+    options = {"crf": str(crf), "tune": "fastdecode", "mbtree": "0", "bf": "0", "threads": "1"}
+    options |= {"g": str(gop), "keyint_min": "1", "sc_threshold": "0"}
+    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
+    stream.height, stream.width = size
+    stream.pix_fmt = "yuv420p"
+    stream.codec_context.flags |= av.codec.context.Flags.bitexact
+    return stream
+
+
+def _even(frames: np.ndarray) -> np.ndarray:
+    """Frames t h w 3 of even sizes, which 4:2:0 needs: an odd last row or column is repeated."""
+    odd = frames.shape[1] % 2, frames.shape[2] % 2
+    return np.pad(frames, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), mode="edge") if any(odd) else frames
+
+
+def _mux(container: OutputContainer, stream: VideoStream, frames: np.ndarray) -> None:
+    for frame in frames:
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+
+
 def encode_mp4(frames: np.ndarray, fps: float, *, crf: int = 18, gop: int = 0) -> bytes:
     """RGB frames t h w 3 uint8 -> H.264 4:2:0 in mp4, without B-frames, the same bytes each time. gop 0: one key frame in all.
 
     H.264 4:2:0 needs even sizes: an odd last row or column is repeated.
     """
-    odd = frames.shape[1] % 2, frames.shape[2] % 2
-    if any(odd):
-        frames = np.pad(frames, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
-    # x264's macroblock tree reads memory it has not written when frames are small: now and then it gives other bytes.
-    options = {"crf": str(crf), "tune": "fastdecode", "mbtree": "0", "bf": "0", "threads": "1"}
-    options |= {"g": str(gop or len(frames)), "keyint_min": "1", "sc_threshold": "0"}
+    frames = _even(frames)
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        stream.codec_context.flags |= av.codec.context.Flags.bitexact
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+    with av.open(buffer, "w", format="mp4", options=_BITEXACT) as container:
+        stream = _add_stream(container, frames.shape[1:3], fps, crf, gop or len(frames))
+        _mux(container, stream, frames)
         container.mux(stream.encode())
     return buffer.getvalue()
+
+
+class VideoWriter:
+    """An mp4 written as its frames come, of any length in constant memory.
+
+    The file replaces `path` when the block ends, and nothing does when it raises. Its bytes depend on the frames alone, not on how
+    they were cut into calls.
+    """
+
+    def __init__(self, path: Path | str, fps: float, *, crf: int = 18, gop: int = 16) -> None:
+        self.path, self.fps, self.crf, self.gop = Path(path), fps, crf, gop
+        self.frames = 0
+        """Frames that were written so far."""
+        self._stack = ExitStack()
+        self._stream: VideoStream | None = None
+
+    def __enter__(self) -> "VideoWriter":
+        with ExitStack() as stack:
+            temporary = stack.enter_context(atomic_path(self.path))
+            self._container = stack.enter_context(av.open(str(temporary), "w", format="mp4", options=_BITEXACT))
+            self._stack = stack.pop_all()
+        return self
+
+    def write(self, video: Tensor) -> None:
+        """Append uint8 frames c t h w (1 or 3 channels), all of the size of the first ones."""
+        frames = _even(_frames(video))
+        if self._stream is None:
+            self._stream = _add_stream(self._container, frames.shape[1:3], self.fps, self.crf, self.gop)
+        _mux(self._container, self._stream, frames)
+        self.frames += len(frames)
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None and self._stream is not None:
+            self._container.mux(self._stream.encode())
+        self._stack.__exit__(*error)
 
 
 def write_mp4(path: Path | str, video: Tensor, fps: float = 25.0) -> None:
