@@ -154,7 +154,7 @@ def _autoencoder_names(depth: int, plane_depth: int) -> dict[str, str]:
     for stack in ("encoder", "decoder"):
         for i in range(depth):
             modules |= {f"{stack}.layers.{i}.{theirs}": f"{stack}.{i}.{ours}" for theirs, ours in _STACK_LAYER.items()}
-    names = {}
+    names: dict[str, str] = {}
     for axis in PLANES:
         modules |= {f"pre_{axis}": f"to_latent.{axis}", f"post_{axis}": f"from_latent.{axis}"}
         names |= {f"{axis}_token": f"projections.{axis}.token", f"{axis}_pos_embedding": f"projections.{axis}.positions"}

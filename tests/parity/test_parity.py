@@ -18,6 +18,8 @@ PENDING_SYSTEMS = ("hvdm", "pvdm", "vidm")
 HERE = Path(__file__).parent
 FOLDER = Path(os.environ.get("PARITY_DIR") or HERE / "data")
 FILES = sorted(FOLDER.glob("*.safetensors"))
+CASES = [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * path.stem.endswith("_full")) for path in FILES]
+"""Networks of the release's size take their time."""
 
 
 def find_adapter(system: str, module: str) -> Adapter | None:
@@ -31,7 +33,7 @@ def test_folder_has_cases():
     assert FILES, f"no *.safetensors in PARITY_DIR {FOLDER}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CASES)
 def test_parity(path: Path):
     case = Case(path)
     check = find_adapter(case.system, case.module)
