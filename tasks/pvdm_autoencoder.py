@@ -1,5 +1,6 @@
 """PVDM's autoencoder: a clip to three planes of latents and back, then against discriminators (spec, pvdm.md sections 2 and 5.1)."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 from datasets.loader import ClipSource
 from engine.task import Batch, LossOutput, Network
 from launch.env import Env
-from models.autoencoders.pvdm import PVDMAutoencoder
+from models.autoencoders.pvdm import PVDMAEConfig, PVDMAutoencoder
+from pipelines.loading import load_pvdm_autoencoder
 from tasks.clips import ClipInfo, Networks, empty_batch, open_clips, units
 from tasks.pvdm_autoencoder_config import PVDMAutoencoderConfig
 from tasks.reconstruction import (
@@ -24,6 +26,7 @@ from tasks.reconstruction import (
     turns,
 )
 from utils.config import to_dict
+from utils.errors import UserError
 from utils.media import to_float
 from utils.rng import SampleRng
 
@@ -43,6 +46,10 @@ class PVDMAutoencoderTask:
         config, loss = self.config, self.config.loss
         ema = config.ema if config.ema.decay > 0 else None
         ae = PVDMAutoencoder(self.model_config)
+        if config.model.init_from:
+            # A dry run builds it on the meta device.
+            start = trained(config.model.init_from, self.model_config)
+            ae.load_state_dict({name: value.to(ae.patch_in.weight.device) for name, value in start.items()})
         nets = {"ae": Network(ae, optim=config.optim, ema=ema, units=units, methods=("encode", "decode"))}
         return nets | loss_networks(loss.perceptual, loss.adversarial, config.optim)
 
@@ -89,6 +96,24 @@ class PVDMAutoencoderTask:
     def card(self) -> dict[str, Any]:
         """What later stages need to rebuild and use the autoencoder."""
         return {"system": "pvdm", "stage": "autoencoder", "model": to_dict(self.model_config), "data": self.clips.card()}
+
+
+def trained(path: str, wanted: PVDMAEConfig) -> dict[str, Tensor]:
+    """Weights of a trained autoencoder (export, run or released checkpoint), of its average where there is one, for a run on `wanted`.
+
+    Raises UserError where the two differ in more than the number of parts that a training clip is cut into.
+    """
+    loaded = load_pvdm_autoencoder(path, splits=wanted.splits, plane_heads=wanted.plane_heads)
+    for (name, have), want in zip(_sizes(loaded.config).items(), _sizes(wanted).values(), strict=True):
+        if have != want:
+            raise UserError(f"--init-from {path} cannot start this run: its {name} is {have}, that of the run {want}")
+    return loaded.module.state_dict()
+
+
+def _sizes(config: PVDMAEConfig) -> dict[str, Any]:
+    """What decides the weights and what they mean, by name."""
+    known = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in ("n_frames", "splits")}
+    return known | {"clip_frames": config.clip_frames, "plane_head_dim": config.plane_head_dim or config.dim // 8}
 
 
 def build(config: PVDMAutoencoderConfig, env: Env) -> tuple[PVDMAutoencoderTask, ClipSource, ClipSource | None]:

@@ -14,9 +14,12 @@ from losses.reconstruction import l1, mse, pick_frame
 from losses.reconstruction import perceptual as perceptual_distance
 from metrics.frames import SSIM_WINDOW, psnr, ssim
 from models.discriminators import DiscriminatorConfig, Discriminators
+from models.official.pvdm import import_criterion
 from tasks.clips import Networks
 from tasks.reconstruction_config import AdversarialConfig, PerceptualConfig
+from utils.errors import UserError
 from utils.rng import SampleRng
+from utils.weights import load_tensors
 
 Terms = dict[str, tuple[float, Tensor]]
 """Name -> (factor, value per sample)."""
@@ -30,7 +33,7 @@ def loss_networks(distance: PerceptualConfig, adversarial: AdversarialConfig, op
         if net is not None:
             nets["perceptual"] = Network(net, "frozen")
     if adversarial.enabled:
-        disc = Discriminators(DiscriminatorConfig(ndf=adversarial.ndf, n_layers=adversarial.n_layers))
+        disc = _discriminators(adversarial)
         own = OptimConfig(
             lr=adversarial.disc_lr or optim.lr,
             betas=adversarial.disc_betas,
@@ -38,8 +41,21 @@ def loss_networks(distance: PerceptualConfig, adversarial: AdversarialConfig, op
             clip_norm=adversarial.disc_clip_norm,
         )
         # Whole on every rank: batch norm's running statistics cannot be sharded.
-        nets["disc"] = Network(disc, "ddp", optim=own)
+        parts = ("discriminator_2d", "discriminator_3d")
+        nets["disc"] = Network(disc, "ddp", optim=own, clip_parts=parts, sync_norms=adversarial.sync_norms)
     return nets
+
+
+def _discriminators(setting: AdversarialConfig) -> Discriminators:
+    """With fresh weights, or with those that the settings name."""
+    disc = Discriminators(DiscriminatorConfig(ndf=setting.ndf, n_layers=setting.n_layers))
+    if setting.disc_init_from:
+        try:
+            disc.load_state_dict(import_criterion(load_tensors(setting.disc_init_from)).discriminators)
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(f"--init-disc-from {setting.disc_init_from} cannot start these discriminators: {reason}") from None
+    return disc
 
 
 def is_adversarial(setting: AdversarialConfig, step: int) -> bool:

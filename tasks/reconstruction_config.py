@@ -49,6 +49,8 @@ class AdversarialConfig:
     """Its weight decay."""
     disc_clip_norm: float = 0.0
     """Clip the gradient of each of the two discriminators to this norm; 0: no clipping."""
+    disc_init_from: str = flag("", "init-disc-from")
+    """The release's criterion (loss_last.pth), whose discriminators the run starts from; empty: fresh ones."""
 
     def validate(self) -> None:
         """Raises ConfigError on numbers that cannot be."""
