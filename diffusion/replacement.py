@@ -4,6 +4,9 @@ section 3.1): a long video of a network that knows no condition but the frames b
 Nothing of it is in a sampler. The network is wrapped: in its input the known frames are put in place, noised to the level of the step;
 in its output they are given the prediction that leads from the sampler's state straight to them, so that the sampler ends in them too.
 
+The network hears of the known frames in their noised form only, so the others depend on them less than in the data, and on a
+deterministic path less than with noise in every step (Gaussian frames of correlation 0.9: 0.41 by DDIM, 0.59 by ancestral sampling).
+
 It asks of a latent that a frame stands by itself along one axis. Where a position mixes all frames of a clip (CMD's content frame and
 motion planes, a triplane) there is nothing that could be held fixed.
 """

@@ -1,10 +1,10 @@
 """Checks of PVDM. Its parts have files of their own; here crop and resize of its data."""
 
 from tests.parity import (
+    adapters_pvdm_diffusion,  # noqa: F401 - registers its checks
     adapters_pvdm_net,  # noqa: F401 - registers its checks
     adapters_pvdm_train,  # noqa: F401 - registers its checks
 )
-import tests.parity.adapters_pvdm_diffusion  # noqa: F401
 from tests.parity.case import Case, adapter
 from tests.parity.data_cases import resized
 
