@@ -9,6 +9,8 @@ from torch import nn
 from models.transformers.dit import ContentDiT, DiTConfig
 from models.transformers.latte import Latte, LatteConfig
 from models.transformers.motion_dit import MotionDiT, MotionDiTConfig
+from models.transformers.plane_dit import PlaneDiT, PlaneDiTConfig
+from models.unets.plane_unet import PlaneUNet, PlaneUNetConfig
 
 
 class Model(NamedTuple):
@@ -26,7 +28,10 @@ _FAMILIES = {
     "ContentDiT": Model(ContentDiT, DiTConfig()),
     "MotionDiT": Model(MotionDiT, MotionDiTConfig()),
     "Latte": Model(Latte, LatteConfig()),
+    "PlaneDiT": Model(PlaneDiT, PlaneDiTConfig()),
 }
+_PATCHES = {"PlaneDiT": (1, 2, 4)}
+"""Families whose named sizes have other patches than 2, 4, 8."""
 
 MODELS = {
     f"{family}-{size}/{patch}": Model(
@@ -34,7 +39,10 @@ MODELS = {
     )
     for family, base in _FAMILIES.items()
     for size, (width, depth, heads) in SIZES.items()
-    for patch in (2, 4, 8)
+    for patch in _PATCHES.get(family, (2, 4, 8))
+} | {
+    "PVDM-S": Model(PlaneUNet, PlaneUNetConfig(model_channels=128)),
+    "PVDM-L": Model(PlaneUNet, PlaneUNetConfig(model_channels=256)),
 }
 
 
@@ -49,7 +57,8 @@ def resolve(name: str, family: str | None = None, **overrides: Any) -> Any:
     names = [known for known in MODELS if family is None or known.startswith(f"{family}-")]
     if full not in names:
         nearest = difflib.get_close_matches(full, names, n=1, cutoff=0.0)[0]
-        raise ValueError(f"no model is called {name!r}; the nearest is {nearest!r} (sizes S, B, L, XL; patches 2, 4, 8)")
+        kin = [known for known in names if known.partition("-")[0] == nearest.partition("-")[0]]
+        raise ValueError(f"no model is called {name!r}; the nearest is {nearest!r} (there are {', '.join(kin)})")
     config = MODELS[full].config
     known = {field.name for field in dataclasses.fields(config)}
     for key in overrides:

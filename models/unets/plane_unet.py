@@ -1,0 +1,216 @@
+"""PVDM's denoiser: an image UNet on each of the three planes of a latent, with attention across all planes after each block
+(spec, pvdm.md section 3).
+
+Letters: B batch, C channels, L positions of the planes together, E width of the steering vector. Planes of equal width lie on one
+sheet, one above the other (see adm.py): for square frames all three do, and the sheet is the sequence that attention across planes reads.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from models.layers.embeddings import LabelEmbedder, TimestepEmbedder
+from models.layers.planes import plane_shapes
+from models.layers.previous import with_previous
+from models.unets.adm import GROUPS, AttentionBlock, Downsample, Resample, ResBlock, Rows, Upsample, channels_last, conv
+from models.unets.plane_stages import Head, Sheets, Stage
+
+
+@dataclass(frozen=True)
+class PlaneUNetConfig:
+    latent_res: tuple[int, int] = (32, 32)
+    """Height and width of the plane xy."""
+    latent_frames: int = 16
+    """Frames of a clip: height of the planes yt and xt."""
+    in_channels: int = 4
+    """Channels of a latent."""
+    out_channels: int = 0
+    """Channels of the output; 0: as many."""
+    model_channels: int = 256
+    """Width of the first level."""
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    """Width of each level over model_channels; each level but the first has half the sides."""
+    num_res_blocks: int = 2
+    """Residual blocks of a level on the way down; one more on the way up."""
+    attention_resolutions: tuple[int, ...] = (4, 2, 1)
+    """Levels with attention inside each plane, by how often smaller their sides are. Attention across planes is everywhere."""
+    num_heads: int = 8
+    """Heads of all attention."""
+    head_channels: int = 0
+    """Width of a head, which then decides their number; 0: width of the level / num_heads."""
+    use_scale_shift_norm: bool = True
+    """The step scales and shifts what is normalised, instead of being added before."""
+    resblock_updown: bool = True
+    """Sides are halved and doubled inside residual blocks, instead of by convolutions."""
+    conditional: bool = True
+    """The previous clip's latent is a second input."""
+    num_classes: int = 0
+    """Classes of the label condition; 0: no label, as in the paper."""
+    class_dropout_prob: float = 0.1
+    """Share of labels dropped in training. Above 0 there is a null label, the row num_classes of the table."""
+    dropout: float = 0.0
+    """Share of activations dropped in residual blocks."""
+
+    def __post_init__(self) -> None:
+        for name in ("latent_frames", "in_channels", "model_channels", "num_res_blocks", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: at least 1")
+        for name in ("out_channels", "head_channels", "num_classes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)}: at least 0")
+        if not self.channel_mult or min(self.channel_mult) < 1 or min(self.latent_res) < 1:
+            raise ValueError(f"channel_mult {self.channel_mult} and latent_res {self.latent_res}: all at least 1")
+        self._check_sides()
+        for level, width in enumerate(self.widths):
+            if width % GROUPS:
+                raise ValueError(f"model_channels {self.model_channels} x {self.channel_mult[level]} is not a multiple of {GROUPS}")
+            if width % (self.head_channels or self.num_heads):
+                what = f"head_channels {self.head_channels}" if self.head_channels else f"num_heads {self.num_heads}"
+                raise ValueError(f"the width {width} of level {level} is not a multiple of {what}")
+        steps = {2**level for level in range(len(self.channel_mult))}
+        if unknown := sorted(set(self.attention_resolutions) - steps):
+            raise ValueError(f"attention_resolutions {unknown[0]}: the levels are {', '.join(map(str, sorted(steps)))} times smaller")
+
+    def _check_sides(self) -> None:
+        times = 2 ** (len(self.channel_mult) - 1)
+        sides = {"latent_res": self.latent_res, "latent_frames": (self.latent_frames,)}
+        for name, values in sides.items():
+            if any(value % times for value in values):
+                size = " x ".join(map(str, values))
+                raise ValueError(
+                    f"{name} {size} cannot be halved {len(self.channel_mult) - 1} times: use multiples of {times}, or fewer entries in "
+                    f"channel_mult ({len(self.channel_mult)} now)"
+                )
+
+    @property
+    def plane_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of xy, yt, xt."""
+        return plane_shapes(self.latent_frames, self.latent_res)
+
+    @property
+    def length(self) -> int:
+        """Positions of a latent, L."""
+        return sum(rows * columns for rows, columns in self.plane_shapes)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level."""
+        return tuple(self.model_channels * times for times in self.channel_mult)
+
+    def heads(self, width: int) -> int:
+        """Heads of attention over `width` channels."""
+        return width // self.head_channels if self.head_channels else self.num_heads
+
+    @property
+    def sheets(self) -> tuple[tuple[Rows, int], ...]:
+        """(rows of the planes on it, width) of each sheet: neighbours of equal width share one."""
+        grouped = itertools.groupby(self.plane_shapes, key=lambda shape: shape[1])
+        return tuple((tuple(rows for rows, _ in shapes), width) for width, shapes in grouped)
+
+
+class PlaneUNet(nn.Module):
+    """Denoiser of latents (B, C, L) given the step and, where configured, the previous clip's latent and a class label."""
+
+    def __init__(self, config: PlaneUNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        emb = 4 * config.model_channels
+        self.t_embedder = TimestepEmbedder(emb, config.model_channels)
+        self.y_embedder = LabelEmbedder(config.num_classes, emb, config.class_dropout_prob > 0) if config.num_classes else None
+        if self.y_embedder is not None:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        stages = Stages(config)  # in this order: it keeps count
+        self.input_blocks = nn.ModuleList(stages.down())
+        self.middle_block = stages.middle()
+        self.output_blocks = nn.ModuleList(stages.up())
+        self.out = Head(config.widths[0], config.out_channels or config.in_channels, stages.rows)
+
+    def units(self) -> list[nn.Module]:
+        """The blocks: what is sharded, compiled and checkpointed as one."""
+        return [*self.input_blocks, self.middle_block, *self.output_blocks, self.out]
+
+    def forward(self, x: Tensor, t: Tensor, previous: Tensor | None = None, y: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
+        """x (B, C, L), step t (B,), latent of the clip before (B, C, L) or None (zeros), labels y (B,) -> (B, out_channels, L).
+
+        `drop` (B,) bool takes the label away; the label num_classes and None mean the same. Raises ValueError for other shapes than
+        the model's, and for a `previous` that it has no input for.
+        """
+        x = with_previous(x, previous, (self.config.in_channels, self.config.length), self.config.conditional)
+        emb = self.t_embedder(t)
+        if self.y_embedder is not None:
+            emb = emb + (self.y_embedder.null_label(len(t)) if y is None else self.y_embedder(y, drop))
+        sheets, skips = self._sheets(x), []
+        for stage in self.input_blocks:
+            sheets = stage(sheets, emb)
+            skips.append(sheets)
+        sheets = self.middle_block(sheets, emb)
+        for stage in self.output_blocks:
+            sheets = stage(sheets, emb, skips.pop())
+        return self.out(sheets)
+
+    def _sheets(self, x: Tensor) -> Sheets:
+        """(B, C, L) -> sheets (B, C, rows of all its planes, columns)."""
+        sizes = [(sum(rows), width) for rows, width in self.config.sheets]
+        parts = x.split([math.prod(size) for size in sizes], dim=2)
+        return tuple(channels_last(part.unflatten(2, size)) for part, size in zip(parts, sizes, strict=True))
+
+
+class Stages:
+    """Builds the stages in order, keeping count of widths and heights."""
+
+    def __init__(self, config: PlaneUNetConfig) -> None:
+        self.rows = tuple(rows for rows, _ in config.sheets)
+        self._config = config
+        self._width = config.widths[0]
+        self._skips: list[int] = []
+
+    def down(self) -> Iterator[Stage]:
+        """The input blocks. The first, a convolution, is the only stage without attention across planes."""
+        config = self._config
+        channels = config.in_channels * (2 if config.conditional else 1)
+        yield self._stage([conv(2, channels, self._width)], 0, across=False)
+        self._skips.append(self._width)
+        for level, width in enumerate(config.widths):
+            for _ in range(config.num_res_blocks):
+                yield self._stage([self._residual(self._width, width), *self._inside(level)], level)
+                self._skips.append(width)
+            if level + 1 < len(config.widths):
+                yield self._stage([self._residual(width, width, "down") if config.resblock_updown else Downsample(width)], level)
+                self._skips.append(width)
+
+    def middle(self) -> Stage:
+        """Attention inside each plane, whatever the level."""
+        width, last = self._width, len(self._config.widths) - 1
+        attention = AttentionBlock(width, self._config.heads(width))
+        return self._stage([self._residual(width, width), attention, self._residual(width, width)], last)
+
+    def up(self) -> Iterator[Stage]:
+        """The output blocks. The last of each level but the first doubles the sides."""
+        config = self._config
+        for level, width in reversed(list(enumerate(config.widths))):
+            for k in range(config.num_res_blocks + 1):
+                layers = [self._residual(self._width + self._skips.pop(), width), *self._inside(level)]
+                if level and k == config.num_res_blocks:
+                    layers.append(self._residual(width, width, "up") if config.resblock_updown else Upsample(width))
+                yield self._stage(layers, level)
+
+    def _stage(self, layers: list[nn.Module], level: int, across: bool = True) -> Stage:
+        """A stage whose planes come in at the sides of `level`."""
+        self._width = self._config.widths[level]
+        attention = AttentionBlock(self._width, self._config.heads(self._width)) if across else None
+        return Stage(layers, attention, tuple(tuple(height >> level for height in rows) for rows in self.rows))
+
+    def _residual(self, before: int, after: int, kind: Resample = "") -> ResBlock:
+        config = self._config
+        scale_shift, dropout = config.use_scale_shift_norm, config.dropout
+        return ResBlock(before, after, 4 * config.model_channels, kind=kind, scale_shift=scale_shift, dropout=dropout)
+
+    def _inside(self, level: int) -> list[nn.Module]:
+        """Attention inside each plane, at the levels that have it."""
+        if 2**level not in self._config.attention_resolutions:
+            return []
+        width = self._config.widths[level]
+        return [AttentionBlock(width, self._config.heads(width))]
