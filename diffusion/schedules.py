@@ -76,9 +76,9 @@ def space_timesteps(steps: int, spec: str | Sequence[int]) -> list[int]:
         if not spec:
             return list(range(steps))
         if spec.startswith("ddim"):
-            return _strided(steps, _counts(spec.removeprefix("ddim"), spec)[0])
+            return _strided(steps, _count(spec.removeprefix("ddim"), spec))
         if spec.startswith("trailing"):
-            return _trailing(steps, _counts(spec.removeprefix("trailing"), spec)[0])
+            return _trailing(steps, _count(spec.removeprefix("trailing"), spec))
         spec = _counts(spec, spec)
     return _sections(steps, list(spec))
 
@@ -88,6 +88,13 @@ def _counts(text: str, spec: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f'respacing {spec!r} is none of "", "50", "10,15,20", "ddim50", "trailing50"') from None
+
+
+def _count(text: str, spec: str) -> int:
+    count, *more = _counts(text, spec)
+    if more:
+        raise ValueError(f"respacing {spec!r}: one stride has one count")
+    return count
 
 
 def _strided(steps: int, wanted: int) -> list[int]:
