@@ -147,8 +147,6 @@ def _settings(state: State) -> dict[str, Any]:
         "channel_mult": tuple(width // channels for width in widths),
         "num_res_blocks": blocks,
         "attention_resolutions": tuple(reversed(attended)),
-            ::-1
-        ],
         "use_scale_shift_norm": len(state["input_blocks.1.layers.0.emb_layers.1.weight"]) == 2 * widths[0],
         "resblock_updown": not any(name.endswith(".op.weight") for name in state),
         "conditional": first.shape[1] == 2 * len(last),
