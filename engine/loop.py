@@ -95,6 +95,7 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
                 finite = finite & good
                 turns.append(sums)
             done = step + 1
+            team.average(done)
             progress |= {"step": done, "samples": progress["samples"] + global_batch}
             guard.end_step(step, finite, turns)
             meter.end_step(global_batch, log.every)

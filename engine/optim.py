@@ -14,7 +14,9 @@ from engine.config import OptimConfig
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:
     """Rate of step `step` (from 0) of `total`: linear warm-up, then constant or half a cosine down to final_lr_ratio * lr."""
     if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+        start = config.warmup_start
+        done = (step if start > 0 else step + 1) / config.warmup_steps  # from 0 the first step would do nothing
+        return config.lr * (start + (1 - start) * done)
     if config.schedule == "constant":
         return config.lr
     done = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))
@@ -44,6 +46,15 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
+def clip_apart(parts: Iterable[Sequence[nn.Parameter]], clip_norm: float, divisor: Tensor) -> None:
+    """Scale the gradients of each part in place, so that they have the norm `clip_norm` at most once they are divided by `divisor`."""
+    for part in parts:
+        gradients = [parameter.grad for parameter in part if parameter.grad is not None]
+        if gradients:
+            excess = ((gradient_norm(part) / divisor + 1e-6) / clip_norm).clamp(min=1.0)
+            torch._foreach_div_(local_parts(gradients), excess.float())
+
+
 def guarded_step(optimizer: Optimizer, norm: Tensor, clip_norm: float, divisor: Tensor, finite: Tensor) -> None:
     """Step with gradients divided by `divisor` and then clipped to `clip_norm` (0: not), or leave everything as it is.
 
@@ -57,3 +68,9 @@ def guarded_step(optimizer: Optimizer, norm: Tensor, clip_norm: float, divisor: 
     optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's part of each tensor, sharing its memory."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach() for tensor in tensors]

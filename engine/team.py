@@ -1,7 +1,7 @@
 """The networks of a stage at work: wrapped, each with its optimiser and its average, and whose turn it is."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from engine.config import ParallelConfig, RunConfig
 from engine.ema import Ema
-from engine.optim import build_optimizer, clip_limit, gradient_norm, guarded_step, learning_rate
+from engine.norms import share_norms
+from engine.optim import build_optimizer, clip_apart, clip_limit, gradient_norm, guarded_step, learning_rate
 from engine.shard import Replicated, device_mesh, parallelize
 from engine.task import Network
 from launch.env import Env
@@ -33,6 +34,8 @@ class Member:
     """What the loss calls in this network's turn."""
     parameters: list[nn.Parameter]
     """Those that are trained, as the optimiser knows them."""
+    clipped: list[list[nn.Parameter]]
+    """Those that are clipped together, where there is more than one such group."""
     optimizer: Optimizer
     ema: Ema | None
 
@@ -96,10 +99,18 @@ class Team:
         rate = learning_rate(optim, step, total)
         for group in member.optimizer.param_groups:
             group["lr"] = rate
-        guarded_step(member.optimizer, norm, clip_limit(optim, step), divisor, finite)
-        if member.ema:
-            member.ema.update(step)
+        limit = clip_limit(optim, step)
+        if limit > 0 and member.clipped:
+            clip_apart(member.clipped, limit, divisor)
+            limit = 0.0
+        guarded_step(member.optimizer, norm, limit, divisor, finite)
         return rate
+
+    def average(self, done: int) -> None:
+        """Update the averages that are due after `done` steps, whosever turn the last one was."""
+        for member in self.members.values():
+            if member.ema:
+                member.ema.update(done)
 
     @contextmanager
     def evaluation(self) -> Iterator[dict[str, nn.Module]]:
@@ -135,6 +146,8 @@ def _enlist(name: str, network: Network, parallel: ParallelConfig, env: Env, mes
     assert network.optim is not None, f"network {name!r} is trained: it needs optimiser settings"
     averaged = network.ema is not None and network.ema.decay > 0
     twin = Network(copy.deepcopy(network.module), network.strategy, units=network.units, methods=network.methods) if averaged else None
+    if network.sync_norms and env.world_size > 1:
+        share_norms(network.module)
     entry = parallelize(network, parallel, env, mesh)
     module = entry.bare if isinstance(entry, Replicated) else entry
     module.train()
@@ -143,4 +156,17 @@ def _enlist(name: str, network: Network, parallel: ParallelConfig, env: Env, mes
     ema = None
     if twin is not None and network.ema is not None:
         ema = Ema(parallelize(twin, parallel, env, mesh, average=True), module, network.ema)
-    return Member(name, network, module, entry, parameters, optimizer, ema)
+    return Member(name, network, module, entry, parameters, _clip_groups(module, network.clip_parts), optimizer, ema)
+
+
+def _clip_groups(module: nn.Module, parts: Sequence[str]) -> list[list[nn.Parameter]]:
+    """Trained parameters of each of the parts, and those of none of them; nothing where there are no parts."""
+    if not parts:
+        return []
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(next((part for part in parts if name.startswith(f"{part}.")), ""), []).append(parameter)
+    absent = [part for part in parts if part not in groups]
+    assert not absent, f"{type(module).__name__} has no trained child {absent[0]} to be clipped apart"
+    return list(groups.values())
