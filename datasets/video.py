@@ -103,13 +103,13 @@ def _probe(container: av.container.InputContainer, max_pixels: int) -> VideoInfo
     stream = _best_stream(container)
     _check_size(stream.codec_context, max_pixels)
     stream.codec_context.options = {"max_pixels": str(2 * max_pixels + PADDING)}
-    first, stamps, end = None, [], 0.0
+    first, stamps, end = None, [], 0
     for packet in container.demux(stream):
         if packet.size == 0 or packet.is_discard:
             continue
         stamps.append(packet.pts)
         if packet.pts is not None:
-            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            end = max(end, packet.pts + (packet.duration or 0))
         if first is None:
             first = next(iter(packet.decode()), None)
     if first is None:
@@ -117,7 +117,7 @@ def _probe(container: av.container.InputContainer, max_pixels: int) -> VideoInfo
     if first is None:
         raise VideoError("no frames", "no picture could be decoded")
     _check_size(first, max_pixels)
-    _check_whole(container, stream, packets := len(stamps), end)
+    _check_whole(container, stream, packets := len(stamps), float(end * (stream.time_base or 0)))
     rate = float(stream.average_rate or stream.guessed_rate or DEFAULT_RATE)
     rate = rate if MIN_RATE <= rate <= MAX_RATE else DEFAULT_RATE
     frames = packets if stream.frames > packets else max(stream.frames, packets)
@@ -214,11 +214,15 @@ def decoded(path: Path, info: VideoInfo) -> Generator[av.VideoFrame, None, None]
 def to_rgb(
     frame: av.VideoFrame, reformatter: VideoReformatter, size: tuple[int, int] | None = None, interpolation: Interpolation | None = None
 ) -> np.ndarray:
-    """A decoded frame as uint8 (h, w, 3), scaled to `size` (height, width) if it has another."""
+    """A decoded frame as uint8 (h, w, 3), scaled to `size` (height, width) if it has another; rows may lie apart in memory."""
     height, width = size or (frame.height, frame.width)
     # Threads of its own, which a new PyAV starts unless told, take more processor time than the conversion.
     one = {"threads": 1} if CONVERTS_IN_THREADS else {}
-    return reformatter.reformat(frame, width, height, "rgb24", interpolation=interpolation, **one).to_ndarray()
+    converted = reformatter.reformat(frame, width, height, "rgb24", interpolation=interpolation, **one)
+    if converted is frame:
+        return frame.to_ndarray()
+    plane = converted.planes[0]  # its memory as it is: `to_ndarray` would copy it
+    return np.frombuffer(memoryview(plane), np.uint8).reshape(height, plane.line_size)[:, : 3 * width].reshape(height, width, 3)
 
 
 def _decode_pyav(path: Path, info: VideoInfo, wanted: Callable[[int], bool]) -> Generator[np.ndarray, None, None]:
