@@ -10,7 +10,7 @@ from datasets.video import MAX_PIXELS, VideoError
 BLACK = 0.02
 """Mean brightness, 0 to 1, under which a frame is black."""
 TOGETHER = 64
-"""Frames that are compared in one go."""
+"""Frames that are compared in one go; the differences at one place add up to less than 2**16."""
 LOOK = 64
 """Motion and brightness are measured on about this many pixels a side."""
 
@@ -56,11 +56,12 @@ def check_video(height: int, width: int, fps: float, seconds: float, rules: Filt
 
 
 def _look(frames: np.ndarray) -> np.ndarray:
-    """Every n-th row and column of uint8 (t, h, w, 3): enough to measure, cheap at any size."""
+    """Every n-th row and column of uint8 (t, h, w, 3), in any order: enough to measure, cheap at any size."""
     down, across = (max(1, side // LOOK) for side in frames.shape[1:3])
-    # Whole pixels as items: copying single bytes with gaps between them takes twice as long.
-    pixels = np.ascontiguousarray(frames).view("V3")[..., 0]
-    return np.ascontiguousarray(pixels[:, ::down, ::across])[..., None].view(np.uint8)
+    if down == across == 1:
+        return frames
+    # One channel after the other: copying whole pixels, or all bytes with gaps between them, takes two to four times as long.
+    return np.stack([frames[:, ::down, ::across, channel] for channel in range(3)], axis=1)
 
 
 def motion(frames: np.ndarray) -> float:
@@ -70,7 +71,7 @@ def motion(frames: np.ndarray) -> float:
     small, total = _look(frames).reshape(len(frames), -1), 0
     for first in range(0, len(small) - 1, TOGETHER):  # a whole video would take its size in memory three times more
         before, after = small[first:-1][:TOGETHER], small[first + 1 :][:TOGETHER]
-        total += int((np.maximum(before, after) - np.minimum(before, after)).sum(dtype=np.int64))
+        total += int((np.maximum(before, after) - np.minimum(before, after)).sum(axis=0, dtype=np.uint16).sum(dtype=np.int64))
     return total / small[1:].size / 255
 
 
