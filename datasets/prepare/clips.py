@@ -9,6 +9,7 @@ from itertools import islice
 import numpy as np
 
 from datasets.conditions import MEMBER
+from datasets.npy import npy_array
 from datasets.prepare.duplicates import fingerprint
 from datasets.prepare.filters import Rejection, check_clip, check_video, motion
 from datasets.prepare.reels import Reel, open_reel
@@ -44,25 +45,30 @@ class Facts:
     scene: int
     """Number of cuts before the clip in its video; 0 where cuts are ignored."""
     fingerprint: str
-    """Hash of what the clip shows: see `datasets.prepare.duplicates`; empty: it shows nothing to tell it by."""
+    """Hash of what the clip shows: see `datasets.prepare.duplicates`; empty: it shows nothing to tell it by, or nobody asked."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames uint8 (t, h, w, 3), and where they come from."""
+    """Frames, and where they come from."""
 
     window: Window
+    npy: bytes
+    """The frames as a npy file."""
     frames: np.ndarray
+    """uint8 (t, h, w, 3), a view of `npy`."""
     facts: Facts
 
 
-def samples(video: Video, rules: ClipRules, class_name: str | None, rejected: list[Rejection]) -> Iterator[tuple[Sample, Facts]]:
+def samples(
+    video: Video, rules: ClipRules, class_name: str | None, rejected: list[Rejection], fingerprints: bool = True
+) -> Iterator[tuple[Sample, Facts]]:
     """(sample, what is known of it) for each clip of a video; clips that the filters leave out go to `rejected`.
 
-    VideoError when the video cannot be used; what came before is then void.
+    `fingerprints`: whether clips will be compared. VideoError when the video cannot be used; what came before is then void.
     """
     vector = _vector(video)
-    for clip in video_clips(video, rules, rejected):
+    for clip in video_clips(video, rules, rejected, fingerprints):
         yield _sample(video, clip, rules, class_name, vector), clip.facts
 
 
@@ -78,7 +84,7 @@ def _vector(video: Video) -> dict[str, bytes]:
         raise VideoError("condition vector", f"{video.embedding.path.name}: {error.strerror}") from None
 
 
-def video_clips(video: Video, rules: ClipRules, rejected: list[Rejection]) -> Generator[Clip, None, None]:
+def video_clips(video: Video, rules: ClipRules, rejected: list[Rejection], fingerprints: bool) -> Generator[Clip, None, None]:
     """The clips of a video, as `samples` gives them, before they are encoded."""
     with open_reel(video, rules) as reel:
         seconds = _seconds(video, reel)
@@ -87,14 +93,16 @@ def video_clips(video: Video, rules: ClipRules, rejected: list[Rejection]) -> Ge
         cuts = find_cuts(reel.small()) if rules.scenes == "split" else []
         kept, before = 0, len(rejected)
         with closing(_cut(video, reel, rules, cuts, rejected, lambda: 0 < rules.max_clips <= kept)) as found:
-            for window, frames in found:
+            for window, npy in found:
+                frames = npy_array(npy)
                 moved = motion(frames)
                 rejection = check_clip(window.position, frames, moved, rules.filters)
                 if rejection:
                     rejected.append(rejection)
                 elif not 0 < rules.max_clips <= kept:
                     kept += 1
-                    yield Clip(window, frames, Facts(window.fps, reel.size, reel.fps, seconds, moved, window.scene, fingerprint(frames)))
+                    shown = fingerprint(frames) if fingerprints else ""
+                    yield Clip(window, npy, frames, Facts(window.fps, reel.size, reel.fps, seconds, moved, window.scene, shown))
         if not kept:
             raise _nothing(rules, rejected[before:])
 
@@ -127,8 +135,8 @@ def _nothing(rules: ClipRules, rejected: list[Rejection]) -> VideoError:
 
 def _cut(
     video: Video, reel: Reel, rules: ClipRules, cuts: list[int], rejected: list[Rejection], enough: Callable[[], bool]
-) -> Generator[tuple[Window, np.ndarray], None, None]:
-    """The clips that the rules plan for a video. A file may end a little before its packets promise: the plan is then made again."""
+) -> Generator[tuple[Window, bytes], None, None]:
+    """The clips (npy) that the rules plan for a video. A file may end a little before its packets promise: the plan is then made again."""
     times, done = reel.times, 0
     while True:
         windows = plan(times, reel.fps, rules, video.span, cuts)[done:]
@@ -137,9 +145,9 @@ def _cut(
             raise VideoError("too long", f"{longest} frames in one clip: give a --clip-length")
         pass_ = _Pass(reel, windows, len(times), enough)
         with closing(pass_.clips(rules, whole=video.span is None)) as found:
-            for window, frames in found:
+            for window, npy in found:
                 done += 1
-                yield window, frames
+                yield window, npy
         if pass_.seen >= len(times) or not pass_.waiting or enough():
             rejected += [] if enough() else short_scenes(times, reel.fps, rules, video.span, cuts)
             return
@@ -158,8 +166,8 @@ class _Pass:
         for window in windows:
             self.needed[window.numbers] = True
 
-    def clips(self, rules: ClipRules, whole: bool) -> Generator[tuple[Window, np.ndarray], None, None]:
-        """Each window with its frames (t, h, w, 3), as soon as they are there.
+    def clips(self, rules: ClipRules, whole: bool) -> Generator[tuple[Window, bytes], None, None]:
+        """Each window with the npy file of its frames, as soon as they are there.
 
         `whole`: go on to the end of the video after the last of them, for only the end shows that a file is whole.
         """
@@ -171,10 +179,10 @@ class _Pass:
                 ready[number] = frame
                 while self.waiting and self.waiting[0].numbers[-1] <= number:
                     window = self.waiting.popleft()
-                    frames = np.stack([ready[wanted] for wanted in window.numbers.tolist()])
+                    npy = npy_bytes([ready[wanted] for wanted in window.numbers.tolist()])
                     first = self.waiting[0].numbers[0] if self.waiting else number + 1
                     ready = {kept: frame for kept, frame in ready.items() if kept >= first}
-                    yield window, frames
+                    yield window, npy
 
     def _wanted(self, number: int) -> bool:
         self.seen = number + 1
@@ -205,7 +213,7 @@ def _fitted(buffer: np.ndarray, rules: ClipRules) -> np.ndarray:
 def _sample(video: Video, clip: Clip, rules: ClipRules, class_name: str | None, vector: dict[str, bytes]) -> Sample:
     window, frames = clip.window, clip.frames
     if rules.codec == "npy":
-        members, sums = {"npy": npy_bytes(frames)}, sums_text(frames)
+        members, sums = {"npy": clip.npy}, sums_text(frames)
     else:
         gop = min(len(frames), MP4_GOP) if not rules.clip_length else len(frames)
         members, sums = {"mp4": encode_mp4(frames, clip.facts.fps, crf=MP4_CRF, gop=gop)}, ""

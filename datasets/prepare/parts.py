@@ -120,7 +120,8 @@ def make_part(part: Part, listing: Listing, rules: ClipRules, cut: Cut, workers:
     writer = _PartWriter(part, cut)
     progress(writer.first_video - part.first, writer.total)
     try:
-        jobs = prepare_all(listing.videos, range(writer.first_video, part.last), rules, listing.classes, spools, workers)
+        numbers, compared = range(writer.first_video, part.last), cut.dedupe is not None
+        jobs = prepare_all(listing.videos, numbers, rules, listing.classes, spools, workers, compared)
         for number, prepared, spool in jobs:
             writer.add_video(number, listing.videos[number].name, prepared, spool)
             spool.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ from datasets.sources.base import Video
 from datasets.video import VideoError
 from utils.errors import UserError
 
-Job = tuple[Video, ClipRules, str | None, Path]
+Job = tuple[Video, ClipRules, str | None, Path, int, bool]
 """The arguments of `prepare`."""
 
 
@@ -42,7 +42,9 @@ class Prepared:
     payloads: list[bytes] | None = None
 
 
-def prepare(video: Video, rules: ClipRules, class_name: str | None, spool: Path, in_memory: int = IN_MEMORY) -> Prepared:
+def prepare(
+    video: Video, rules: ClipRules, class_name: str | None, spool: Path, in_memory: int = IN_MEMORY, fingerprints: bool = True
+) -> Prepared:
     """Decodes a video into clips; `spool` is where they go if they have more than `in_memory` bytes. A video that cannot be used gives
     the reason instead."""
     rows, rejected = [], list[Rejection]()
@@ -50,7 +52,7 @@ def prepare(video: Video, rules: ClipRules, class_name: str | None, spool: Path,
     with ExitStack() as stack:
         file: BinaryIO | None = None
         try:
-            for sample, facts in samples(video, rules, class_name, rejected):
+            for sample, facts in samples(video, rules, class_name, rejected, fingerprints):
                 held += sample.members.values()
                 sizes = [(extension, len(payload)) for extension, payload in sample.members.items()]
                 rows.append((replace(sample, members={}), sizes, facts))
@@ -124,16 +126,17 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def prepare_all(
-    videos: list[Video], numbers: range, rules: ClipRules, classes: list[str], folder: Path, workers: int
+    videos: list[Video], numbers: range, rules: ClipRules, classes: list[str], folder: Path, workers: int, fingerprints: bool = True
 ) -> Iterator[tuple[int, Prepared, Path]]:
     """(number, clips, spool file) of the videos of these numbers, in order, prepared by `workers` processes a little ahead."""
+    in_memory = IN_MEMORY_ALONE if workers <= 1 else IN_MEMORY
 
     def job(number: int) -> Job:
         video = videos[number]
-        return video, rules, classes[video.label] if classes else None, _spool(folder, number)
+        return video, rules, classes[video.label] if classes else None, _spool(folder, number), in_memory, fingerprints
 
     if workers <= 1:
-        yield from ((number, prepare(*job(number), IN_MEMORY_ALONE), _spool(folder, number)) for number in numbers)
+        yield from ((number, prepare(*job(number)), _spool(folder, number)) for number in numbers)
         return
     while numbers:
         try:
@@ -162,12 +165,12 @@ def _in_order(numbers: range, job: Callable[[int], Job], workers: int) -> Iterat
             yield first, future.result()
 
 
-def _alone(video: Video, rules: ClipRules, class_name: str | None, spool: Path) -> Prepared:
+def _alone(video: Video, *rest: object) -> Prepared:
     """Prepares one video in a process of its own: when a decoder crashes on it, it is left out. UserError when it was killed."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     stop_reader, stop_writer = context.Pipe(duplex=False)
-    process = context.Process(target=_prepare_and_send, args=(sender, stop_reader, video, rules, class_name, spool))
+    process = context.Process(target=_prepare_and_send, args=(sender, stop_reader, video, *rest))
     process.start()
     sender.close()
     try:

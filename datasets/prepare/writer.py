@@ -6,8 +6,10 @@ import json
 import os
 import tarfile
 import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,11 +42,16 @@ def dump_json(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def npy_bytes(frames: np.ndarray) -> bytes:
-    """uint8 (t, h, w, c) as a npy file."""
-    frames, header = np.ascontiguousarray(frames), io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(frames))
-    return b"".join([header.getvalue(), frames.data])
+@cache
+def _npy_header(shape: tuple[int, ...]) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+def npy_bytes(frames: Sequence[np.ndarray] | np.ndarray) -> bytes:
+    """The npy file of uint8 (t, h, w, c), or of t frames (h, w, c)."""
+    return b"".join([_npy_header((len(frames), *frames[0].shape)), *(np.ascontiguousarray(frame).data for frame in frames)])
 
 
 def sums_text(frames: np.ndarray) -> str:
