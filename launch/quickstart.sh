@@ -2,7 +2,7 @@
 # From videos to generated clips on a CPU: shards -> autoencoder -> latents -> generators -> clips -> report.html.
 #   launch/quickstart.sh                 moving digits, made on the spot
 #   DATA=folder launch/quickstart.sh     your own videos
-#   SYSTEM=latte ...                     which system: cmd (default) or latte
+#   SYSTEM=latte ...                     which system: cmd (default), latte or pvdm
 #   OUT=folder ...                       where everything goes (default: quickstart, or quickstart/<system>)
 # Stop it at any time (Ctrl-C); the same command goes on where it was.
 set -euo pipefail
@@ -17,7 +17,8 @@ OUT=${OUT:-quickstart${DATA:+/$(basename "$DATA")}$([ "$SYSTEM" = cmd ] || echo 
 PROCESSES=${PROCESSES:-2}
 CONFIG=configs/$SYSTEM/tiny.yaml
 SIZE="32 32"
-LENGTH=8
+LENGTH=8             # frames of a stored clip
+SAMPLES=(--num-samples 20)
 # bf16 where the processor computes in it: one and a half times as fast as fp32.
 PRECISION=${PRECISION:-$(grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo bf16 || echo fp32)}
 RUNS=$OUT/runs
@@ -49,6 +50,7 @@ encode_sets() { # SHARDS and HELD_OUT by the autoencoder AE -> LATENTS and HELD_
   fi
 }
 
+source "$STAGES"      # the system's `stages`: trains, and sets AE and SAMPLING
 mkdir -p "$OUT"
 if [ -n "$DATA" ]; then
   say "Videos of $DATA -> shards"
@@ -63,12 +65,11 @@ else
   "$PYTHON" preprocess.py shards --dataset-name synthetic-digits --num-videos 64 --seed 1 --out "$HELD_OUT" --image-size $SIZE --clip-length $LENGTH
 fi
 
-SAMPLING=()
-source "$STAGES"
+stages
 
 say "Reconstruction of held-out clips"
 torchrun evaluate.py reconstruct --ae "$AE" --data-path "$HELD_OUT" --out "$OUT/reconstruction.json"
 say "Generated clips"
-torchrun sample.py --run "$RUNS" --num-samples 20 --gif --out "$OUT/samples" "${SAMPLING[@]}"
+torchrun sample.py --run "$RUNS" "${SAMPLES[@]}" --gif --out "$OUT/samples" "${SAMPLING[@]}"
 "$PYTHON" -m launch.report "$RUNS" --samples "$OUT/samples" --figures "$OUT/reconstruction.json" --out "$OUT/report.html"
 say "Done: open $OUT/report.html"
