@@ -51,7 +51,7 @@ def load_autoencoder(path: str | Path, weights: Weights = "ema", *, n_frames: in
     Raises UserError when the file is something else.
     """
     if not is_official(path):
-        return _exported_network(path, weights, CMDAutoencoder, CMDAEConfig, "autoencoder")
+        return exported_network(path, weights, CMDAutoencoder, CMDAEConfig, "autoencoder")
 
     def describe(state: State) -> CMDAEConfig:
         mode: Literal["pixel", "latent"] = "pixel" if state["to_logit.1.weight"].shape[1] == 3 else "latent"
@@ -63,7 +63,7 @@ def load_autoencoder(path: str | Path, weights: Weights = "ema", *, n_frames: in
 def load_content(path: str | Path, ae: CMDAEConfig, weights: Weights = "ema") -> Loaded:
     """CMD's content model over the content frames of `ae`. Raises UserError when the file is something else."""
     if not is_official(path):
-        return _exported_network(path, weights, ContentDiT, DiTConfig, "content")
+        return exported_network(path, weights, ContentDiT, DiTConfig, "content")
 
     def describe(state: State) -> DiTConfig:
         return official.content_config(state, ae.image_size)
@@ -74,7 +74,7 @@ def load_content(path: str | Path, ae: CMDAEConfig, weights: Weights = "ema") ->
 def load_motion(path: str | Path, ae: CMDAEConfig, weights: Weights = "ema") -> Loaded:
     """CMD's motion model over the motion latents of `ae`. Raises UserError when the file is something else."""
     if not is_official(path):
-        return _exported_network(path, weights, MotionDiT, MotionDiTConfig, "motion")
+        return exported_network(path, weights, MotionDiT, MotionDiTConfig, "motion")
 
     def describe(state: State) -> MotionDiTConfig:
         return official.motion_config(state, ae.latent_size, ae.image_size)
@@ -89,7 +89,7 @@ def load_frame_vae(path: str | Path, weights: Weights = "ema") -> Loaded:
     the same name beside it may say `norm_channels` and `num_heads`, or be the release's own config. Raises UserError.
     """
     if not is_official(path):
-        return _exported_network(path, weights, FrameVAE, FrameVAEConfig, "autoencoder", "latte")
+        return exported_network(path, weights, FrameVAE, FrameVAEConfig, "autoencoder", "latte")
     checkpoint = load_tensors(path)
     beside = Path(path).with_suffix(".yaml")
     settings = load_yaml(beside) if beside.is_file() else {}
@@ -100,7 +100,7 @@ def load_frame_vae(path: str | Path, weights: Weights = "ema") -> Loaded:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no checkpoint of the frame VAE: {error} (settings are read from {beside})") from None
     card = {"system": "latte", "stage": "autoencoder", "model": to_dict(config)}
-    return Loaded(_frozen(FrameVAE, config, state, path), config, card, sha256_file(Path(path)), str(path))
+    return Loaded(frozen(FrameVAE, config, state, path), config, card, sha256_file(Path(path)), str(path))
 
 
 def load_pvdm_autoencoder(path: str | Path, weights: Weights = "ema", *, splits: int = 1, plane_heads: int = 4) -> Loaded:
@@ -109,7 +109,7 @@ def load_pvdm_autoencoder(path: str | Path, weights: Weights = "ema", *, splits:
     Raises UserError when the file is something else.
     """
     if not is_official(path):
-        return _exported_network(path, weights, PVDMAutoencoder, PVDMAEConfig, "autoencoder", "pvdm")
+        return exported_network(path, weights, PVDMAutoencoder, PVDMAEConfig, "autoencoder", "pvdm")
     checkpoint = load_tensors(path)
     try:
         config = official_pvdm.autoencoder_config(checkpoint, splits=splits, plane_heads=plane_heads)
@@ -117,7 +117,7 @@ def load_pvdm_autoencoder(path: str | Path, weights: Weights = "ema", *, splits:
     except (ValueError, KeyError) as error:
         raise UserError(f"{path} is no checkpoint of PVDM's autoencoder: {error}") from None
     card = {"system": "pvdm", "stage": "autoencoder", "model": to_dict(config)}
-    return Loaded(_frozen(PVDMAutoencoder, config, state, path), config, card, sha256_file(Path(path)), str(path))
+    return Loaded(frozen(PVDMAutoencoder, config, state, path), config, card, sha256_file(Path(path)), str(path))
 
 
 def load_latte(
@@ -129,7 +129,7 @@ def load_latte(
     it (32x32 where nobody does); `in_channels` counts for that one too. `num_heads`: of a checkpoint of no named size. Raises UserError.
     """
     if not is_official(path):
-        return _resized(_exported_network(path, weights, Latte, LatteConfig, "denoiser", "latte"), input_size)
+        return _resized(exported_network(path, weights, Latte, LatteConfig, "denoiser", "latte"), input_size)
     checkpoint = load_tensors(path)
     if weights == "model" and "model" in checkpoint:
         checkpoint = {"model": checkpoint["model"]}
@@ -145,7 +145,7 @@ def load_latte(
     if release == "tutorial":
         del told["input_size"]  # nobody knows what it was trained on
     card = {"system": "latte", "stage": "denoiser", "model": told, **_released_with(release, config)}
-    loaded = Loaded(_frozen(Latte, config, state, path), config, card, sha256_file(Path(path)), str(path), weights)
+    loaded = Loaded(frozen(Latte, config, state, path), config, card, sha256_file(Path(path)), str(path), weights)
     return _resized(loaded, input_size)
 
 
@@ -157,7 +157,7 @@ def _resized(loaded: Loaded, input_size: tuple[int, int] | None) -> Loaded:
         config = dataclasses.replace(loaded.config, input_size=input_size)
     except ValueError as error:
         raise UserError(f"{loaded.path} cannot take other frames: {error}") from None
-    return dataclasses.replace(loaded, module=_frozen(Latte, config, loaded.module.state_dict(), loaded.path), config=config)
+    return dataclasses.replace(loaded, module=frozen(Latte, config, loaded.module.state_dict(), loaded.path), config=config)
 
 
 def _released_with(release: official_latte.Release, config: LatteConfig) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def _released_with(release: official_latte.Release, config: LatteConfig) -> dict
 
 def understood(model: Loaded, given: Mapping[str, Tensor], guidance: float) -> dict[str, Tensor]:
     """The part of a condition (`y`, `cond`) that a denoiser has an input for. Raises UserError when guidance needs what it never saw."""
-    known = {"y": model.config.num_classes, "cond": model.config.cond_dim}
+    known = {"y": model.config.num_classes, "cond": getattr(model.config, "cond_dim", 0)}
     kept = {name: value for name, value in given.items() if known[name]}
     if kept and guidance != 1 and model.config.class_dropout_prob == 0:
         raise UserError(f"{model.path} was trained without dropping its condition, so it cannot be guided: use a guidance scale of 1")
@@ -191,12 +191,14 @@ def released_system(path: str | Path) -> str:
     """The system whose autoencoder an official checkpoint holds, told by the names in it. Raises UserError where it cannot be read."""
     checkpoint = load_tensors(path)
     names = [name for part in (checkpoint, *checkpoint.values()) if isinstance(part, Mapping) for name in part]
-    return "latte" if any("encoder_conv_in." in str(name) for name in names) else "cmd"
+    marks = {"latte": "encoder_conv_in.", "pvdm": "xy_quant_attn."}
+    return next((system for system, mark in marks.items() if any(mark in str(name) for name in names)), "cmd")
 
 
-def _exported_network(
+def exported_network(
     path: str | Path, weights: Weights, network: Callable[[Any], nn.Module], config: type[Any], stage: str, system: str = "cmd"
 ) -> Loaded:
+    """A network of a run folder or export whose card says `system` and `stage`. Raises UserError."""
     state, card, digest = read_export(path, which=weights)
     found = f"{card.get('system')} {card.get('stage')}"
     if found != f"{system} {stage}":
@@ -205,7 +207,7 @@ def _exported_network(
         model = from_dict(config, card["model"], f"{path}: model")
     except (ValueError, KeyError) as error:
         raise UserError(f"{path} does not describe its network: {error}") from None
-    return Loaded(_frozen(network, model, state, path), model, card, digest, str(path), weights)
+    return Loaded(frozen(network, model, state, path), model, card, digest, str(path), weights)
 
 
 def _official_network(
@@ -224,10 +226,10 @@ def _official_network(
     except (ValueError, KeyError) as error:
         raise UserError(f"{path} is no official checkpoint of CMD's {stage} stage: {error}") from None
     card = {"system": "cmd", "stage": stage, "model": to_dict(model)}
-    return Loaded(_frozen(network, model, ours, path), model, card, sha256_file(Path(path)), str(path))
+    return Loaded(frozen(network, model, ours, path), model, card, sha256_file(Path(path)), str(path))
 
 
-def _frozen(network: Callable[[Any], nn.Module], config: Any, state: Mapping[str, Tensor], path: str | Path) -> nn.Module:
+def frozen(network: Callable[[Any], nn.Module], config: Any, state: Mapping[str, Tensor], path: str | Path) -> nn.Module:
     """The network with its weights, ready for use. Does not touch the global random state."""
     with torch.device("meta"):
         module = network(config)
