@@ -2,6 +2,8 @@
 
 from tests.parity import (
     adapters_pvdm_diffusion,  # noqa: F401 - registers its checks
+    adapters_pvdm_engine,  # noqa: F401 - registers its checks
+    adapters_pvdm_metrics,  # noqa: F401 - registers its checks
     adapters_pvdm_net,  # noqa: F401 - registers its checks
     adapters_pvdm_train,  # noqa: F401 - registers its checks
 )
