@@ -39,8 +39,8 @@ class AdversarialConfig:
     n_layers: int = 3
     """Layers of stride 2."""
     sync_norms: bool = False
-    """Their batch norms take the statistics of the micro-batch over all ranks, so that results do not depend on the number of ranks;
-    otherwise those of each rank's part."""
+    """Their batch norms take the statistics of the micro-batch over all ranks, so that results do not depend on the number of ranks (but
+    on accumulation, which makes micro-batches of other samples); otherwise those of each rank's part."""
     disc_lr: float = 1e-5
     """Learning rate of the discriminators' own AdamW; 0: the autoencoder's."""
     disc_betas: tuple[float, float] = (0.5, 0.9)
