@@ -6,6 +6,7 @@ from tests.parity import (
     adapters_pvdm_metrics,  # noqa: F401 - registers its checks
     adapters_pvdm_net,  # noqa: F401 - registers its checks
     adapters_pvdm_train,  # noqa: F401 - registers its checks
+    adapters_pvdm_unet,  # noqa: F401 - registers its checks
 )
 from tests.parity.case import Case, adapter
 from tests.parity.data_cases import resized
