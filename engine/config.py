@@ -135,12 +135,17 @@ class BestConfig:
     """End the run after this many evaluations without a better one; 0: never."""
 
     @property
+    def name(self) -> str:
+        """The metric as an evaluation names it; log lines have a prefix before it."""
+        return self.metric.removeprefix("eval/")
+
+    @property
     def sign(self) -> int:
         """1 where more of the metric is better, -1 where less is. Raises ConfigError where `auto` does not know."""
         if self.mode != "auto":
             return 1 if self.mode == "max" else -1
-        if self.metric in _BETTER:
-            return _BETTER[self.metric]
+        if self.name in _BETTER:
+            return _BETTER[self.name]
         raise ConfigError(f"--best-metric {self.metric}: give --best-mode min or max; it is known of {', '.join(_BETTER)}")
 
 
@@ -170,7 +175,7 @@ class RunConfig:
         if not self.optim.warmup_start <= 1:
             raise ConfigError(f"optim.warmup_start {self.optim.warmup_start}: a share of lr, at most 1")
         if self.best.metric:
-            assert self.best.sign
+            assert self.best.sign  # or it raises
         elif self.best.patience:
             raise ConfigError("--patience: name what should get better with --best-metric, such as psnr or loss")
         if self.best.patience and not self.log.eval_every:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 
+from engine.best import Best
 from engine.checkpoint import Checkpointer, State
 from engine.config import RunConfig
 from engine.feed import Feed, fixed_batch
 from engine.flops import count_flops, peak_flops
 from engine.metrics import Meter, counted
-from engine.outputs import PREVIEW_SAMPLES, evaluate, export, exported_step, preview
+from engine.outputs import PREVIEW_SAMPLES, evaluate, export, exported_step, mark_shown, preview, shown_step
 from engine.recorder import Recorder
 from engine.runs import open_run
 from engine.shard import samples_per_rank
@@ -18,6 +19,7 @@ from engine.tally import Guard, Tally, name_samples
 from engine.task import BatchSource, Task
 from engine.team import Team
 from launch.env import Env, Stopped
+from utils.errors import ConfigError
 from utils.rng import SampleRng, derive_seed
 
 
@@ -28,6 +30,8 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
     UserError for what the user can mend. `valid`: another source with the same batch sizes, for evaluations and previews.
     """
     train, log = config.train, config.log
+    if config.best.metric and valid is None:
+        raise ConfigError(f"--best-metric {config.best.metric} compares evaluations: give the samples for them with --val-path")
     global_batch, share = train.global_batch_size, samples_per_rank(config, env)
     total = train.max_steps or train.epochs * source.steps_per_epoch
     run = open_run(config, task.name, env)
@@ -55,6 +59,8 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
         task.load_state(state["task"])
     checkpointer.reserve(state)
     first = progress["step"]
+    seen = shown_step(run.folder, first, env)
+    best = Best(run.folder, config, env)
     guard = Guard(env, train.max_bad_steps, progress["skipped"])
     shown = fixed_batch(valid or source, PREVIEW_SAMPLES, env)
     feed = Feed(source, first, train.accumulation, env.device)
@@ -66,15 +72,30 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
         state["task"].update(task.state())
         checkpointer.save(progress["step"], state)
 
-    def show(metrics: bool, pictures: bool) -> None:
-        if metrics and valid is not None:
-            recorder.values(progress["step"], progress["samples"], evaluate(task, team, valid, config, env))
-        if pictures:
-            recorder.preview(progress["step"], preview(task, team, shown, config, env))
+    def show(ended: bool) -> bool:
+        """The evaluation and the pictures that are due, all when the run has `ended`; returns whether it ends here."""
+        done = progress["step"]
+        if valid is not None and (ended or _due(done, log.eval_every)):
+            values = evaluate(task, team, valid, config, env)
+            recorder.values(done, progress["samples"], values)
+            if best.improves(values, done):
+                export(run.folder, task, team, progress, config, env, best.record())
+                recorder.say(f"{best}: exported")
+        ended = ended or best.exhausted(done)
+        if ended or _due(done, log.preview_every):
+            recorder.preview(done, preview(task, team, shown, config, env))
+        mark_shown(run.folder, done, env)
+        return ended
 
     with closing(feed), Recorder(run.folder, log, is_main=env.is_main, step=first, total=total) as recorder:
         recorder.say(f"{run.folder}: from step {first} to {total}, {env.world_size} process(es) on {env.device.type}")
-        for step in range(first, total):
+        if best.unknown and valid is not None and first < total:
+            best.check(evaluate(task, team, valid, config, env, limit=1))
+        ended = first >= total
+        if seen < first:  # the run was left before it
+            ended = show(ended)
+        ended = ended or best.exhausted(first)
+        for step in range(first, first if ended else total):
             batches = feed.step()
             torch.manual_seed(derive_seed(train.seed, f"step {step} rank {env.rank}"))  # for dropout; all else is addressed
             finite, turns = torch.ones((), dtype=torch.bool, device=env.device), []
@@ -103,27 +124,33 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
             checkpointer.poll()
 
             stop = guard.must_stop(lambda bad, ranks: name_samples(source.describe, bad, ranks, global_batch, env.world_size))
-            if stop or done == total or _due(done, log.every):
+            ended = done == total
+            if stop or ended or _due(done, log.every):
                 recorder.values(done, progress["samples"], meter.read(done, guard.skipped) | counted(source))
-            with meter.pause(stop or done == total or _due(done, config.checkpoint.every)) as due:
+            with meter.pause(stop or ended or _due(done, config.checkpoint.every)) as due:
                 if due:
                     save()
             if stop:
                 checkpointer.wait()
                 recorder.say(f"stopped by a signal and saved at step {done}: the same command goes on from here")
                 raise Stopped
-            with meter.pause(done < total and (_due(done, log.eval_every) or _due(done, log.preview_every))) as due:
+            with meter.pause(ended or _due(done, log.eval_every) or _due(done, log.preview_every)) as due:
                 if due:
-                    show(_due(done, log.eval_every), _due(done, log.preview_every))
+                    ended = show(ended)
+            if ended:
+                save()
+                break
 
         feed.close()
         checkpointer.wait()
-        if exported_step(run.folder, env) == progress["step"]:
-            recorder.say(f"nothing to do: the run is at step {progress['step']} and exported; raise --max-steps or --epochs to go on")
+        reached = progress["step"]
+        if seen == reached and exported_step(run.folder, env) == (best.step or reached):
+            more = "--patience" if best.exhausted(reached) else "--max-steps or --epochs"
+            recorder.say(f"nothing to do: the run is at step {reached} and exported; raise {more} to go on")
         else:
-            show(metrics=True, pictures=True)
-            export(run.folder, task, team, progress, config, env)
-            recorder.say(f"done: {run.folder / 'export'}")
+            if best.step is None:
+                export(run.folder, task, team, progress, config, env, {})
+            recorder.say(f"done: {run.folder / 'export'}" + (f" ({best})" if best.step else ""))
     return run.folder
 
 

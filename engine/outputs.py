@@ -1,6 +1,6 @@
 """What a run makes besides steps: evaluations, previews, the export."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,16 +15,23 @@ from engine.task import Batch, BatchSource, Task
 from engine.team import Team
 from launch.env import Env
 from utils.config import load_yaml
+from utils.files import atomic_write_text
 from utils.rng import SampleRng, derive_seed
 from utils.weights import CARD, write_export
+
+SHOWN = "shown"
+"""File of a run folder with the last step that was followed by what was due after it."""
 
 PREVIEW_SAMPLES = 8
 """Samples of the fixed batch that previews show."""
 
 
-def evaluate(task: Task, team: Team, valid: BatchSource, config: RunConfig, env: Env) -> dict[str, float]:
-    """Metrics over the validation set, `log.eval_batches` global batches of its own size at most, as `eval/<name>`. Every rank calls it."""
-    steps = min(config.log.eval_batches, valid.steps_per_epoch)
+def evaluate(task: Task, team: Team, valid: BatchSource, config: RunConfig, env: Env, limit: int | None = None) -> dict[str, float]:
+    """Metrics over the validation set, as `eval/<name>`, of `limit` global batches of its own size at most (None: `log.eval_batches`).
+
+    Every rank calls it.
+    """
+    steps = min(config.log.eval_batches if limit is None else limit, valid.steps_per_epoch)
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     batches = valid.batches(0)
@@ -51,23 +58,49 @@ def preview(task: Task, team: Team, batch: Batch, config: RunConfig, env: Env) -
         return task.preview(networks, batch, rng)
 
 
-def export(folder: Path, task: Task, team: Team, progress: Mapping[str, Any], config: RunConfig, env: Env) -> None:
-    """Write the first network, and its average where there is one, for later stages. Every rank calls it; rank 0 writes."""
+def export(
+    folder: Path, task: Task, team: Team, progress: Mapping[str, Any], config: RunConfig, env: Env, record: Mapping[str, Any]
+) -> None:
+    """Write the first network, and its average where there is one, for later stages. Every rank calls it; rank 0 writes.
+
+    `record`: what the card says beside the step.
+    """
     member = next(iter(team.members.values()))
     tensors = {"model": _full(member.module)}
     if member.ema:
         tensors["ema"] = _full(member.ema.module)
     if env.is_main:
-        card = {**task.card(), "task": task.name, "step": progress["step"], "samples": progress["samples"], "seed": config.train.seed}
-        write_export(folder / "export", tensors, card)
+        state = {"task": task.name, "step": progress["step"], "samples": progress["samples"], "seed": config.train.seed}
+        write_export(folder / "export", tensors, {**task.card(), **state, **record})
     dist.barrier()
 
 
 def exported_step(folder: Path, env: Env) -> int:
     """Step of the export in a run folder, -1 where there is none; the same on every rank."""
-    found = [-1]
-    if env.is_main and (folder / "export" / CARD).is_file():
-        found = [int(load_yaml(folder / "export" / CARD).get("step", -1))]
+    card = folder / "export" / CARD
+    return _from_main(env, lambda: int(load_yaml(card).get("step", -1)) if card.is_file() else -1)
+
+
+def shown_step(folder: Path, first: int, env: Env) -> int:
+    """The last step of a run whose evaluation and pictures, where due, have been made, as `mark_shown` noted; the same on every rank.
+
+    It may be beyond `first`, the step that the run goes on from. A run of a version that noted nothing has made all up to there.
+    """
+    note = folder / SHOWN
+    if first == 0:
+        mark_shown(folder, 0, env)
+    return _from_main(env, lambda: int(note.read_text()) if note.is_file() else first)
+
+
+def mark_shown(folder: Path, step: int, env: Env) -> None:
+    """Note that what is due after a step has been made. Every rank calls it; rank 0 writes."""
+    if env.is_main:
+        atomic_write_text(folder / SHOWN, f"{step}\n")
+
+
+def _from_main(env: Env, read: Callable[[], int]) -> int:
+    """What rank 0 reads."""
+    found = [read() if env.is_main else 0]
     dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
     return found[0]
 

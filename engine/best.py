@@ -1,0 +1,82 @@
+"""The best evaluation of a run: its weights are the run's export, and its card is all that is remembered of it."""
+
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from engine.config import RunConfig
+from launch.env import Env
+from utils.config import load_yaml
+from utils.errors import ConfigError, UserError
+from utils.files import sha256_file
+from utils.weights import CARD
+
+
+class Best:
+    """Says which evaluations are worth an export and when to give up; the same on every rank.
+
+    A run that goes on from a checkpoint before its best evaluation makes the same weights and numbers once more and finds the
+    export there: nothing has to be in the checkpoint. An export that a kill has cut short counts as none.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig, env: Env) -> None:
+        """`folder`: the run's. Every rank makes one."""
+        self._config = config.best
+        self._every = config.log.eval_every
+        self.metric = config.best.name
+        self.step: int | None = None
+        """Of the best evaluation; None: there is none yet, or the run keeps its last weights."""
+        self.value = math.nan
+        if self.metric:
+            found: list[Any] = [_read(folder / "export", self.metric) if env.is_main else None]
+            dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
+            self.step, self.value = found[0] or (None, math.nan)
+
+    @property
+    def unknown(self) -> bool:
+        """Whether no evaluation has had the metric yet."""
+        return bool(self.metric) and self.step is None
+
+    def check(self, values: Collection[str]) -> None:
+        """Raises ConfigError when an evaluation's values (`eval/<name>`) lack the metric."""
+        if f"eval/{self.metric}" not in values:
+            there = ", ".join(name.removeprefix("eval/") for name in values) or "nothing"
+            raise ConfigError(f"--best-metric {self.metric}: the evaluation of this stage measures {there}")
+
+    def improves(self, values: Mapping[str, float], step: int) -> bool:
+        """Whether the evaluation after `step` steps is the best so far; the caller exports it, with `record`."""
+        if not self.metric:
+            return False
+        value = values.get(f"eval/{self.metric}", math.nan)
+        if not math.isfinite(value) or (self.step is not None and self._config.sign * (value - self.value) <= 0):
+            return False
+        self.step, self.value = step, value
+        return True
+
+    def exhausted(self, done: int) -> bool:
+        """Whether, after `done` steps, as many evaluations as the run is patient for have passed without a better one."""
+        if not self._config.patience or self.step is None:
+            return False
+        return done // self._every - self.step // self._every >= self._config.patience
+
+    def record(self) -> dict[str, Any]:
+        """What the export's card says of it."""
+        return {"best": {"metric": self.metric, "value": self.value}} if self.step is not None else {}
+
+    def __str__(self) -> str:
+        return f"best {self.metric} {self.value:.6g} at step {self.step}"
+
+
+def _read(export: Path, metric: str) -> tuple[int, float] | None:
+    """Step and value of a whole export that was the best by this metric."""
+    try:
+        card = load_yaml(export / CARD)
+        if card["best"]["metric"] == metric and all(sha256_file(export / name) == digest for name, digest in card["files"].items()):
+            return int(card["step"]), float(card["best"]["value"])
+    except (UserError, OSError, KeyError, TypeError, ValueError):
+        return None
+    return None
