@@ -1,5 +1,7 @@
 """Checks of PVDM's diffusion: tables and sampling times, trajectories of its samplers, the training loss, a chain of clips."""
 
+import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +11,19 @@ from torch import Tensor
 
 from diffusion import DiffusionConfig, GaussianDiffusion, build
 from diffusion.guidance import ClassifierFreeGuidance
-from diffusion.samplers import ddim_sample, ddpm_sample
-from diffusion.schedules import space_timesteps
-from tests.parity.case import Case, adapter
+from diffusion.samplers import Callback, Noise, ddim_sample, ddpm_sample
+from diffusion.schedules import respace_betas, space_timesteps
+from models.official.pvdm_unet import export_unet, import_unet
+from models.unets.plane_unet import PlaneUNet, PlaneUNetConfig
+from tests.parity.case import Case, Fields, adapter
 
 ABS, TABLES = 2e-5, 1e-5
+STEP = 2e-4
+"""Of one step with a network: 1e-6 in its output counts 15 times at the noisiest step, and more under guidance."""
+NORMS = 1e-3
+NOT_TOLD = ("latent_res", "latent_frames", "num_heads", "head_channels")
+"""Settings that the weights of a UNet do not tell."""
+
 LOSSES = {"l1": "l1", "l2": "mse"}
 
 
@@ -30,16 +40,42 @@ def stub(x: Tensor, t: Tensor, previous: Tensor | float = 0.0) -> Tensor:
     return torch.tanh(0.9 * x + 0.3 * previous + 0.0005 * t.reshape(-1, *[1] * (x.ndim - 1)))
 
 
-def drawn(case: Case, model: Callable[..., Tensor], x_T: Tensor, steps: int, noise: Tensor, previous: Tensor | None) -> Tensor:
-    """One draw, by DDIM from the noisiest step with the noise as predicted, or by all steps of the ancestral sampler."""
-    kwargs = {} if previous is None else {"previous": previous}
-    clip = case.config("clip_x0", True)
+def plane_unet(official: dict[str, Tensor], config: Fields) -> PlaneUNet:
+    """The denoiser of a case, from the release's weights and settings."""
+    settings = dict(config)
+    side, frames = settings.pop("latent_res"), settings.pop("latent_t")
+    assert settings.pop("image_size") == side
+    renamed = {"num_head_channels": "head_channels", "cond_model": "conditional"}
+    known = {renamed.get(name, name): tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    network = PlaneUNet(PlaneUNetConfig(latent_res=(side, side), latent_frames=frames, **known))
+    network.load_state_dict(import_unet(official, **{name: getattr(network.config, name) for name in NOT_TOLD}))
+    return network.eval()
+
+
+def steps_of(case: Case, count: int) -> list[int]:
+    """The timesteps of a draw, ascending. The ancestral sampler takes all."""
+    full = case.config("timesteps", 1000)
+    assert case.config("kind", "ddim") == "ddim" or count == full
+    return space_timesteps(full, f"trailing{count}")
+
+
+def drawn(
+    case: Case,
+    kept: list[int],
+    model: Callable[..., Tensor],
+    x: Tensor,
+    noise: Noise,
+    previous: Tensor | None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """From x at the last of the timesteps `kept` to the clean sample: DDIM with the noise as predicted, or the ancestral sampler."""
+    diffusion = GaussianDiffusion(respace_betas(process(case).tables["betas"], kept), variance="fixed_small", timestep_map=kept)
+    options: dict[str, Any] = {"noise": noise, "clip_denoised": case.config("clip_x0", True), "callback": callback}
+    options["model_kwargs"] = {} if previous is None else {"previous": previous}
+    eta = case.config("eta", 0.0)  # the release's ancestral sampler ignores it
     if case.config("kind", "ddim") == "ddpm_ancestral":
-        diffusion = process(case)
-        assert diffusion.num_timesteps == steps
-        return ddpm_sample(diffusion, model, x_T, noise=noise.__getitem__, clip_denoised=clip, model_kwargs=kwargs)
-    diffusion, eta = process(case, respacing=f"trailing{steps}"), case.config("eta")
-    return ddim_sample(diffusion, model, x_T, noise=noise.__getitem__, eta=eta, clip_denoised=clip, keep_eps=True, model_kwargs=kwargs)
+        return ddpm_sample(diffusion, model, x, **options)
+    return ddim_sample(diffusion, model, x, eta=eta, keep_eps=True, **options)
 
 
 def guided(case: Case, model: Callable[..., Tensor], previous: Tensor | None) -> Callable[..., Tensor]:
@@ -67,16 +103,41 @@ def check_schedule(case: Case) -> None:
 
 @adapter("pvdm", "sampler")
 def check_sampler(case: Case) -> None:
+    """A network with weights is compared step by step from the recorded states: over a few steps it makes so much of the last bit that
+    the recorded sample is itself 1e-3 from what float64 gives. The closed-form one goes all the way by itself."""
     previous = case.input("cond") if case.config("conditional") else None
-    model, fed = guided(case, stub, previous), []
+    kept, noise = steps_of(case, case.config("sampling_timesteps")), case.input("step_noise")
+    states = [case.input("x_T")]
+    if case.names("state/"):
+        unet = plane_unet(case.state(), Fields(json.loads(re.findall(r"\{.*\}", case.notes)[0])))
+        recorded, network = case.tensor("out/trajectory"), guided(case, unet, previous)
+        for k, x in enumerate(recorded):
+            following: list[Tensor] = []
+            pair = kept[max(len(kept) - k - 2, 0) : len(kept) - k]
+            drawn(case, pair, network, x, lambda _, k=k: noise[k], previous, lambda _, x, x0, found=following: found.append(x))
+            states.append(following[0])
+        tolerance = STEP
+    else:
+        drawn(case, kept, guided(case, stub, previous), states[0], noise.__getitem__, previous, lambda k, x, x0: states.append(x))
+        tolerance = ABS
+    case.expect("trajectory", torch.stack(states[:-1]), 0, tolerance)
+    case.expect("sample", states[-1], 0, tolerance)
 
-    def recorded(x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
-        fed.append(x)
-        return model(x, t, **kwargs)
 
-    x_T, noise = case.input("x_T"), case.input("step_noise")
-    case.expect("sample", drawn(case, recorded, x_T, case.config("sampling_timesteps"), noise, previous), 0, ABS)
-    case.expect("trajectory", torch.stack(fed), 0, ABS)
+@adapter("pvdm", "ddpm_loss")
+def check_loss(case: Case) -> None:
+    diffusion = process(case, loss=LOSSES[case.config("loss_type")])
+    network = plane_unet(case.state(), case.config("unet"))
+    x0, t, noise = case.input("x"), case.input("t"), case.input("noise")
+    kwargs = {"previous": case.input("cond")} if case.has("in/cond") else {}
+    errors = diffusion.training_losses(network, x0, t, noise, kwargs)["loss"]
+    loss, bound = errors.mean(), (diffusion.lookup("lvlb_weights", t, errors) * errors).mean()
+    loss.backward()
+    for name, value in (("loss", loss), ("loss_simple", errors.mean()), ("loss_vlb", bound)):
+        case.expect(name, value.reshape(1), TABLES, ABS)
+    case.expect("x_noisy", diffusion.q_sample(x0, t, noise), 0, ABS)
+    gradients = {name: value.grad for name, value in network.named_parameters() if value.grad is not None}
+    case.expect_grad_norms(export_unet(gradients, network.config), rel=NORMS, abs=1e-6)
 
 
 @adapter("pvdm", "long_video_chain")
@@ -84,8 +145,8 @@ def check_chain(case: Case) -> None:
     x_T, first, following = case.input("x_T"), case.config("first_steps"), case.config("next_steps")
 
     def sample_clip(k: int, previous: Tensor | None) -> Tensor:
-        steps = first if previous is None else following
-        return drawn(case, guided(case, stub, previous), x_T[k], steps, case.input(f"step_noise_{k}"), previous)
+        kept, noise = steps_of(case, first if previous is None else following), case.input(f"step_noise_{k}")
+        return drawn(case, kept, guided(case, stub, previous), x_T[k], noise.__getitem__, previous)
 
     clips: list[Tensor] = []
     for k in range(case.config("clips")):
