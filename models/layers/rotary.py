@@ -58,9 +58,11 @@ def rotate(x: Tensor, tables: Tables) -> Tensor:
     cos, sin = (table.to(x.dtype) for table in tables)
     used = cos.shape[-1]
     head, rest = x[..., :used], x[..., used:]
-    pairs = head.unflatten(-1, (-1, 2))
-    turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
-    head = head * cos + turned * sin
+    # (a, b) -> (-b, a) with the sign in the small table: swapping the channels of a pair is half the work of making a new one.
+    signed = sin.unflatten(-1, (-1, 2))
+    signed = torch.stack([-signed[..., 0], signed[..., 1]], dim=-1).flatten(-2)
+    swapped = head.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    head = head * cos + swapped * signed
     return head if used == x.shape[-1] else torch.cat([head, rest], dim=-1)
 
 
