@@ -13,17 +13,14 @@ from diffusion import DiffusionConfig, GaussianDiffusion, build
 from diffusion.guidance import ClassifierFreeGuidance
 from diffusion.samplers import Callback, Noise, ddim_sample, ddpm_sample
 from diffusion.schedules import respace_betas, space_timesteps
-from models.official.pvdm_unet import export_unet, import_unet
-from models.unets.plane_unet import PlaneUNet, PlaneUNetConfig
-from tests.parity.case import Case, Fields, adapter
+from models.official.pvdm_unet import export_unet
+from tests.parity.adapters_pvdm_unet import loaded_unet, unet_config
+from tests.parity.case import Case, adapter
 
 ABS, TABLES = 2e-5, 1e-5
 STEP = 2e-4
 """Of one step with a network: 1e-6 in its output counts 15 times at the noisiest step, and more under guidance."""
 NORMS = 1e-3
-NOT_TOLD = ("latent_res", "latent_frames", "num_heads", "head_channels")
-"""Settings that the weights of a UNet do not tell."""
-
 LOSSES = {"l1": "l1", "l2": "mse"}
 
 
@@ -38,18 +35,6 @@ def process(case: Case, **changed: Any) -> GaussianDiffusion:
 def stub(x: Tensor, t: Tensor, previous: Tensor | float = 0.0) -> Tensor:
     """The closed-form network that the cases' notes state."""
     return torch.tanh(0.9 * x + 0.3 * previous + 0.0005 * t.reshape(-1, *[1] * (x.ndim - 1)))
-
-
-def plane_unet(official: dict[str, Tensor], config: Fields) -> PlaneUNet:
-    """The denoiser of a case, from the release's weights and settings."""
-    settings = dict(config)
-    side, frames = settings.pop("latent_res"), settings.pop("latent_t")
-    assert settings.pop("image_size") == side
-    renamed = {"num_head_channels": "head_channels", "cond_model": "conditional"}
-    known = {renamed.get(name, name): tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    network = PlaneUNet(PlaneUNetConfig(latent_res=(side, side), latent_frames=frames, **known))
-    network.load_state_dict(import_unet(official, **{name: getattr(network.config, name) for name in NOT_TOLD}))
-    return network.eval()
 
 
 def steps_of(case: Case, count: int) -> list[int]:
@@ -109,7 +94,7 @@ def check_sampler(case: Case) -> None:
     kept, noise = steps_of(case, case.config("sampling_timesteps")), case.input("step_noise")
     states = [case.input("x_T")]
     if case.names("state/"):
-        unet = plane_unet(case.state(), Fields(json.loads(re.findall(r"\{.*\}", case.notes)[0])))
+        unet = loaded_unet(case.state(), unet_config(json.loads(re.findall(r"\{.*\}", case.notes)[0])))
         recorded, network = case.tensor("out/trajectory"), guided(case, unet, previous)
         for k, x in enumerate(recorded):
             following: list[Tensor] = []
@@ -127,7 +112,7 @@ def check_sampler(case: Case) -> None:
 @adapter("pvdm", "ddpm_loss")
 def check_loss(case: Case) -> None:
     diffusion = process(case, loss=LOSSES[case.config("loss_type")])
-    network = plane_unet(case.state(), case.config("unet"))
+    network = loaded_unet(case.state(), unet_config(case.config("unet")))
     x0, t, noise = case.input("x"), case.input("t"), case.input("noise")
     kwargs = {"previous": case.input("cond")} if case.has("in/cond") else {}
     errors = diffusion.training_losses(network, x0, t, noise, kwargs)["loss"]
