@@ -1,4 +1,4 @@
-"""Train the denoiser of a one-stage latent model on latents, or on clips that a frozen autoencoder encodes as it goes (Latte).
+"""Train the denoiser of a one-stage latent model on latents, or on clips that a frozen autoencoder encodes as it goes (Latte, PVDM).
 
   torchrun --standalone --nproc_per_node 2 train_dit.py --config configs/latte/tiny.yaml --data-path LATENTS --ae RUN
   python train_dit.py --nproc_per_node 2 --config configs/latte/tiny.yaml --data-path SHARDS --ae RUN
@@ -7,21 +7,31 @@ The same line starts a run, resumes it and finds it finished. Exit status: 0 don
 and saved; 130 Ctrl-C; 2 wrong settings; 1 any other error.
 """
 
+from datasets.loader import ClipSource
 from engine.loop import fit
 from engine.plan import report
-from launch.env import distributed
+from launch.env import Env, distributed
 from launch.run import parse_launch, run_main
+from tasks import latte, pvdm
+from tasks.latent import LatentTask
 from tasks.latent_config import LatteRunConfig
-from tasks.latte import build
+from tasks.pvdm_config import PVDMRunConfig
 from utils.config import dump_yaml, load_config, to_dict
 
 PROG = "train_dit.py"
+Config = LatteRunConfig | PVDMRunConfig
+SCHEMAS: dict[str, type[Config]] = {"latte": LatteRunConfig, "pvdm": PVDMRunConfig}
+
+
+def build(config: Config, env: Env) -> tuple[LatentTask, ClipSource, ClipSource | None]:
+    """Task, training samples and validation samples of the config's system."""
+    return pvdm.build(config, env) if isinstance(config, PVDMRunConfig) else latte.build(config, env)
 
 
 def main() -> None:
     """Command line -> config -> task -> `fit`."""
     launch = parse_launch(__doc__ or "")
-    config = load_config({"latte": LatteRunConfig}, launch.argv, prog=PROG, description=launch.about)
+    config = load_config(SCHEMAS, launch.argv, prog=PROG, description=launch.about)
     config.validate()
     if launch.print_config:
         print(dump_yaml(to_dict(config)), end="")

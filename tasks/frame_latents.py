@@ -3,10 +3,10 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from datasets.config import DataConfig, open_shards, resolve
@@ -15,25 +15,21 @@ from engine.task import Batch, Network
 from launch.env import Env
 from pipelines.image_vae import SD_SCALE, ImageVae, open_codec
 from tasks.clips import ClipInfo, Networks, StoredLatents
+from tasks.first_stage import TiedLatents, check_same_autoencoder, on_main, unit_variance
 from tasks.latent_config import LatteRunConfig
-from utils.errors import ConfigError, UserError
+from utils.errors import ConfigError
 from utils.media import to_float
 from utils.rng import SampleRng
 
 _log = logging.getLogger(__name__)
-_DIGITS = 12
-"""Of a hash, as messages show it: 48 bits, which a checkpoint's numbers hold exactly."""
 
 
-class FrameSpace:
+class FrameSpace(TiedLatents):
     """Latents b C t h w, (posterior sample - shift) * scale, of clips and of the images that the stream gives beside them."""
 
     def __init__(self, codec: ImageVae | None, autoencoder: Mapping[str, Any], clips: ClipInfo, scale: float, shift: float) -> None:
+        super().__init__(autoencoder, scale, shift)
         self.codec = codec
-        self.autoencoder = dict(autoencoder)
-        """What identifies it: sha256, weights, path, kind."""
-        self.scale = scale
-        self.shift = shift
         if clips.latents is None:
             assert codec is not None
             self.shape: tuple[int, ...] = codec.latent_shape((1, 3, clips.n_frames, *clips.image_size))[1:]
@@ -46,16 +42,17 @@ class FrameSpace:
         return {} if self.codec is None else {"vae": Network(self.codec, "frozen", methods=("moments", "decode_raw"))}
 
     @torch.no_grad()
-    def latents(self, networks: Networks, batch: Batch, rng: SampleRng) -> Tensor:
+    def latents(self, networks: Networks, batch: Batch, rng: SampleRng) -> tuple[Tensor, dict[str, Tensor]]:
         """Of the batch's clips, and behind them on the frame axis of its images, float32. The draws are the samples' own.
 
-        Whether the shards hold pixels, moments or samples decides how much is left to do, not what comes out.
+        Whether the shards hold pixels, moments or samples decides how much is left to do, not what comes out. The denoiser is told nothing
+        of the space's own.
         """
         frames = next(name for name in ("video", "moments", "sample") if name in batch)
         parts = [self._drawn(networks, frames, batch[frames], rng, "vae")]
         if "images" in batch:
             parts.append(self._drawn(networks, frames, batch["images"], rng, "vae-images"))
-        return (torch.cat(parts, dim=2) - self.shift) * self.scale
+        return (torch.cat(parts, dim=2) - self.shift) * self.scale, {}
 
     def _drawn(self, networks: Networks, kind: str, stored: Tensor, rng: SampleRng, stream: str) -> Tensor:
         """Posterior samples b C t h w of what the stream gives, as the autoencoder has them."""
@@ -65,36 +62,15 @@ class FrameSpace:
         mean, std = moments.chunk(2, dim=1)
         return mean + std * rng.normal(stream, tuple(mean.shape[1:]))
 
+    def after(self, latents: Tensor) -> None:
+        """Frames are not generated after others."""
+
     @torch.no_grad()
     def show(self, networks: Networks, latents: Tensor) -> Tensor:
         """Decoded, b 3 t h w; without an autoencoder three channels of the latents themselves, three deviations wide."""
         if "vae" in networks:
             return networks["vae"].decode_raw(latents.float() / self.scale + self.shift)
         return latents[:, [0, min(1, latents.shape[1] - 1), min(2, latents.shape[1] - 1)]].float() / 3
-
-    def state(self) -> dict[str, int | float]:
-        """Scale and shift, which a run keeps as it began, and the first digits of its autoencoder's hash."""
-        return {"latent_scale": self.scale, "latent_shift": self.shift, "autoencoder": self._fingerprint}
-
-    def load_state(self, state: dict[str, int | float]) -> None:
-        """Takes back what `state` gave. UserError when that was of another autoencoder."""
-        began = state.get("autoencoder", self._fingerprint)
-        if began != self._fingerprint:
-            then, now = (f"{number:0{_DIGITS}x}..." for number in (began, self._fingerprint))
-            raise UserError(
-                f"the run began with other weights of the autoencoder ({then}) than those of {self.autoencoder.get('path')} now ({now}): "
-                "give it those, or start anew with --resume none"
-            )
-        self.scale, self.shift = float(state["latent_scale"]), float(state["latent_shift"])
-
-    @property
-    def _fingerprint(self) -> int:
-        """The first digits of the autoencoder's hash as a number; 0 where it is not known."""
-        return int((self.autoencoder.get("sha256") or "0")[:_DIGITS], 16)
-
-    def card(self) -> dict[str, Any]:
-        """Autoencoder and normalisation, for an export's card."""
-        return {"ae": self.autoencoder, "latent": {"scale": self.scale, "shift": self.shift}}
 
 
 def open_frame_space(config: LatteRunConfig, clips: ClipInfo, env: Env) -> FrameSpace:
@@ -123,27 +99,11 @@ def check_latents(stored: StoredLatents, codec: ImageVae | None, autoencoder: Ma
     if codec is None:
         _shape_of_frame(stored)
         return
-    theirs, ours = str(made_by.get("sha256")), str(autoencoder["sha256"])
-    if theirs != ours and _run(made_by) == _run(autoencoder):
-        raise ConfigError(
-            f"{where} is stale: {autoencoder['path']} has other weights now ({ours[:12]}...) than its latents were made with "
-            f"({theirs[:12]}...): run preprocess.py latents again"
-        )
-    if theirs != ours:
-        raise ConfigError(
-            f"{where} holds latents of the autoencoder {made_by.get('path')} ({theirs[:12]}..., {made_by.get('weights')} weights), "
-            f"not of {autoencoder['path']} ({ours[:12]}..., {autoencoder['weights']} weights): "
-            "give that one, or run preprocess.py latents with this one"
-        )
+    check_same_autoencoder(stored.location, made_by, autoencoder)
     wanted = codec.latent_shape((1, 3, 1, *image_size))
     if _shape_of_frame(stored) != (wanted[1], *wanted[3:]):
         found, takes = ("x".join(map(str, shape)) for shape in (_shape_of_frame(stored), (wanted[1], *wanted[3:])))
         raise ConfigError(f"{where} holds latents of {found} a frame, the autoencoder gives {takes}: run preprocess.py latents again")
-
-
-def _run(autoencoder: Mapping[str, Any]) -> tuple[str, Any]:
-    """Where an autoencoder lies (a run's folder and its export/ are one place), and which of its weights are meant."""
-    return str(autoencoder.get("path")).removesuffix("/export"), autoencoder.get("weights")
 
 
 def _shape_of_frame(stored: StoredLatents) -> tuple[int, int, int]:
@@ -166,17 +126,7 @@ def _normalisation(config: LatteRunConfig, clips: ClipInfo, codec: ImageVae | No
     assert codec is not None
     if codec.kind == "sd":
         return SD_SCALE, 0.0
-    found: list[Any] = [None]
-    if env.is_main:
-        try:
-            found = [measure(config, codec, env)]
-        except UserError as error:  # raised on every rank, so that none waits for the others
-            found = [error]
-    if env.world_size > 1:
-        dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
-    if isinstance(found[0], UserError):
-        raise found[0]
-    return found[0]
+    return on_main(env, partial(measure, config, codec, env))
 
 
 @torch.no_grad()
@@ -191,9 +141,6 @@ def measure(config: LatteRunConfig, codec: ImageVae, env: Env) -> tuple[float, f
         centre, std = codec.moments(to_float(batch["video"].to(env.device))).double().chunk(2, dim=1)
         number, mean = number + centre.numel(), mean + float(centre.sum())
         square, spread = square + float(centre.square().sum()), spread + float(std.square().sum())
-    mean /= number
-    deviation = (square / number - mean**2 + spread / number) ** 0.5
-    if not deviation > 0:
-        raise ConfigError("the autoencoder gives latents without any variance: train it, or give --latent-scale 1")
-    _log.info("latents have mean %.4g and standard deviation %.4g, measured on %d numbers", mean, deviation, number)
-    return 1 / deviation, mean
+    scale, shift = unit_variance(mean / number, (square + spread) / number)
+    _log.info("latents have mean %.4g and standard deviation %.4g, measured on %d numbers", shift, 1 / scale, number)
+    return scale, shift

@@ -1,5 +1,6 @@
 """Denoisers on the latents of a frozen first stage. A system brings its space (what a batch is in latents, and back) and its network."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,8 +28,11 @@ class LatentSpace(Protocol):
     def networks(self) -> dict[str, Network]:
         """Frozen networks by name; none where the shards hold latents and nobody asks for pictures."""
 
-    def latents(self, networks: Networks, batch: Batch, rng: SampleRng) -> Tensor:
-        """The batch's latents, (b, *shape) float32."""
+    def latents(self, networks: Networks, batch: Batch, rng: SampleRng) -> tuple[Tensor, dict[str, Tensor]]:
+        """The batch's latents, (b, *shape) float32, and what else the denoiser is told of these samples, as keyword arguments."""
+
+    def after(self, latents: Tensor) -> dict[str, Tensor] | None:
+        """What the denoiser is told where samples go on after these; None where they cannot."""
 
     def show(self, networks: Networks, latents: Tensor) -> Tensor:
         """Latents (b, *shape) as clips b 3 t h w in [-1, 1]."""
@@ -52,16 +56,29 @@ class Denoiser:
     """Makes it with its first weights."""
 
 
+PLAIN = Sampling()
+
+
 class LatentTask:
     """Trains `model` to remove noise from the latents of `space`."""
 
-    def __init__(self, config: LatentRunConfig, clips: ClipInfo, space: LatentSpace, condition: Condition, denoiser: Denoiser) -> None:
+    def __init__(
+        self,
+        config: LatentRunConfig,
+        clips: ClipInfo,
+        space: LatentSpace,
+        condition: Condition,
+        denoiser: Denoiser,
+        sampling: Sampling = PLAIN,
+    ) -> None:
+        """`sampling`: of previews, but for the number of steps and the guidance, which are settings."""
         self.name = f"{config.system}-{config.stage}"
         self.config = config
         self.clips = clips
         self.space = space
         self.condition = condition
         self.denoiser = denoiser
+        self.sampling = sampling
         self.process = build_process(config.diffusion)
 
     def networks(self) -> dict[str, Network]:
@@ -75,8 +92,8 @@ class LatentTask:
 
     def loss(self, phase: str, networks: Networks, batch: Batch, rng: SampleRng) -> LossOutput:
         """Diffusion loss of the latents."""
-        latents = self.space.latents(networks, batch, rng)
-        return denoising_loss(self.process, networks["model"], latents, rng, self.condition.training(batch, rng))
+        latents, told = self.space.latents(networks, batch, rng)
+        return denoising_loss(self.process, networks["model"], latents, rng, self.condition.training(batch, rng) | told)
 
     def batch_spec(self, batch_size: int) -> Batch:
         """An empty micro-batch on the meta device."""
@@ -84,17 +101,23 @@ class LatentTask:
 
     def evaluate(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, tuple[Tensor, int]]:
         """The loss with every condition kept, at the timesteps and with the noise that belong to the samples."""
-        latents = self.space.latents(networks, batch, rng)
-        return measured(denoising_loss(self.process, networks["model"], latents, rng, self.condition.given(batch)))
+        latents, told = self.space.latents(networks, batch, rng)
+        return measured(denoising_loss(self.process, networks["model"], latents, rng, self.condition.given(batch) | told))
 
     def preview(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
-        """Clips of a few classes, always from the same noise."""
-        setting, device = self.config.preview, batch["label"].device
+        """Clips of a few classes, always from the same noise; each goes on for a second clip where the space knows how."""
+        setting, device, model = self.config.preview, batch["label"].device, networks["model"]
         own = SampleRng(self.config.train.seed, torch.arange(setting.samples), device)
-        sampling = Sampling(steps=setting.steps, guidance=setting.guidance if self.condition.dropout > 0 else 1.0)
+        guidance = setting.guidance if self.condition.dropout > 0 else 1.0
+        sampling = dataclasses.replace(self.sampling, steps=setting.steps, guidance=guidance)
         given = self.condition.grid(setting.samples, batch)
-        latents = sample(networks["model"], self.config.diffusion, self.space.shape, own, "preview", sampling, condition=given)
-        return {"samples": self.space.show(networks, latents).clamp(-1, 1)}
+        latents = sample(model, self.config.diffusion, self.space.shape, own, "preview", sampling, condition=given)
+        clips = [self.space.show(networks, latents)]
+        after = self.space.after(latents)
+        if after is not None:
+            latents = sample(model, self.config.diffusion, self.space.shape, own, "preview/next", sampling, condition=given, always=after)
+            clips.append(self.space.show(networks, latents))
+        return {"samples": torch.cat(clips, dim=2).clamp(-1, 1)}
 
     def state(self) -> dict[str, int | float]:
         """What the space has measured."""

@@ -66,7 +66,8 @@ def test_pixels_and_their_latents_give_the_same_loss(ae: Path, clips: ClipInfo, 
 def test_latents_are_addressed_posterior_samples_brought_to_unit_variance(ae: Path) -> None:
     made = task(ae, "--latent-scale", "3", "--latent-shift", "0.5", clips=JOINT)
     networks, samples = built(made), batch(3, JOINT)
-    found = made.space.latents(networks, samples, rng(samples))
+    found, told = made.space.latents(networks, samples, rng(samples))
+    assert not told
     mean, std = networks["vae"].moments(to_float(samples["video"])).chunk(2, dim=1)
     expected = (mean + std * rng(samples).normal("vae", (4, 4, 4, 6)) - 0.5) * 3
     assert found.shape == (3, 4, 4 + 2, 4, 6) and found.dtype == torch.float32
@@ -75,7 +76,7 @@ def test_latents_are_addressed_posterior_samples_brought_to_unit_variance(ae: Pa
     assert not torch.allclose(found[:, :, 4:], (images[0] - 0.5) * 3), "images are drawn too"
     drawn = (expected / 3 + 0.5)[:, :, :4]
     ready = {"sample": drawn, "label": samples["label"], "index": samples["index"]}
-    torch.testing.assert_close(made.space.latents({}, ready, rng(samples)), expected)
+    torch.testing.assert_close(made.space.latents({}, ready, rng(samples))[0], expected)
     shown = made.space.show(networks, expected)
     torch.testing.assert_close(shown, networks["vae"].decode_raw(drawn))
 
@@ -351,8 +352,11 @@ class Planes:
     def networks(self) -> dict[str, Network]:
         return {}
 
-    def latents(self, networks: Networks, batch: Batch, rng: SampleRng) -> Tensor:
-        return batch["planes"]
+    def latents(self, networks: Networks, batch: Batch, rng: SampleRng) -> tuple[Tensor, dict[str, Tensor]]:
+        return batch["planes"], {"before": batch["planes"] + 1}
+
+    def after(self, latents: Tensor) -> dict[str, Tensor]:
+        return {"before": latents}
 
     def show(self, networks: Networks, latents: Tensor) -> Tensor:
         return latents[:, :3, None, None].clamp(-1, 1)
@@ -371,11 +375,14 @@ def test_another_system_brings_its_space_and_its_network() -> None:
     setting = config("--diffusion.variance", "fixed_small")
     made = LatentTask(setting, CLIPS, Planes(), Condition(), Denoiser(VAE, lambda: Spy(4)))
     samples = {"planes": torch.randn(2, 4, 10), "label": torch.zeros(2, dtype=torch.int64), "index": torch.arange(2)}
-    networks = {name: network.module for name, network in made.networks().items()}
+    networks: dict[str, Any] = {name: network.module for name, network in made.networks().items()}
     out = made.loss("model", networks, samples, rng(samples))
+    spy = networks["model"]
+    assert torch.equal(spy.calls.pop()["before"], samples["planes"] + 1), "the network is told what the space says"
     process = build(setting.diffusion)
     t, noise = process.sample_timesteps(rng(samples)), rng(samples).normal("noise", (4, 10))
     expected = (process.q_sample(samples["planes"], t, noise) - noise).square().mean() * 2
     assert out.total.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert made.preview(networks, samples, rng(samples))["samples"].shape == (8, 3, 1, 1, 10)
+    assert made.preview(networks, samples, rng(samples))["samples"].shape == (8, 3, 2, 1, 10), "a clip, and the one after it"
+    assert ["before" in call for call in spy.calls] == [False, False, True, True]
     assert made.card()["ae"] == {"kind": "planes"}

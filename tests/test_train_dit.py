@@ -176,7 +176,7 @@ def test_a_measured_scale_is_one_over_the_deviation_and_survives(root: Path, tmp
     drawn = []
     for step, batch in zip(range(3), source.batches(0), strict=False):
         assert step < 3
-        drawn.append(task.space.latents(networks, batch, SampleRng(7, batch["index"])))
+        drawn.append(task.space.latents(networks, batch, SampleRng(7, batch["index"]))[0])
     latents = torch.cat(drawn)
     assert latents.std().item() == pytest.approx(1, abs=0.02) and latents.mean().item() == pytest.approx(0, abs=0.02)
     assert task.state().items() >= {"latent_scale": card["latent"]["scale"], "latent_shift": card["latent"]["shift"]}.items()
