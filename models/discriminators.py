@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from models.layers.convolution import Conv3d
+
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
@@ -27,7 +29,7 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, config: DiscriminatorConfig, dims: int) -> None:
         super().__init__()
-        conv, norm = (nn.Conv2d, nn.BatchNorm2d) if dims == 2 else (nn.Conv3d, nn.BatchNorm3d)
+        conv, norm = (nn.Conv2d, nn.BatchNorm2d) if dims == 2 else (Conv3d, nn.BatchNorm3d)
         widths = [min(config.ndf * 2**k, 512) for k in range(config.n_layers + 1)]
         strides = [2] * (config.n_layers - 1) + [1]
         stages = [nn.Sequential(conv(config.channels, config.ndf, 4, 2, 2), nn.LeakyReLU(0.2))]

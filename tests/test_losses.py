@@ -12,11 +12,14 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
+from torch import nn
 
 from losses import perceptual
 from losses.adversarial import discriminator_loss, feature_matching, generator_loss
 from losses.reconstruction import l1, mse, pick_frame
 from losses.reconstruction import perceptual as perceptual_loss
+from models.discriminators import DiscriminatorConfig, Discriminators
+from models.layers.convolution import Conv3d
 from utils.errors import UserError
 
 
@@ -179,3 +182,17 @@ def test_feature_matching_skips_the_logits_and_the_real_side():
     assert value.tolist() == [4.0]
     value.sum().backward()
     assert real[0].grad is None and fake[0].grad is not None
+
+
+@pytest.mark.parametrize(("channels", "width"), [(4, 32), (16, 1), (8, 8)])
+def test_three_dimensional_discriminators_have_gradients_in_bf16(channels: int, width: int):
+    """On a CPU those of nn.Conv3d are infinite or wrong for some widths."""
+    torch.manual_seed(0)
+    conv, x = Conv3d(channels, width, 4, 2, 2), torch.randn(2, channels, 3, 4, 5, requires_grad=True)
+    conv(x).square().sum().backward()
+    exact, x.grad = x.grad, None
+    with torch.autocast("cpu", torch.bfloat16):
+        conv(x).square().sum().backward()
+    assert (x.grad - exact).norm() < 0.02 * exact.norm()
+    inside = {type(module) for module in Discriminators(DiscriminatorConfig(ndf=4)).modules() if isinstance(module, nn.Conv2d | nn.Conv3d)}
+    assert inside == {nn.Conv2d, Conv3d}
