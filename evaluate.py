@@ -23,7 +23,7 @@ from launch.env import Env, Stopped, distributed
 from launch.run import Launch, parse_launch, run_main
 from losses import perceptual
 from metrics.frames import SSIM_WINDOW, lpips, psnr, quantise, ssim
-from pipelines.latents import ENCODERS, EncoderOptions, FrameEncoder, system_of
+from pipelines.encoders import ENCODERS, EncoderOptions, FrameEncoder, system_of
 from pipelines.loading import SD_SCALE
 from utils.config import dump_yaml, load_config, to_dict
 from utils.errors import ConfigError

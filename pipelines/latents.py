@@ -1,122 +1,30 @@
 """`preprocess.py latents`: a pixel shard set through the encoder of a trained pipeline into a latent shard set.
 
-A system takes part with one entry of `ENCODERS`: what opens its pipeline. An encoder of clips says what clips it takes, and its
-`encode_latents(video) -> {name: tensor}` alone decides what is stored of one. An encoder of frames gives the moments of each
-frame's posterior, `encode_moments(video)`, of clips of any length.
+A system takes part with one entry of `pipelines.encoders.ENCODERS`: what opens its pipeline. An encoder of clips says what clips it
+takes, and its `encode_latents(video) -> {name: tensor}` alone decides what is stored of one. An encoder of frames gives the moments of
+each frame's posterior, `encode_moments(video)`, of clips of any length.
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from datasets.commands.parser import Progress, number, whole
 from datasets.prepare.latents import Encode, LatentJob, LatentRules, Share, encode_set
 from datasets.shards import INDEX, ShardSet
 from datasets.storage import CacheConfig
-from pipelines.cmd import CMDPipeline
+from pipelines.encoders import ENCODERS, EncoderOptions, FrameEncoder, LatentEncoder, system_of
 from pipelines.image_vae import SD_SCALE
-from pipelines.latte import LattePipeline
-from pipelines.loading import is_official, released_system
+from pipelines.pvdm import PVDMPipeline
 from utils.errors import ConfigError
 from utils.media import to_float
-from utils.weights import read_card
 
 SUMMARY = "shards -> shards of latents; goes on where it was stopped"
-
-
-class ClipEncoder(Protocol):
-    """A pipeline that encodes clips of a fixed number of frames, as far as latents are concerned."""
-
-    @property
-    def clip_shape(self) -> tuple[int, int, int]:
-        """Frames, height and width of the clips that it takes."""
-
-    def identity(self) -> dict[str, Any]:
-        """Plain values that tie latents to the autoencoder: system, sha256, weights, path, and what else it needs to be the same."""
-
-    def encode_latents(self, video: Tensor) -> dict[str, Tensor]:
-        """Clips b 3 t h w in [-1, 1] -> name -> tensors b ..., what a latent set stores of them."""
-
-
-@runtime_checkable
-class FrameEncoder(Protocol):
-    """A pipeline that encodes every frame alone."""
-
-    def identity(self) -> dict[str, Any]:
-        """As of a ClipEncoder."""
-
-    def encode_moments(self, video: Tensor) -> Tensor:
-        """Clips b 3 t h w in [-1, 1] -> b 2C t h' w' float32: means of the posteriors, and then their standard deviations.
-
-        UserError for a size that it cannot take.
-        """
-
-
-LatentEncoder = ClipEncoder | FrameEncoder
-
-
-@dataclass(frozen=True)
-class EncoderOptions:
-    """How the trained networks are opened."""
-
-    path: str
-    weights: Literal["ema", "model"] = "ema"
-    vae: str = ""
-    scale_factor: float = 0.18215
-    n_frames: int = 16
-    image_size: tuple[int, int] = (64, 64)
-    """Of the clips; read for official checkpoints only, as `n_frames` is."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    device: torch.device = torch.device("cpu")
-    chunk: int = 32
-    """Frames that a frame-wise autoencoder takes at a time."""
-
-
-def _cmd(options: EncoderOptions) -> LatentEncoder:
-    return CMDPipeline.from_exports(
-        options.path,
-        vae=options.vae,
-        scale_factor=options.scale_factor,
-        ae_weights=options.weights,
-        n_frames=options.n_frames,
-        image_size=options.image_size,
-        device=options.device,
-        precision=options.precision,
-    )
-
-
-def _latte(options: EncoderOptions) -> LatentEncoder:
-    return LattePipeline.from_exports(
-        ae=options.path,
-        vae=options.vae,
-        ae_weights=options.weights,
-        chunk=options.chunk,
-        device=options.device,
-        precision=options.precision,
-    )
-
-
-ENCODERS: dict[str, Callable[[EncoderOptions], LatentEncoder]] = {"cmd": _cmd, "latte": _latte}
-"""System -> what opens its encoder."""
-IMAGE_VAE = "latte"
-"""The system whose autoencoder may be an image VAE alone."""
-
-
-def system_of(ae: str, told: str = "") -> str:
-    """The system that opens an autoencoder: an export says it, an official checkpoint does unless it is `told`; empty `ae`: an image VAE.
-
-    Raises UserError for what cannot be read.
-    """
-    if ae and not is_official(ae):
-        return str(read_card(ae).get("system", ""))
-    return told or (released_system(ae) if ae else IMAGE_VAE)
 
 
 def add_latents_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +55,12 @@ def add_latents_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=whole(0), metavar="N", help="of --store sample: what the draws depend on, with clip and frame (default 0)")
     add("--n-frames", type=whole(1), metavar="N", help="frames that an official checkpoint takes (default: those of the clips)")
-    add("--window-stride", type=whole(1), metavar="N", help="longer clips: frames between two windows (default: the autoencoder's)")
+    add("--window-stride", type=whole(1), metavar="N", help="longer clips: frames between two windows (default: those of one clip)")
+    add(
+        "--pairs",
+        action=argparse.BooleanOptionalAction,
+        help="encoders of PVDM: samples are a clip and the one before it, to learn to go on (default: where stored clips are long enough)",
+    )
     add("--dtype", choices=["float16", "float32"], default="float16", help="stored numbers (default float16)")
     add("--on-bad-sample", choices=["fail", "skip"], default="fail", help="damaged clips: stop (default), or leave them out and say so")
     speed = parser.add_argument_group("speed").add_argument
@@ -223,7 +136,12 @@ def _open(args: argparse.Namespace, pixels: ShardSet, device: torch.device) -> L
         precision=args.precision,
         device=device,
         chunk=args.batch_size,
+        pairs=args.pairs,
+        lengths=(int(pixels.frames.min()), int(pixels.frames.max())),
+        whole_videos=not pixels.meta["clip_length"],
     )
+    if args.pairs is not None and system != "pvdm":
+        raise ConfigError(f"--pairs: what {args.ae or args.vae} encodes ({system}) does not go on after another clip; drop the flag")
     return ENCODERS[system](options)
 
 
@@ -237,12 +155,15 @@ def _rules(args: argparse.Namespace, encoder: LatentEncoder, pixels: ShardSet) -
             _refuse(args, ("seed",), "moments are no draws, it goes with --store sample")
         return LatentRules(0, 0, **common, store=args.store or "moments", seed=args.seed or 0, scale=args.scale_factor or 0.0)
     _refuse(args, ("store", "seed"), f"{what} encodes clips as a whole, and says itself what is stored of them")
+    pairs = isinstance(encoder, PVDMPipeline) and encoder.pairs
+    if isinstance(encoder, PVDMPipeline):
+        _refuse(args, ("n_frames",), f"{what} says itself how many frames it takes")
     length, *size = encoder.clip_shape
     if tuple(size) != pixels.size:
         raise ConfigError(f"--ae {what} takes frames of {size[0]}x{size[1]}, {args.shards} holds {pixels.size[0]}x{pixels.size[1]}")
     if length > pixels.meta["clip_length"] > 0:
         raise ConfigError(f"--ae {what} takes clips of {length} frames, those of {args.shards} have {pixels.meta['clip_length']}")
-    return LatentRules(length, args.window_stride or length, **common)
+    return LatentRules(length, args.window_stride or (length // 2 if pairs else length), **common, pairs=pairs)
 
 
 def _refuse(args: argparse.Namespace, options: tuple[str, ...], why: str) -> None:

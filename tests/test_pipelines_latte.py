@@ -11,8 +11,8 @@ from diffusion import DiffusionConfig
 from models.autoencoders.frame_vae import FrameVAE
 from models.official import latte as official
 from models.transformers.latte import Latte, LatteConfig
+from pipelines.encoders import ENCODERS, EncoderOptions, FrameEncoder, system_of
 from pipelines.image_vae import ImageVae, open_codec
-from pipelines.latents import ENCODERS, EncoderOptions, FrameEncoder, system_of
 from pipelines.latte import LattePipeline
 from pipelines.loading import diffusion_of, load_frame_vae, load_latte
 from pipelines.runs import find_family, systems_in

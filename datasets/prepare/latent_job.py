@@ -33,11 +33,18 @@ class LatentRules:
     """Of that draw."""
     scale: float = 0.0
     """Factor that training is told to multiply latents by; 0: as measured."""
+    pairs: bool = False
+    """Of clips: `frames` are those of two clips in a row, the second of which is the sample and the first what was before it."""
 
     def to_dict(self) -> dict[str, Any]:
         """Those that count."""
-        own = ("store", "seed", "scale")
-        return {name: value for name, value in asdict(self).items() if not self.frames or name not in own}
+        own = {"store", "seed", "scale"} if self.frames else set()
+        return {name: value for name, value in asdict(self).items() if name not in own and (name != "pairs" or self.pairs)}
+
+    @property
+    def clip_frames(self) -> int:
+        """Frames of a sample; 0: those of the stored clip."""
+        return self.frames // 2 if self.pairs else self.frames
 
 
 @dataclass(frozen=True)

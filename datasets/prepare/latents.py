@@ -125,7 +125,7 @@ def _index(job: LatentJob, entries: list[dict[str, Any]], progress: list[dict[st
     return {
         **{key: value for key, value in job.pixels.meta.items() if key not in own},
         "codec": codec,
-        "clip_length": job.rules.frames or job.pixels.meta["clip_length"],
+        "clip_length": job.rules.clip_frames or job.pixels.meta["clip_length"],
         "rules": job.rules.to_dict(),
         "autoencoder": dict(job.autoencoder),
         "pixels": job.pixels.digest,
