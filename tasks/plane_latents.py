@@ -90,7 +90,8 @@ class PlaneSpace(TiedLatents):
         if len(rows):
             here = _on(rows, device)
             found = self._normalised(encode(to_float(video.index_select(0, here)[:, :, :frames])))
-            previous = previous.index_copy(0, here, found * has_previous.index_select(0, here)[:, None, None])
+            known = has_previous.index_select(0, here).view(-1, *[1] * (found.ndim - 1))
+            previous = previous.index_copy(0, here, found * known)
         return target, previous
 
     def _stored(self, batch: Batch, goes_on: Tensor, rng: SampleRng) -> tuple[Tensor, Tensor | None]:

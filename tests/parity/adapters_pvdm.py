@@ -1,6 +1,7 @@
 """Checks of PVDM. Its parts have files of their own; here crop and resize of its data."""
 
 from tests.parity import (
+    adapters_pvdm_batch,  # noqa: F401 - registers its checks
     adapters_pvdm_diffusion,  # noqa: F401 - registers its checks
     adapters_pvdm_engine,  # noqa: F401 - registers its checks
     adapters_pvdm_metrics,  # noqa: F401 - registers its checks

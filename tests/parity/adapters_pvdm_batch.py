@@ -1,0 +1,42 @@
+"""Checks of PVDM's training batches: which frames a sample learns, and which it is told of."""
+
+import torch
+from torch import Tensor
+
+from models.autoencoders.pvdm import PVDMAEConfig
+from tasks.plane_latents import PlaneSpace
+from tests.parity.case import Case, adapter
+from utils.media import to_float
+
+
+@adapter("pvdm", "train_batch")
+def check_train_batch(case: Case) -> None:
+    """The encoder is left out: what goes into it is what comes out."""
+    frames, short = case.config("clip_frames"), case.config("short_row", [])
+    raw = case.input("raw_btchw")
+    video = raw.transpose(1, 2).to(torch.uint8)
+    assert torch.equal(video.transpose(1, 2).float(), raw), "pixels are whole numbers"
+    has_previous = torch.ones(len(video), dtype=torch.bool)
+    has_previous[short] = False
+    case.expect("mask", has_previous.long())
+    height, width = video.shape[-2:]
+    space = PlaneSpace(None, {}, PVDMAEConfig(n_frames=frames, image_size=(height, width), patch_size=1))
+    everyone, nobody = torch.ones(len(video), dtype=torch.bool), torch.zeros(len(video), dtype=torch.bool)
+
+    def batch(told: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        return space.encoded(_identity, video, has_previous, told, torch.full((len(video),), start))
+
+    target, previous = batch(everyone, 0)
+    case.expect("cond_x", target, abs=1e-6)
+    if case.has("out/cond_c"):
+        before = to_float(video[:, :, :frames])
+        case.expect("cond_c", before, abs=1e-6)
+        assert torch.equal(previous, torch.where(has_previous[:, None, None, None, None], before, 0.0))
+    for name in case.names("out/uncond_x_prefix"):
+        target, previous = batch(nobody, int(name.removeprefix("out/uncond_x_prefix")))
+        case.expect(name.removeprefix("out/"), target, abs=1e-6)
+        assert not previous.any()
+
+
+def _identity(video: Tensor) -> Tensor:
+    return video
