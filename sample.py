@@ -2,6 +2,7 @@
 
   python sample.py RUNS --num-samples 16 --out samples
   torchrun --standalone --nproc_per_node 2 sample.py RUNS --num-samples 16 --out samples
+  python sample.py RUNS --mode long --num-frames 128 --out long    (videos of any length, clip after clip)
 
 RUNS, or --run RUNS, is the --results-dir of training; the runs in it say which system generates. Samples that are there
 are kept, so the same line goes on where it was stopped. Exit status: 0 done; 75 stopped by a signal; 130 Ctrl-C;
@@ -10,6 +11,7 @@ are kept, so the same line goes on where it was stopped. Exit status: 0 done; 75
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from datasets.stored_video import decode_window
+from datasets.stored_video import count_frames, decode_window
 from launch.env import Env, Stopped, distributed
 from launch.run import parse_launch, run_main
 from pipelines.jobs import SampleConfig, SampleJob
+from pipelines.long import LongJob, continue_from, count_clips, write_long_grid, write_videos
 from pipelines.systems import SYSTEMS, load_sampling
 from utils.config import dump_yaml, to_dict
 from utils.errors import UserError
@@ -52,50 +55,76 @@ def generate(config: SampleConfig, env: Env) -> None:
     state = PartialState(cpu=env.device.type == "cpu")
     job = SYSTEMS[config.system].job(config, env.device)
     folder = config.out
-    _check_settings(job, folder)
+    _check_settings(job, config)
     names = [job.name(i) for i in range(config.num_samples)]
-    todo = [i for i, name in enumerate(names) if not _written(job, folder, name, config.gif)]
+    todo = [i for i, name in enumerate(names) if not _written(job, config, name)]
     # One process's view of the folder, agreed on before anything is written. Padded: accelerate would give an idle process a sample twice.
     todo = broadcast_object_list([todo])[0]
     if env.is_main:
         for note in job.notes:
             print(note, file=sys.stderr, flush=True)
         folder.mkdir(parents=True, exist_ok=True)
-        _write_settings(job, folder, names)
+        if config.continue_from:
+            continue_from(_long(job), range(config.num_samples), Path(config.continue_from), folder, config.num_frames)
+        _write_settings(job, config, names)
     state.wait_for_everyone()
     with state.split_between_processes(todo + [None] * (-len(todo) % env.world_size)) as mine:
         _generate_share(job, config, [i for i in mine if i is not None], env)
     state.wait_for_everyone()
     if env.is_main:
-        _write_grid(job, folder, names[:GRID_LIMIT], config.gif)
-        _write_strip(job, folder)
+        columns = len(job.labels) if 1 < len(job.labels) <= 10 else 0
+        if config.mode == "long":
+            write_long_grid(folder, names[:GRID_LIMIT], job.fps, config.num_frames, columns)
+        else:
+            _write_grid(job, folder, names[:GRID_LIMIT], columns, config.gif)
+            _write_strip(job, folder)
         kept = config.num_samples - len(todo)
         print(f"{config.num_samples} samples in {folder}" + (f" ({kept} were there already)" if kept else ""), flush=True)
 
 
 def _generate_share(job: SampleJob, config: SampleConfig, mine: list[int], env: Env) -> None:
     """This process's samples, each written as soon as it is there."""
-    with tqdm(total=len(mine), desc="samples of rank 0", unit="clip", disable=None if env.is_main else True) as bar:
-        for start in range(0, len(mine), config.batch_size):
-            indices = mine[start : start + config.batch_size]
+    # Exact long videos are made one by one, so that stopping loses no more than one clip.
+    long = _long(job) if config.mode == "long" else None
+    batch = 1 if long and config.exact else config.batch_size
+    clips = len(mine) * (count_clips(long, config.num_frames) if long else 1)
+    with tqdm(total=clips, desc="samples of rank 0", unit="clip", disable=None if env.is_main else True) as bar:
+        for start in range(0, len(mine), batch):
+            indices = mine[start : start + batch]
+            if long:
+                step = partial(_advance, bar, len(indices), env)
+                write_videos(long, indices, config.out, config.num_frames, env.device, step, gif=config.gif)
+                continue
             made = {ending: to_uint8(videos).cpu() for ending, videos in job.generate(indices).items()}
             for row, index in enumerate(indices):
                 if config.gif:
                     write_gif(config.out / f"{job.name(index)}.gif", made[""][row], job.fps)
                 for ending in job.endings:
                     write_mp4(config.out / f"{job.name(index)}{ending}.mp4", made[ending][row], job.fps)
-            bar.update(len(indices))
-            if env.stop:
-                raise Stopped(agreed=False)  # the shares differ in length: the others may be anywhere
+            _advance(bar, len(indices), env)
 
 
-def _written(job: SampleJob, folder: Path, name: str, gif: bool) -> bool:
-    files = [f"{name}{ending}.mp4" for ending in job.endings] + [f"{name}.gif"] * gif
-    return all((folder / file).is_file() for file in files)
+def _advance(bar: tqdm, clips: int, env: Env) -> None:
+    """So many clips are done. Raises Stopped when that was asked for."""
+    bar.update(clips)
+    if env.stop:
+        raise Stopped(agreed=False)  # the shares differ in length: the others may be anywhere
 
 
-def _check_settings(job: SampleJob, folder: Path) -> None:
-    """Raises UserError when the folder holds samples of other settings."""
+def _long(job: SampleJob) -> LongJob:
+    assert isinstance(job, LongJob), "settings of systems without long videos refuse --mode long"
+    return job
+
+
+def _written(job: SampleJob, config: SampleConfig, name: str) -> bool:
+    """Whether all files of a sample are there; a long one may have been shorter before."""
+    files = [config.out / f"{name}{ending}.mp4" for ending in job.endings] + [config.out / f"{name}.gif"] * config.gif
+    return all(file.is_file() for file in files) and (config.mode == "short" or count_frames(files[0]) == config.num_frames)
+
+
+def _check_settings(job: SampleJob, config: SampleConfig) -> None:
+    """Raises UserError when the folder holds samples of other settings, or longer videos."""
+    folder = config.out
     path = folder / "settings.json"
     if not path.exists():
         return
@@ -103,25 +132,33 @@ def _check_settings(job: SampleJob, folder: Path) -> None:
         found: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         raise UserError(f"{path} is damaged: delete {folder}, or choose another --out") from None
-    wanted = json.loads(json.dumps(job.settings()))
-    differ = [key for key, value in wanted.items() if found.get(key) != value]
+    wanted = json.loads(json.dumps(job.settings())) | _length(config)
+    found = {"mode": "short"} | found
+    longer = found.get("num_frames", 0) if config.mode == found["mode"] == "long" else 0
+    differ = [key for key, value in wanted.items() if found.get(key) != value and not (key == "num_frames" and longer)]
     if differ:
         raise UserError(f"{folder} holds samples of other settings ({', '.join(differ)} differ): choose another --out, or delete it")
+    if longer > config.num_frames:
+        raise UserError(f"{folder} holds videos of {longer} frames, --num-frames {config.num_frames} are fewer: choose another --out")
 
 
-def _write_settings(job: SampleJob, folder: Path, names: list[str]) -> None:
+def _length(config: SampleConfig) -> dict[str, Any]:
+    """What a record of long videos says beyond the settings of the job."""
+    return {"mode": "long", "num_frames": config.num_frames} if config.mode == "long" else {"mode": "short"}
+
+
+def _write_settings(job: SampleJob, config: SampleConfig, names: list[str]) -> None:
     samples = [
         {"file": f"{name}.mp4", "index": i, "class": job.label(i), "class_name": job.class_name(job.label(i))}
         for i, name in enumerate(names)
     ]
-    record = job.settings() | {"sources": job.sources(), "torch": torch.__version__, "samples": samples}
-    atomic_write_text(folder / "settings.json", json.dumps(record, indent=2) + "\n")
+    record = job.settings() | _length(config) | {"sources": job.sources(), "torch": torch.__version__, "samples": samples}
+    atomic_write_text(config.out / "settings.json", json.dumps(record, indent=2) + "\n")
 
 
-def _write_grid(job: SampleJob, folder: Path, names: list[str], gif: bool) -> None:
+def _write_grid(job: SampleJob, folder: Path, names: list[str], columns: int, gif: bool) -> None:
     """The first samples side by side, one column a class where that fits."""
     clips = [torch.from_numpy(decode_window((folder / f"{name}.mp4").read_bytes(), 0, job.n_frames)) for name in names]
-    columns = len(job.labels) if 1 < len(job.labels) <= 10 else 0
     shown = grid(torch.stack(clips).permute(0, 4, 1, 2, 3), columns)
     write_mp4(folder / "grid.mp4", shown, job.fps)
     if gif:

@@ -1,6 +1,8 @@
 """Windows of frames out of the mp4 clips that the toolkit wrote."""
 
 import io
+from collections.abc import Iterator
+from pathlib import Path
 
 import av
 import numpy as np
@@ -41,3 +43,22 @@ def decode_window(payload: bytes, start: int, n_frames: int, size: tuple[int, in
     except (FFmpegError, OSError, LookupError, ArithmeticError, TypeError, AttributeError, MemoryError) as error:
         raise ValueError(str(error)) from None
     raise ValueError(f"{len(frames)} of {n_frames} frames from frame {start} on")
+
+
+def count_frames(path: Path) -> int:
+    """Frames that the head of an mp4 says it has; 0 for a file that is none."""
+    try:
+        with av.open(str(path), "r", format="mp4") as container:
+            return int(container.streams.video[0].frames)
+    except (FFmpegError, OSError, LookupError):
+        return 0
+
+
+def iterate_frames(path: Path) -> Iterator[np.ndarray]:
+    """The frames of an mp4 one by one, uint8 (h, w, 3), in constant memory."""
+    reformatter = VideoReformatter()
+    with av.open(str(path), "r", format="mp4") as container:
+        stream = container.streams.video[0]
+        stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+        for frame in container.decode(stream):
+            yield to_rgb(frame, reformatter)

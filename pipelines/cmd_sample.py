@@ -58,6 +58,15 @@ class CMDSampleConfig(SampleConfig):
     def validate(self) -> None:
         """Raises ConfigError on settings that cannot work."""
         super().validate()
+        if self.mode == "long":
+            raise ConfigError(
+                "--mode long is not for CMD: its content frame and motion latents mix all frames of a clip, so none of them could be held "
+                "fixed, and its models take no clip before"
+            )
+        if self.num_frames:
+            raise ConfigError(
+                f"--num-frames {self.num_frames}: clips of CMD are as long as in training (--n-frames: of official checkpoints)"
+            )
         if not self.run and not (self.ae and self.content and self.motion):
             raise ConfigError("what to sample from? give --run FOLDER (the --results-dir of training), or --ae, --content and --motion")
         self.at_least(1, "steps", "content_steps", "motion_steps", "n_frames", "cfg_channels")

@@ -27,7 +27,14 @@ class SampleConfig:
     out: Path = Path("samples")
     """Folder to write to. Samples that are already there with the same settings are kept."""
     num_samples: int = 16
-    """Clips to generate."""
+    """Clips, or long videos, to generate."""
+    mode: Literal["short", "long"] = "short"
+    """short: clips as long as in training. long: videos of --num-frames frames, made clip after clip and written as they come. One that
+    was stopped goes on at its last clip, whose latents are kept in <out>/latents; more --num-frames make it longer."""
+    num_frames: int = 0
+    """Frames of a long video, any number: the last clip is cut."""
+    continue_from: str = ""
+    """Long: a folder of shorter videos of the same settings; theirs are copied and go on in --out, as if made there from the start."""
     classes: tuple[str, ...] = ()
     """Classes by number or name, in turn; none given, or `all`: all of them."""
     seed: int = flag(0, "global-seed")
@@ -48,8 +55,13 @@ class SampleConfig:
     def validate(self) -> None:
         """Raises ConfigError on settings that cannot work."""
         self.at_least(1, "num_samples", "batch_size")
+        self.at_least(0, "num_frames")
         if self.fps < 0:
             raise ConfigError(f"--fps {self.fps}: above 0, or 0 for that of the training clips")
+        if self.mode == "long" and not self.num_frames:
+            raise ConfigError("--mode long: how long? give --num-frames N")
+        if self.mode == "short" and self.continue_from:
+            raise ConfigError("--continue-from goes with --mode long: short clips have nothing to go on with")
 
     def at_least(self, lowest: int, *names: str) -> None:
         """Raises ConfigError for the first of the named settings that is given and below `lowest`."""

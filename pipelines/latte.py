@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from diffusion import build
+from diffusion.replacement import Replacement
 from pipelines.image_vae import SD_SCALE, ImageVae, open_codec
 from pipelines.loading import Loaded, Weights, diffusion_of, is_official, load_latte, understood
 from pipelines.sampling import Sampling, in_groups, sample
@@ -148,13 +150,39 @@ class LattePipeline:
         """
         if self.denoiser is None:
             raise UserError("generation needs a denoiser, not the autoencoder alone")
-        shape = (self.codec.channels, n_frames or self.clip_shape[0], *self.denoiser.config.input_size)
+        shape = self._shape(n_frames)
         groups = in_groups(indices, labels, cond, seed=seed, num_classes=self.num_classes, exact=exact, device=self.device)
         clips = []
         for group, rng, given in groups:
             seen = None if watch is None else _for_group(watch, group)
             clips.append(self.decode(self._latents(shape, rng, understood(self.denoiser, given, sampling.guidance), sampling, seen)))
         return torch.cat(clips)
+
+    def generate_latents(
+        self,
+        indices: Sequence[int],
+        labels: Sequence[int] | None = None,
+        *,
+        seed: int = 0,
+        sampling: Sampling = LATTE_SAMPLING,
+        cond: Tensor | None = None,
+        n_frames: int = 0,
+        exact: bool = True,
+        clip: int = 0,
+        known: Tensor | None = None,
+    ) -> Tensor:
+        """Scaled latents b C t h' w' of such clips, the first k frames of which are `known` (b C k h' w'): they are held fixed while the
+        others are sampled. Each `clip` of a long video has noise of its own."""
+        if self.denoiser is None:
+            raise UserError("generation needs a denoiser, not the autoencoder alone")
+        shape = self._shape(n_frames)
+        groups = in_groups(indices, labels, cond, seed=seed, num_classes=self.num_classes, exact=exact, device=self.device)
+        latents = []
+        for group, rng, given in groups:
+            fixed = None if known is None else known[group].to(self.device)
+            understands = understood(self.denoiser, given, sampling.guidance)
+            latents.append(self._latents(shape, rng, understands, sampling, None, f"denoiser/clip-{clip}" if clip else "denoiser", fixed))
+        return torch.cat(latents)
 
     def _latents(
         self,
@@ -163,12 +191,24 @@ class LattePipeline:
         given: Mapping[str, Tensor],
         sampling: Sampling,
         callback: Callable[[int, Tensor, Tensor], None] | None,
+        stream: str = "denoiser",
+        known: Tensor | None = None,
     ) -> Tensor:
-        """Scaled latents b C t h' w' from noise."""
+        """Scaled latents b C t h' w' from noise, whose first frames are `known`."""
         assert self.denoiser is not None
+        process = diffusion_of(self.denoiser)
+        model: Callable[..., Tensor] = self.denoiser.module
+        if known is not None:
+            noise = rng.normal(f"{stream}/known", tuple(known.shape[1:]))
+            model = Replacement(model, build(process), known, noise)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            process = diffusion_of(self.denoiser)
-            return sample(self.denoiser.module, process, shape, rng, "denoiser", sampling, condition=given, callback=callback)
+            made = sample(model, process, shape, rng, stream, sampling, condition=given, callback=callback)
+        return made if known is None else torch.cat([known.to(made), made[:, :, known.shape[2] :]], dim=2)
+
+    def _shape(self, n_frames: int) -> tuple[int, ...]:
+        """C t h' w' of a clip; `n_frames` 0: of as many as in training."""
+        assert self.denoiser is not None
+        return self.codec.channels, n_frames or self.clip_shape[0], *self.denoiser.config.input_size
 
     def _data(self) -> Mapping[str, Any]:
         return self.denoiser.card.get("data", {}) if self.denoiser is not None else {}

@@ -50,8 +50,10 @@ class LatteSampleConfig(SampleConfig):
     """Channels that are guided; none: all."""
     cond: tuple[str, ...] = ()
     """Models of condition vectors (text features): .npy files with one vector each, taken in turn."""
-    n_frames: int = flag(0, "num-frames")
-    """Frames of a clip; 0: as trained. The network takes any number, but quality drops."""
+    n_frames: int = 0
+    """Frames of a clip; 0: --num-frames, or as trained. The network takes any number, but quality drops; --mode long keeps it."""
+    overlap: int = 0
+    """Long videos: frames that a clip shares with the one before it, which are held fixed while the others are sampled; 0: half of them."""
     image_size: tuple[int, int] = (0, 0)
     """Height and width; 0 0: as trained (256 256 for released checkpoints). The network takes others, but quality drops."""
     num_heads: int = 0
@@ -77,7 +79,13 @@ class LatteSampleConfig(SampleConfig):
         if self.ae and self.vae:
             raise ConfigError("--ae and --vae: give one of them, the denoiser was trained on one")
         self.at_least(1, "steps", "chunk", "cfg_channels", "strip_samples", "trajectory_every")
-        self.at_least(0, "n_frames", "num_heads", "denoising_strip")
+        self.at_least(0, "n_frames", "num_heads", "denoising_strip", "overlap")
+        if self.mode == "long" and (self.denoising_strip or self.save_trajectory != "none"):
+            raise ConfigError("--mode long: --denoising-strip and --save-trajectory show how a clip came about, a long video has many")
+        if self.mode == "short" and self.overlap:
+            raise ConfigError(f"--overlap {self.overlap} goes with --mode long: a short clip is alone")
+        if self.mode == "short" and self.n_frames and self.num_frames:
+            raise ConfigError(f"--n-frames {self.n_frames} and --num-frames {self.num_frames}: give one of them, both are those of a clip")
         if min(self.image_size) < 0 or (0 in self.image_size and any(self.image_size)):
             raise ConfigError(f"--image-size {' '.join(map(str, self.image_size))}: height and width, or 0 0 for those of training")
         if not 0 <= self.eta <= 1:
@@ -109,7 +117,10 @@ class LatteSampleJob:
         self.labels = choose_classes(config.classes, self.pipeline.num_classes, self.pipeline.classes)
         self.cond = load_vectors(config.cond, denoiser.config.cond_dim, denoiser.path)
         self.fps = config.fps or self.pipeline.fps
-        self.n_frames = config.n_frames or self.pipeline.clip_shape[0]
+        self.n_frames = config.n_frames or (config.num_frames if config.mode == "short" else 0) or self.pipeline.clip_shape[0]
+        self.overlap = config.overlap or self.n_frames // 2
+        if config.mode == "long" and not 0 < self.overlap < self.n_frames:
+            raise ConfigError(f"--overlap {self.overlap}: a clip has {self.n_frames} frames, of which some must be shared and some be new")
         self.endings = ("",) if config.save_trajectory == "none" else ("", "-trajectory")
         self.notes = self._notes()
 
@@ -139,6 +150,28 @@ class LatteSampleJob:
 
         clips = self._clips(indices, watch if len(self.endings) > 1 else None)
         return {"": clips} | ({"-trajectory": torch.stack([torch.stack(row, dim=1) for row in shown])} if shown and shown[0] else {})
+
+    def new_frames(self, clip: int) -> int:
+        """All frames of the first clip are new, then those that do not overlap."""
+        return self.n_frames - self.overlap if clip else self.n_frames
+
+    def sample_clip(self, indices: Sequence[int], clip: int, previous: Tensor | None) -> Tensor:
+        """Latents b C t h' w' of clip number `clip` of these samples; its first frames are the last ones of `previous`."""
+        return self.pipeline.generate_latents(
+            indices,
+            **self._conditions(indices),
+            seed=self.config.seed,
+            sampling=self.sampling,
+            n_frames=self.n_frames,
+            exact=self.config.exact,
+            clip=clip,
+            known=None if previous is None else previous[:, :, -self.overlap :],
+        )
+
+    def decode_clip(self, latents: Tensor, clip: int) -> Tensor:
+        """Its new frames, b 3 t h w in [-1, 1]."""
+        new = latents[:, :, -self.new_frames(clip) :]
+        return torch.cat([self.pipeline.decode(part) for part in new.split(1 if self.config.exact else len(new))])
 
     def strip(self) -> Strip | None:
         """The estimates of the first samples at evenly spread steps, the last of which is the clip."""
@@ -183,6 +216,7 @@ class LatteSampleJob:
             "fps": self.fps,
             "names": config.names,
             **trajectory,
+            **({"overlap": self.overlap} if config.mode == "long" else {}),
         }
 
     def sources(self) -> dict[str, str]:
@@ -191,18 +225,20 @@ class LatteSampleJob:
         return {"ae": self.pipeline.autoencoder["path"], "denoiser": self.pipeline.denoiser.path}
 
     def _clips(self, indices: Sequence[int], watch: Callable[[list[int], int, Tensor, Tensor], None] | None) -> Tensor:
-        labels = [self.labels[i % len(self.labels)] for i in indices] if self.labels else None
-        cond = None if self.cond is None else self.cond[[i % len(self.cond) for i in indices]]
         return self.pipeline.generate(
             indices,
-            labels,
+            **self._conditions(indices),
             seed=self.config.seed,
             sampling=self.sampling,
-            cond=cond,
             n_frames=self.n_frames,
             exact=self.config.exact,
             watch=watch,
         )
+
+    def _conditions(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Classes and vectors of these samples."""
+        labels = [self.labels[i % len(self.labels)] for i in indices] if self.labels else None
+        return {"labels": labels, "cond": None if self.cond is None else self.cond[[i % len(self.cond) for i in indices]]}
 
     def _picture(self, noisy: Tensor, clean: Tensor) -> Tensor:
         """One moment of a sample's trajectory, 3 H W: all frames of the clip side by side."""

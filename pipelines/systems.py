@@ -7,12 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from models.official.pvdm_unet import is_unet
 from pipelines.cmd_sample import CMDSampleConfig, CMDSampleJob
 from pipelines.jobs import SampleConfig, SampleJob
 from pipelines.latte_sample import LatteSampleConfig, LatteSampleJob
+from pipelines.loading import is_official
+from pipelines.pvdm_sample import PVDMSampleConfig, PVDMSampleJob
 from pipelines.runs import systems_in
 from utils.config import load_config, load_yaml
 from utils.errors import ConfigError, UserError
+from utils.weights import load_tensors, read_card
 
 
 class System(NamedTuple):
@@ -25,6 +29,7 @@ class System(NamedTuple):
 SYSTEMS: dict[str, System] = {
     "cmd": System(CMDSampleConfig, CMDSampleJob),
     "latte": System(LatteSampleConfig, LatteSampleJob),
+    "pvdm": System(PVDMSampleConfig, PVDMSampleJob),
 }
 
 
@@ -44,7 +49,8 @@ def load_sampling(argv: Sequence[str], prog: str, about: str) -> SampleConfig:
         raise SystemExit(0)
     config = load_config(schemas, [*(("--system", system) if system else ()), *argv], prog=prog, description=about)
     if not system and not config.run:
-        known = " or ".join(SYSTEMS)
+        *others, last = SYSTEMS
+        known = f"{', '.join(others)} or {last}"
         raise ConfigError(f"what to sample from? give --run FOLDER (the --results-dir of training), or --system {known} and its models")
     return config
 
@@ -60,9 +66,24 @@ def _told(argv: Sequence[str]) -> str:
     trained = systems_in(Path(run)) if run and Path(run).is_dir() else []
     if len(trained) > 1:
         raise UserError(f"--run {run} holds runs of {' and '.join(trained)}: say with --system which of them generates")
+    network = next((given[name] for name in _DENOISER if given.get(name)), "")
+    named = trained or [system for system in [_of_denoiser(network)] if system in SYSTEMS]
     known = {name: len(given.keys() & _names(system.config)) for name, system in SYSTEMS.items()}
     most = [name for name, count in known.items() if count == max(known.values())]
-    return trained[0] if trained else most[0] if len(most) == 1 else ""
+    return named[0] if named else most[0] if len(most) < len(SYSTEMS) else ""
+
+
+_DENOISER = ("denoiser", "ckpt", "second_model")
+"""Names of the setting that says which denoiser, in the systems that have one."""
+
+
+def _of_denoiser(path: str) -> str:
+    """The system of a denoiser: its card says it, or the names in an official checkpoint; empty where nothing is there."""
+    if not path or not Path(path).exists():
+        return ""
+    if is_official(path):
+        return "pvdm" if is_unet(load_tensors(path)) else "latte"
+    return str(read_card(path).get("system", ""))
 
 
 def _settings(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
