@@ -31,11 +31,10 @@ IDS = ["eps", "eps-learned", "x0", "x0-learned", "v", "v-learned", "flow"]
 
 def denoised(x: Tensor, a: Tensor, s: Tensor) -> Tensor:
     """E[x_0 | x_t = a x_0 + s n] of x (b, frames) float64; a and s are (b,)."""
-    rows = []
-    for row, level, noise in zip(x, a, s, strict=True):
-        gain = level * COVARIANCE @ torch.linalg.inv(level**2 * COVARIANCE + noise**2 * torch.eye(FRAMES, dtype=torch.float64))
-        rows.append(MEAN + gain @ (row - level * MEAN))
-    return torch.stack(rows)
+    times, rows = torch.stack([a, s], dim=1).unique(dim=0, return_inverse=True)
+    level, noise = times[:, 0, None, None], times[:, 1, None, None]
+    gain = level * COVARIANCE @ torch.linalg.inv(level**2 * COVARIANCE + noise**2 * torch.eye(FRAMES, dtype=torch.float64))
+    return MEAN + (gain[rows] @ (x - a[:, None] * MEAN)[..., None])[..., 0]
 
 
 def levels(config: DiffusionConfig, t: Tensor) -> tuple[Tensor, Tensor]:

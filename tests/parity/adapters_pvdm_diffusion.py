@@ -14,6 +14,7 @@ from diffusion.guidance import ClassifierFreeGuidance
 from diffusion.samplers import Callback, Noise, ddim_sample, ddpm_sample
 from diffusion.schedules import respace_betas, space_timesteps
 from models.official.pvdm_unet import export_unet
+from pipelines.long import chain
 from tests.parity.adapters_pvdm_unet import loaded_unet, unet_config
 from tests.parity.case import Case, adapter
 
@@ -133,7 +134,4 @@ def check_chain(case: Case) -> None:
         kept, noise = steps_of(case, first if previous is None else following), case.input(f"step_noise_{k}")
         return drawn(case, kept, guided(case, stub, previous), x_T[k], noise.__getitem__, previous)
 
-    clips: list[Tensor] = []
-    for k in range(case.config("clips")):
-        clips.append(sample_clip(k, clips[-1] if clips else None))
-    case.expect("clips", torch.stack(clips), 0, ABS)
+    case.expect("clips", torch.stack(list(chain(sample_clip, stop=case.config("clips")))), 0, ABS)
