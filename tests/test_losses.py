@@ -184,15 +184,12 @@ def test_feature_matching_skips_the_logits_and_the_real_side():
     assert real[0].grad is None and fake[0].grad is not None
 
 
-@pytest.mark.parametrize(("channels", "width"), [(4, 32), (16, 1), (8, 8)])
-def test_three_dimensional_discriminators_have_gradients_in_bf16(channels: int, width: int):
-    """On a CPU those of nn.Conv3d are infinite or wrong for some widths."""
-    torch.manual_seed(0)
-    conv, x = Conv3d(channels, width, 4, 2, 2), torch.randn(2, channels, 3, 4, 5, requires_grad=True)
-    conv(x).square().sum().backward()
-    exact, x.grad = x.grad, None
+def test_three_dimensional_discriminators_work_in_fp32_on_a_cpu():
+    """nn.Conv3d's gradients in bfloat16 are infinite or wrong for some widths there, depending on memory that it does not set."""
+    disc = Discriminators(DiscriminatorConfig(ndf=4))
+    assert {type(module) for module in disc.modules() if isinstance(module, nn.Conv2d | nn.Conv3d)} == {nn.Conv2d, Conv3d}
     with torch.autocast("cpu", torch.bfloat16):
-        conv(x).square().sum().backward()
-    assert (x.grad - exact).norm() < 0.02 * exact.norm()
-    inside = {type(module) for module in Discriminators(DiscriminatorConfig(ndf=4)).modules() if isinstance(module, nn.Conv2d | nn.Conv3d)}
-    assert inside == {nn.Conv2d, Conv3d}
+        flat, deep = disc(torch.randn(2, 3, 16, 16), torch.randn(2, 3, 4, 16, 16))
+    assert flat[-1].dtype == torch.bfloat16 and deep[-1].dtype == torch.float32
+    deep[-1].sum().backward()
+    assert all(p.grad.isfinite().all() for p in disc.discriminator_3d.parameters())
