@@ -1,10 +1,13 @@
 """Exponential moving average of a network's weights: a module under the same sharding plan, updated by one foreach call."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from engine.config import EmaConfig
 from engine.optim import local_parts
+from engine.task import Network
 
 
 class Ema:
@@ -33,3 +36,10 @@ class Ema:
         torch._foreach_lerp_(self._averages, self._weights, 1.0 - self.decay(number))
         if self._buffers[0]:
             torch._foreach_copy_(*self._buffers)
+
+
+def late_averages(networks: Mapping[str, Network], total: int) -> list[str]:
+    """A line for each network whose average will still be the initial weights when the run ends after `total` steps."""
+    every = {name: network.ema.every for name, network in networks.items() if network.ema and network.ema.decay > 0}
+    late = {name: k for name, k in every.items() if k > total}
+    return [f"ema.every {k}: the run ends before the first update, the average of {name} stays as it began" for name, k in late.items()]

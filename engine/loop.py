@@ -8,6 +8,7 @@ import torch
 from engine.best import Best
 from engine.checkpoint import Checkpointer, State
 from engine.config import RunConfig
+from engine.ema import late_averages
 from engine.feed import Feed, fixed_batch
 from engine.flops import count_flops, peak_flops
 from engine.metrics import Meter, counted
@@ -87,8 +88,10 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
         mark_shown(run.folder, done, env)
         return ended
 
-    with closing(feed), Recorder(run.folder, log, is_main=env.is_main, step=first, total=total) as recorder:
+    with closing(feed), Recorder(run.folder, log, is_main=env.is_main, step=first, total=total, seen=seen) as recorder:
         recorder.say(f"{run.folder}: from step {first} to {total}, {env.world_size} process(es) on {env.device.type}")
+        for warning in late_averages(networks, total):
+            recorder.say(warning)
         if best.unknown and valid is not None and first < total:
             best.check(evaluate(task, team, valid, config, env, limit=1))
         ended = first >= total

@@ -28,14 +28,14 @@ PREVIEW_FPS = 8.0
 class Recorder:
     """Writes on the main rank and does nothing on the others. A context manager: it owns open files and the logging handler."""
 
-    def __init__(self, folder: Path, config: LogConfig, *, is_main: bool, step: int, total: int) -> None:
-        """`step`: where the run goes on; lines of metrics.jsonl beyond it are dropped."""
+    def __init__(self, folder: Path, config: LogConfig, *, is_main: bool, step: int, total: int, seen: int | None = None) -> None:
+        """`step`: where the run goes on; lines of metrics.jsonl beyond it are dropped, and evaluations beyond `seen` (None: `step`)."""
         self._active = is_main
         self._folder = folder
         if not is_main:
             return
         try:
-            _cut(folder / "metrics.jsonl", step)
+            _cut(folder / "metrics.jsonl", step, step if seen is None else seen)
             self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
             self._text = (folder / "log.txt").open("a", encoding="utf-8")
         except OSError as error:
@@ -144,14 +144,15 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
-def _cut(path: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl beyond a step (those steps will be run again) and a half-written last one."""
+def _cut(path: Path, step: int, seen: int) -> None:
+    """Drop the lines of metrics.jsonl beyond a step, evaluations beyond `seen` (both will be made again) and a half-written last one."""
     if not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            values = json.loads(line)
+            if values["step"] <= (min(step, seen) if any(key.startswith("eval/") for key in values) else step):
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             continue

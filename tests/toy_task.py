@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.config import CheckpointConfig, EmaConfig, LogConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from engine.config import BestConfig, CheckpointConfig, EmaConfig, LogConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from engine.task import Batch, LossOutput, Network
 from utils.rng import SampleRng
 
@@ -167,7 +167,7 @@ class ToySource:
 
 
 def toy_config(folder: Path | str, **changes: Any) -> RunConfig:
-    """Settings of a short run; `changes` go to the group that has the name (`lr`, `mode`, `max_steps`, `every` = checkpoint.every ...)."""
+    """Settings of a short run; `changes` go to the group that has the name (`lr`, `max_steps`, or `ema.every` where several do)."""
     groups: dict[str, Any] = {
         "train": TrainConfig(results_dir=Path(folder), global_batch_size=8, max_steps=5, seed=3),
         "optim": OptimConfig(lr=1e-2, weight_decay=0.01, clip_norm=0.5, warmup_steps=2, schedule="cosine"),
@@ -175,6 +175,7 @@ def toy_config(folder: Path | str, **changes: Any) -> RunConfig:
         "parallel": ParallelConfig(mode="fsdp", precision="fp32", timeout=60.0),
         "checkpoint": CheckpointConfig(every=100),
         "log": LogConfig(every=1, preview_every=0, eval_every=0, tensorboard=False),
+        "best": BestConfig(),
     }
     for key, value in changes.items():
         if "." in key:
