@@ -94,5 +94,8 @@ class PVDMAutoencoderConfig(RunConfig):
         loss.adversarial.validate()
         if not (loss.l1 or loss.l2 or (loss.perceptual.kind != "none" and loss.perceptual.weight)):
             raise ConfigError("loss: l1, l2 and the perceptual loss are all off, nothing is left to train on")
+        measured = ("l1", "psnr", "ssim", *(("perceptual",) if loss.perceptual.kind != "none" and loss.perceptual.weight else ()))
+        if self.best.metric and self.best.metric not in measured:
+            raise ConfigError(f"--best-metric {self.best.metric}: evaluations measure {', '.join(measured)}")
         if self.data.previous:
             raise ConfigError("--previous: an autoencoder is trained on clips alone; drop the flag")

@@ -124,6 +124,8 @@ def criterion_parts() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
         ("--loss.adversarial.disc_clip_norm nan", r"loss\.adversarial\.disc_clip_norm nan: 0 or more"),
         ("--loss.adversarial.disc_betas 0.5 1", r"disc_betas 0\.5 1\.0: 0 or more, and below 1"),
         ("--loss.adversarial.n_layers 0", "must be at least 1"),
+        ("--best-metric fvd --best-mode min", "--best-metric fvd: evaluations measure l1, psnr, ssim$"),
+        ("--best-metric perceptual", "--best-metric perceptual: evaluations measure l1, psnr, ssim$"),
         ("--previous", "an autoencoder is trained on clips alone"),
     ],
 )
