@@ -66,8 +66,9 @@ def _load(model: PVDMAutoencoder, official: dict[str, Tensor]) -> None:
     model.load_state_dict(state)
     back = export_autoencoder(model.state_dict(), config)
     assert back.keys() == official.keys()
-    assert all(torch.allclose(value, official[name], atol=1e-6, rtol=1e-6) for name, value in back.items())
-    assert all(torch.equal(back[name], official[name]) for name in back if "rot_emb" not in name and name != "coords")
+    tables = {name for name in back if "rot_emb" in name}
+    assert all(torch.equal(back[name], official[name]) for name in back.keys() - tables - {"coords"})  # nobody reads coords
+    assert all(torch.allclose(back[name], official[name], atol=1e-6, rtol=1e-6) for name in tables)
     told = autoencoder_config(official, splits=config.splits, plane_heads=config.plane_heads)
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in PVDMAutoencoder(told).state_dict().items()}
