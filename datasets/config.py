@@ -126,6 +126,8 @@ def _check_frames(data: DataConfig, shards: Collection) -> None:
         raise ConfigError(
             f"--previous: {shards.location} holds latents of whole clips, which say themselves what came before; drop the flag"
         )
+    if data.previous and not data.n_frames:
+        raise ConfigError(f"--previous: say --n-frames, for the whole clips of {shards.location} have nothing before them")
     others = {share: data.frame_sample_prob > 0, images: data.images > 0, "--clip-rule linspace": data.clip_rule == "linspace"}
     other = next((told for told, given in others.items() if given), None)
     if data.previous and other:

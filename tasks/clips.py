@@ -128,6 +128,8 @@ def open_clips(
     `pairs`: pixels come with what was before them, as with `data.previous`; latents say themselves whether they do.
     Raises ConfigError or UserError naming the path.
     """
+    if data.previous and not pairs:
+        raise ConfigError("--previous: nothing here goes on after the clip before; drop the flag")
     shards = _open(data, env)
     if shards.is_latent and not latents:
         raise ConfigError(f"--data-path {shards.location} holds latents: an autoencoder is trained on the clips they were made of")

@@ -51,3 +51,8 @@ def test_what_the_model_cannot_be_told_is_refused(
 @pytest.mark.parametrize("held_out", [{"classes": ()}, {"classes": ("strange", "odd")}, {"cond": SIX}])
 def test_a_model_that_is_told_nothing_is_tested_on_any_set(tmp_path: Path, held_out: dict[str, Any]) -> None:
     assert opened(tmp_path, {}, held_out).steps_per_epoch == 1
+
+
+def test_a_stage_that_learns_single_clips_refuses_what_was_before_them(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--previous: nothing here goes on after the clip before; drop the flag$"):
+        opened(tmp_path, {}, {}, "--previous", "--n-frames", "3")

@@ -35,7 +35,8 @@ class UCF101Source:
         """All videos; where a split is wanted, each with the split that the lists of `options.fold` give it."""
         tree = next((root / name for name in ("UCF-101", "UCF101") if (root / name).is_dir()), root)
         videos, classes = _videos(tree, walk(tree, VIDEO_SUFFIXES, options.exclude))
-        lists = options.split_lists or next((path for path in (root / UCF_LISTS, root.parent / UCF_LISTS) if path.is_dir()), None)
+        places = (tree / UCF_LISTS, root / UCF_LISTS, root.parent / UCF_LISTS)
+        lists = options.split_lists or next((path for path in places if path.is_dir()), None)
         if options.split == "all" or (lists is None and options.val_fraction):
             return Listing(videos, classes)
         if lists is None or not lists.is_dir():
