@@ -8,14 +8,28 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from engine.config import EmaConfig, OptimConfig, ParallelConfig, RunConfig
+from engine.task import Network
+from engine.team import Team
 from launch.env import Env, distributed
 
 Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 """cpu: processor time of this process over all its threads; with one thread, the wall time of a machine that does nothing else."""
+
+VARIANTS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "plain fp32": (False, {"precision": "fp32", "compile": "off"}),
+    "plain bf16": (False, {"precision": "bf16", "compile": "off"}),
+    "eager bf16": (True, {"precision": "bf16", "compile": "off"}),
+    "compiled bf16": (True, {"precision": "bf16", "compile": "on"}),
+}
+"""Name -> whether the network is ours (or the one written down plainly), and how it is trained."""
+BASELINE = "plain bf16"
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
@@ -64,3 +78,49 @@ def alternate(variants: Mapping[str, Callable[[], object]], rounds: int, device:
         for name, work in variants.items():
             taken[name].append(seconds(work, device, clock))
     return {name: statistics.median(values) for name, values in taken.items()}
+
+
+class StepTrainer:
+    """One variant of a network, ready to be stepped: as in training, with a loss that has its own batch on the device."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        is_ours: bool,
+        how: Mapping[str, Any],
+        loss: Callable[[nn.Module], Tensor],
+        env: Env,
+        optim: OptimConfig | None = None,
+        ema: EmaConfig | None = None,
+    ) -> None:
+        """`is_ours`: the network has units; `how`: settings of ParallelConfig."""
+        units: Callable[[Any], list[nn.Module]] | None = (lambda network: network.units()) if is_ours else None
+        network = Network(module, optim=optim or OptimConfig(), ema=ema, units=units)
+        self._team = Team({"model": network}, RunConfig(parallel=ParallelConfig(mode="ddp", **how)), env)
+        self._loss, self._true = loss, torch.tensor(True, device=env.device)
+
+    def step(self) -> None:
+        """Forward, backward, norm, clipping, AdamW and moving average."""
+        with self._team.turn("model") as modules:
+            self._team.synchronise("model", last=True)
+            with self._team.autocast():
+                loss = self._loss(modules["model"])
+            loss.backward()
+        norm = self._team.gradient_norm("model")
+        self._team.step("model", 0, 1, norm, torch.ones_like(norm), self._true)
+
+    def steps(self, count: int) -> None:
+        """Several of them."""
+        for _ in range(count):
+            self.step()
+
+
+def ratio_lines(
+    medians: Mapping[str, float], steps: int, batch: int, first: Mapping[str, float], notes: Mapping[str, str]
+) -> Iterator[str]:
+    """A line for each variant: time of a step, clips/s, how it compares with the baseline, its note, seconds of its first step."""
+    for name, median in medians.items():
+        step = median / steps
+        ratio = f"   {medians[BASELINE] / median:.2f} times as fast as {BASELINE}" if BASELINE in medians else ""
+        speed = f"{step * 1e3:>9.1f} ms/step {batch / step:>8.2f} clips/s"
+        yield f"  {name:<14}{speed}{ratio}{notes.get(name, '')}   (first step {first[name]:.1f} s)"

@@ -8,7 +8,6 @@ AdamW, moving average. With `--device cuda` also clips/s, memory, and the share 
 import argparse
 import dataclasses
 import functools
-from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -16,24 +15,14 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import CLOCKS, alternate, machine, processes, seconds
+from benchmarks.common import CLOCKS, VARIANTS, StepTrainer, alternate, machine, processes, ratio_lines, seconds
 from diffusion import DiffusionConfig, build
-from engine.config import EmaConfig, OptimConfig, ParallelConfig, RunConfig
-from engine.task import Network
-from engine.team import Team
+from engine.config import EmaConfig, OptimConfig
 from launch.env import Env
 from models import resolve
 from models.layers.embeddings import frame_table, grid_table, timestep_frequencies
 from models.transformers.latte import Latte, LatteConfig
 
-VARIANTS: dict[str, tuple[bool, dict[str, Any]]] = {
-    "plain fp32": (False, {"precision": "fp32", "compile": "off"}),
-    "plain bf16": (False, {"precision": "bf16", "compile": "off"}),
-    "eager bf16": (True, {"precision": "bf16", "compile": "off"}),
-    "compiled bf16": (True, {"precision": "bf16", "compile": "on"}),
-}
-"""Name -> whether it is ours, and how it is trained."""
-BASELINE = "plain bf16"
 AGREE = 1e-4
 """Largest difference of the two networks' outputs in fp32, relative to the largest output."""
 
@@ -115,33 +104,20 @@ def difference(config: LatteConfig, device: torch.device) -> float:
     return float((out - plain(x, t)).abs().max() / out.abs().max())
 
 
-class Trainer:
-    """One variant, ready to be stepped on a made-up batch of latents that lies on the device."""
+def make_trainer(name: str, config: LatteConfig, args: argparse.Namespace, env: Env) -> StepTrainer:
+    """One variant, on a made-up batch of latents that lies on the device."""
+    is_ours, how = VARIANTS[name]
+    recompute = {"activation_checkpointing": args.activation_checkpointing} if is_ours else {}
+    diffusion = build(DiffusionConfig())
+    shape = (args.batch_size, config.in_channels, config.n_frames, *config.input_size)
+    x0, noise = (torch.randn(shape, device=env.device) for _ in range(2))
+    t = torch.randint(0, 1000, shape[:1], device=env.device)
 
-    def __init__(self, name: str, config: LatteConfig, args: argparse.Namespace, env: Env) -> None:
-        is_ours, how = VARIANTS[name]
-        network = Network(
-            networks(config)[0 if is_ours else 1],
-            optim=OptimConfig(clip_norm=1.0),
-            ema=EmaConfig(),
-            units=(lambda module: module.units()) if is_ours else None,
-        )
-        recompute = {"activation_checkpointing": args.activation_checkpointing} if is_ours else {}
-        self._team = Team({"model": network}, RunConfig(parallel=ParallelConfig(mode="ddp", **how, **recompute)), env)
-        self._diffusion, self._true = build(DiffusionConfig()), torch.tensor(True, device=env.device)
-        shape = (args.batch_size, config.in_channels, config.n_frames, *config.input_size)
-        self._x0, self._noise = (torch.randn(shape, device=env.device) for _ in range(2))
-        self._t = torch.randint(0, 1000, shape[:1], device=env.device)
+    def loss(module: nn.Module) -> Tensor:
+        return diffusion.training_losses(module, x0, t, noise, {})["loss"].mean()
 
-    def step(self) -> None:
-        """Forward, backward, norm, clipping, AdamW and moving average."""
-        with self._team.turn("model") as modules:
-            self._team.synchronise("model", last=True)
-            with self._team.autocast():
-                terms = self._diffusion.training_losses(modules["model"], self._x0, self._t, self._noise, {})
-            terms["loss"].mean().backward()
-        norm = self._team.gradient_norm("model")
-        self._team.step("model", 0, 1, norm, torch.ones_like(norm), self._true)
+    network = networks(config)[0 if is_ours else 1]
+    return StepTrainer(network, is_ours, how | recompute, loss, env, OptimConfig(clip_norm=1.0), EmaConfig())
 
 
 def flops_per_clip(config: LatteConfig) -> float:
@@ -163,11 +139,6 @@ def peak(device: torch.device, side: int = 8192, rounds: int = 20) -> float:
     return 2 * side**3 * rounds / seconds(products, device)
 
 
-def several(trainer: Trainer, steps: int) -> None:
-    for _ in range(steps):
-        trainer.step()
-
-
 def measure(config: LatteConfig, args: argparse.Namespace, env: Env) -> None:
     """Prints the table."""
     cuda = env.device.type == "cuda"
@@ -177,23 +148,23 @@ def measure(config: LatteConfig, args: argparse.Namespace, env: Env) -> None:
     trainers, first, memory = {}, {}, {}
     for name in [name for name in VARIANTS if name in args.variants]:
         before = torch.cuda.memory_allocated() if cuda else 0
-        trainers[name] = Trainer(name, config, args, env)
+        trainers[name] = make_trainer(name, config, args, env)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         first[name] = seconds(trainers[name].step, env.device)
         trainers[name].step()
         memory[name] = torch.cuda.max_memory_allocated() - before if cuda else 0
-    rounds = {name: functools.partial(several, trainer, args.steps) for name, trainer in trainers.items()}
+    rounds = {name: functools.partial(trainer.steps, args.steps) for name, trainer in trainers.items()}
     medians = alternate(rounds, args.rounds, env.device, CLOCKS[args.clock])
     flops, able = flops_per_clip(config), peak(env.device) if cuda else 0.0
     if cuda:
         print(f"{flops / 1e12:.2f} TFLOP a clip; measured peak of a bf16 matrix product {able / 1e12:.0f} TFLOP/s")
-    for name, median in medians.items():
-        step = median / args.steps
-        ratio = f"   {medians[BASELINE] / median:.2f} times as fast as {BASELINE}" if BASELINE in medians else ""
-        used = f"   {memory[name] / 2**30:.1f} GiB   MFU {flops * args.batch_size / step / able:.1%}" if cuda else ""
-        clips = f"{step * 1e3:>9.1f} ms/step {args.batch_size / step:>8.2f} clips/s"
-        print(f"  {name:<14}{clips}{ratio}{used}   (first step {first[name]:.1f} s)", flush=True)
+    notes = {}
+    for name in medians if cuda else ():
+        mfu = flops * args.batch_size * args.steps / medians[name] / able
+        notes[name] = f"   {memory[name] / 2**30:.1f} GiB   MFU {mfu:.1%}"
+    for line in ratio_lines(medians, args.steps, args.batch_size, first, notes):
+        print(line, flush=True)
 
 
 def main() -> None:

@@ -91,8 +91,7 @@ def parallelize(network: Network, parallel: ParallelConfig, env: Env, mesh: Devi
         for unit in units:
             _recompute(unit, parallel.activation_checkpointing)
     if not average and compiles(parallel, env):
-        for unit in units or ([module] if network.strategy == "fsdp" else []):
-            unit.compile()
+        _compile(units or ([module] if network.strategy == "fsdp" else []))
     module.to(env.device)
     if sharded:
         assert mesh is not None
@@ -178,6 +177,16 @@ def _shard(module: nn.Module, units: Sequence[nn.Module], methods: Sequence[str]
     fully_shard(module, mesh=mesh, mp_policy=policy)
     for method in methods:
         register_fsdp_forward_method(module, method)
+
+
+def _compile(units: Sequence[nn.Module]) -> None:
+    """Compile every unit for its own sizes: those of a UNet differ, and one graph that takes all of them is slow to make and to run.
+
+    All units share the code of `Module.__call__`, and compilation gives up on code of which it has more variants than a small limit.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(units))
+    for unit in units:
+        unit.compile(dynamic=False)
 
 
 def _recompute(unit: nn.Module, kind: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checkpoint, formats, latte_step, preprocess, stream, train_step
+from benchmarks import checkpoint, formats, latte_step, long_video, preprocess, pvdm_step, stream, train_step
 from datasets.prepare.clips import ClipRules
 from engine.checkpoint import latest
 from engine.config import EmaConfig, OptimConfig, ParallelConfig
@@ -61,6 +61,19 @@ def test_latte_step_compares_equal_networks(output: Callable[..., str], monkeypa
     monkeypatch.setattr(latte_step.PlainBlock, "attention", lambda self, x: x)
     with pytest.raises(AssertionError, match="not the same"):
         output(latte_step.main, *tiny)
+
+
+def test_pvdm_step_compares_equal_networks(output: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = ("--device", "cpu", "--size", "32", "--frames", "4", "--rounds", "1", "--variants", "plain bf16", "eager bf16")
+    tiny += ("--ae-dim", "32", "--ae-depth", "1", "--channel-mult", "1", "--res-blocks", "1")
+    text = output(pvdm_step.main, *tiny)
+    assert text.count("ms/step") == 4 and text.count("1.00 times as fast as plain bf16") == 2
+    assert "planes 4x4, 4x4, 4x4" in text
+    for name in ("plain_block", "plain_feed_forward"):
+        with monkeypatch.context() as broken:
+            broken.setattr(pvdm_step, name, lambda layer, x: x)
+            with pytest.raises(AssertionError, match="not the same"):
+                output(pvdm_step.main, *tiny)
 
 
 @pytest.mark.slow
@@ -153,3 +166,9 @@ def test_make_bench_runs_every_benchmark() -> None:
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()}
     line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "benchmarks." in line)
     assert scripts == set(re.findall(r"for name in ([\w ]+);", line)[0].split())
+
+
+def test_long_video_measures_each_length_in_its_own_process(output: Callable[..., str]) -> None:
+    text = output(long_video.main, "--frames", "9", "17", "--image-size", "64", "--clip-frames", "8", "--steps", "1", "1", "--device", "cpu")
+    assert [int(number) for number in re.findall(r"(\d+) frames: +[\d.]+ MiB at most", text)] == [9, 17]
+    assert "17 frames need" in text and "all frames as numbers: 0.8 MiB" in text

@@ -36,7 +36,8 @@ class PlaneUNetConfig:
     num_res_blocks: int = 2
     """Residual blocks of a level on the way down; one more on the way up."""
     attention_resolutions: tuple[int, ...] = (4, 2, 1)
-    """Levels with attention inside each plane, by how often smaller their sides are. Attention across planes is everywhere."""
+    """Levels with attention inside each plane, by how often smaller their sides are; entries of no level do nothing. Attention across
+    planes is everywhere."""
     num_heads: int = 8
     """Heads of all attention."""
     head_channels: int = 0
@@ -70,9 +71,8 @@ class PlaneUNetConfig:
             if width % (self.head_channels or self.num_heads):
                 what = f"head_channels {self.head_channels}" if self.head_channels else f"num_heads {self.num_heads}"
                 raise ValueError(f"the width {width} of level {level} is not a multiple of {what}")
-        steps = {2**level for level in range(len(self.channel_mult))}
-        if unknown := sorted(set(self.attention_resolutions) - steps):
-            raise ValueError(f"attention_resolutions {unknown[0]}: the levels are {', '.join(map(str, sorted(steps)))} times smaller")
+        if unknown := [times for times in self.attention_resolutions if times < 1 or times & (times - 1)]:
+            raise ValueError(f"attention_resolutions {unknown[0]}: the levels are 1, 2, 4, 8 ... times smaller")
 
     def _check_sides(self) -> None:
         times = 2 ** (len(self.channel_mult) - 1)

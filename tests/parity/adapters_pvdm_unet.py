@@ -48,7 +48,8 @@ def loaded_unet(official: dict[str, Tensor], expected: PlaneUNetConfig) -> Plane
     """The network with official weights. What these tell of its config must be `expected`, and writing gives them back."""
     untold = {name: getattr(expected, name) for name in ("num_heads", "head_channels", "latent_res", "latent_frames", "dropout")}
     state, config = load(official, **untold)
-    assert set(config.attention_resolutions) == set(expected.attention_resolutions)
+    levels = {2**level for level in range(len(config.channel_mult))}
+    assert set(config.attention_resolutions) == levels & set(expected.attention_resolutions)
     told = PlaneUNetConfig(**vars(config) | {"attention_resolutions": expected.attention_resolutions})
     assert told == expected, f"the tensors say {config}, the case {expected}"
     model = PlaneUNet(config)
