@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -19,6 +20,7 @@ from utils.files import atomic_write_bytes
 STAGES = {
     "cmd": (("autoencoder", "Autoencoder"), ("content", "Content model"), ("motion", "Motion model")),
     "latte": (("autoencoder", "Frame VAE"), ("denoiser", "Denoiser")),
+    "pvdm": (("autoencoder", "Triplane autoencoder"), ("denoiser", "Denoiser")),
 }
 """System -> its stages and their titles."""
 OPTIONAL = {("latte", "autoencoder")}
@@ -30,14 +32,18 @@ CAPTIONS = {
     "motion_samples": "held-out clips, each above a generated motion of its content frame",
     "samples": "generated clips",
 }
+SHOWN = 64
+"""Clips of a folder that the page shows, at most."""
 STRIP = "how the first clips came about: their first frames, estimated at several steps of the sampling"
-MEDIA_TYPES = {".gif": "image/gif", ".png": "image/png"}
+FILM = "how the first videos go on: frames at even distances"
+MEDIA_TYPES = {".gif": "image/gif", ".png": "image/png", ".mp4": "video/mp4"}
+PREVIEWS = (".gif", ".png")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c1e21; }
 h2 { border-bottom: 1px solid #d8dadd; padding-bottom: .2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; } td, th { padding: .25rem .9rem .25rem 0; text-align: left; } td { font-variant-numeric: tabular-nums; }
 figure { display: inline-block; margin: .4rem 1rem .4rem 0; vertical-align: top; } figcaption { color: #5f6368; font-size: 13px; }
-img { image-rendering: pixelated; border: 1px solid #d8dadd; } svg text { font: 11px system-ui, sans-serif; fill: #5f6368; }
+img, video { image-rendering: pixelated; border: 1px solid #d8dadd; } svg text { font: 11px system-ui, sans-serif; fill: #5f6368; }
 """
 
 
@@ -89,11 +95,14 @@ def curve(points: Sequence[tuple[float, float]], label: str, width: int = 300, h
 
 
 def picture(path: Path, caption: str, height: int) -> str:
-    """An image or GIF of the disk, embedded."""
+    """An image, a GIF or an mp4 of the disk, embedded."""
     data = base64.b64encode(path.read_bytes()).decode()
     source = f"data:{MEDIA_TYPES[path.suffix]};base64,{data}"
     text = html.escape(caption)
-    return f'<figure><img src="{source}" height="{height}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+    shown = f'<img src="{source}" height="{height}" alt="{text}">'
+    if path.suffix == ".mp4":
+        shown = f'<video src="{source}" height="{height}" autoplay loop muted controls></video>'
+    return f"<figure>{shown}<figcaption>{text}</figcaption></figure>"
 
 
 def table(rows: Iterable[tuple[str, object]]) -> str:
@@ -119,7 +128,7 @@ def stage_section(title: str, run: Path) -> str:
         last.update(line)
     samples = run / "samples"
     newest: dict[str, Path] = {}
-    for path in sorted(path for suffix in MEDIA_TYPES for path in samples.glob(f"*{suffix}")):
+    for path in sorted(path for suffix in PREVIEWS for path in samples.glob(f"*{suffix}")):
         newest[path.stem.split("_", 2)[-1]] = path
     shown = "".join(picture(path, CAPTIONS.get(name, name), 280) for name, path in newest.items())
     return f"<h2>{title}</h2>{shown}<div>{curves}</div><details><summary>Last figures</summary>{table(last.items())}</details>"
@@ -127,41 +136,65 @@ def stage_section(title: str, run: Path) -> str:
 
 def samples_section(folder: Path) -> str:
     """The generated clips as they play, with the settings that made them."""
-    clips = sorted(path for pattern in ("[0-9]*.gif", "sample_output_*.gif") for path in folder.glob(pattern))
+    settings = _settings(folder)
+    long = settings.get("mode") == "long"
+    patterns = ("[0-9]*.mp4",) if long else ("[0-9]*.gif", "sample_output_*.gif")
+    clips = sorted(path for pattern in patterns for path in folder.glob(pattern))
     if not clips:
-        raise UserError(f"{folder} holds no GIF: run sample.py with --gif into this folder first")
-    settings = json.loads((folder / "settings.json").read_text()) if (folder / "settings.json").is_file() else {}
+        raise UserError(
+            f"{folder} holds no {'video' if long else 'GIF'}: run sample.py {'' if long else 'with --gif '}into this folder first"
+        )
     plain = [(name, value) for name, value in settings.items() if isinstance(value, str | int | float)]
-    shown = "".join(picture(path, path.stem, 128) for path in clips)
-    strip = folder / "strip.png"
-    if strip.is_file():
-        shown += f"<div>{picture(strip, STRIP, 320)}</div>"
-    return f"<h2>Generated clips</h2>{shown}<details><summary>Settings</summary>{table(plain)}</details>"
+    shown = "".join(picture(path, path.stem, 128) for path in clips[:SHOWN])
+    for name, caption in (("strip.png", STRIP), ("film.png", FILM)):
+        if (folder / name).is_file():
+            shown += f"<div>{picture(folder / name, caption, 320)}</div>"
+    title = f"Long videos: {settings['num_frames']} frames, clip after clip" if long else "Generated clips"
+    return f"<h2>{title}</h2>{shown}<details><summary>Settings</summary>{table(plain)}</details>"
 
 
-def build(results: Path, samples: Path, figures: Path | None) -> str:
-    """The page as text."""
+def _settings(samples: Path) -> dict[str, Any]:
+    """What sample.py wrote beside its samples; empty where it is not there."""
+    place = samples / "settings.json"
+    return dict(json.loads(place.read_text())) if place.is_file() else {}
+
+
+def build(results: Path, samples: Sequence[Path], figures: Path | None) -> str:
+    """The page as text. `samples`: folders of clips, and of long videos."""
     parts = []
     if figures is not None:
         values = json.loads(figures.read_text())
         parts.append(
             "<h2>Reconstruction of held-out clips</h2>" + table((k, v) for k, v in values.items() if not isinstance(v, dict | list))
         )
-    parts.append(samples_section(samples))
+    parts += [samples_section(folder) for folder in samples]
     runs = newest_runs(results)
-    system = _system(samples, runs)
+    system = _system(samples[0], runs)
     for stage, title in STAGES[system]:
         run = runs.get((system, stage))
         if run is not None:
+            before = _started_from(run)
+            if before is not None:
+                parts.append(stage_section(title, before))
+                title = f"{title}: {run.name}, which went on from {before.name}"
             parts.append(stage_section(title, run))
         elif (system, stage) not in OPTIONAL:
             raise UserError(f"{results} holds no run of the {stage} stage: train it first")
     return f'<!doctype html><meta charset="utf-8"><title>Kinoform</title><style>{STYLE}</style><h1>Kinoform</h1>' + "".join(parts)
 
 
+def _started_from(run: Path) -> Path | None:
+    """The run whose weights a run began with, where it is beside it and logged something."""
+    place = run / "config.yaml"
+    config = (yaml.safe_load(place.read_text()) or {}) if place.is_file() else {}
+    given = (config.get("model") or {}).get("init_from") or ""
+    found = [folder for folder in run.parent.iterdir() if folder.name in Path(given).parts and (folder / "metrics.jsonl").is_file()]
+    return found[0] if found and found[0] != run else None
+
+
 def _system(samples: Path, runs: Mapping[tuple[str, str], Path]) -> str:
     """The system of the samples; where they do not say, that of the newest run."""
-    settings = json.loads((samples / "settings.json").read_text()) if (samples / "settings.json").is_file() else {}
+    settings = _settings(samples)
     known = [system for system, _ in runs if system in STAGES]
     return settings["system"] if settings.get("system") in STAGES else known[-1] if known else next(iter(STAGES))
 
@@ -169,7 +202,9 @@ def _system(samples: Path, runs: Mapping[tuple[str, str], Path]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m launch.report", description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path, help="results folder that holds the runs of all stages")
-    parser.add_argument("--samples", type=Path, required=True, help="folder that sample.py wrote, with GIFs")
+    parser.add_argument(
+        "--samples", type=Path, nargs="+", required=True, help="folders that sample.py wrote: of clips with GIFs, of long videos"
+    )
     parser.add_argument("--figures", type=Path, help="JSON that evaluate.py reconstruct wrote")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
     args = parser.parse_args()

@@ -321,13 +321,13 @@ def test_the_report_shows_a_latte_family(results: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     logged(runs / "001-latte-denoiser", "latte", "denoiser")
     logged(runs / "002-cmd-content", "cmd", "content")
-    page = report.build(runs, out, None)
+    page = report.build(runs, [out], None)
     assert "Denoiser" in page and "Frame VAE" not in page and "Content model" not in page and report.STRIP in page
     logged(runs / "000-latte-autoencoder", "latte", "autoencoder")
-    assert "Frame VAE" in report.build(runs, out, None)
+    assert "Frame VAE" in report.build(runs, [out], None)
     shutil.rmtree(runs / "001-latte-denoiser")
     with pytest.raises(UserError, match="no run of the denoiser stage"):
-        report.build(runs, out, None)
+        report.build(runs, [out], None)
 
 
 def test_a_family_found_by_its_denoiser(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 import sample
 from datasets.stored_video import count_frames, decode_window, iterate_frames
 from diffusion import DiffusionConfig
+from launch import report
 from launch.env import Env, StopFlag, Stopped
 from pipelines.jobs import SampleConfig
 from pipelines.latte_sample import LatteSampleJob
@@ -348,3 +349,24 @@ def test_lattes_own_mistakes(latte: Path, argv: list[str], message: str) -> None
 def test_num_frames_of_a_short_clip_of_latte_are_its_own(latte: Path) -> None:
     made = LatteSampleJob(config("--run", latte, "--num-frames", 6), CPU)  # type: ignore[arg-type]
     assert made.n_frames == 6 and made.settings()["n_frames"] == 6
+
+
+def test_the_report_shows_long_videos_and_both_runs_of_the_autoencoder(whole: Path, results: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    started = {"000-pvdm-autoencoder": "", "001-pvdm-adversarial": f"model: {{init_from: {runs}/000-pvdm-autoencoder/export}}\n"}
+    for name, more in {**started, "002-pvdm-denoiser": ""}.items():
+        (runs / name / "samples").mkdir(parents=True)
+        stage = "denoiser" if "denoiser" in name else "autoencoder"
+        (runs / name / "config.yaml").write_text(f"system: pvdm\nstage: {stage}\n{more}")
+        (runs / name / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n')
+    short = make(tmp_path / "short", "--run", results, "--steps", 2, "--num-samples", 1, "--gif")
+    page = report.build(runs, [short, whole], None)
+    assert "Long videos: 14 frames" in page and page.count("data:video/mp4;base64") == 2 and report.FILM in page
+    assert page.count("data:image/gif") == 1 and "<h2>Generated clips</h2>" in page
+    titles = [
+        "<h2>Triplane autoencoder</h2>",
+        "<h2>Triplane autoencoder: 001-pvdm-adversarial, which went on from",
+        "<h2>Denoiser</h2>",
+    ]
+    places = [page.index(title) for title in titles]
+    assert places == sorted(places)

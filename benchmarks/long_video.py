@@ -1,0 +1,96 @@
+"""Peak memory of making one long video with PVDM at several lengths: it does not grow with the length.
+
+Each length runs in a process of its own, through the same code as `sample.py --mode long`: clips one after the other, their latents
+kept on the disk, frames written as they come. Networks have random weights, which need as much memory as trained ones. A process that
+holds all frames until it writes them would need the last column besides.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import machine
+from models import resolve
+from models.autoencoders.pvdm import PVDMAEConfig, PVDMAutoencoder
+from models.unets.plane_unet import PlaneUNet
+from pipelines.long import write_videos
+from pipelines.pvdm_sample import PVDMSampleConfig, PVDMSampleJob
+from utils.config import to_dict
+from utils.weights import read_export, write_export
+
+MIB = 2**20
+SIZES = {"tiny": (64, 1, "PVDM-S", 32), "paper": (384, 8, "PVDM-L", 256)}
+"""Width and depth of the autoencoder; denoiser and its first width."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, nargs="+", default=[64, 128, 256, 512], help="lengths of the video")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="networks: the paper's, or narrow ones over clips as large")
+    parser.add_argument("--image-size", type=int, default=256, help="side of the frames")
+    parser.add_argument("--clip-frames", type=int, default=16, help="frames of a clip")
+    parser.add_argument("--steps", type=int, nargs=2, default=[2, 2], help="denoising steps of the first clip and of the others")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)  # of a process that measures one length
+    args = parser.parse_args()
+    if args.run:
+        print(json.dumps(measure(args)))
+        return
+    print(f"{machine(torch.device(args.device))}\n{args.size} networks, frames of {args.image_size}x{args.image_size}, steps {args.steps}")
+    with tempfile.TemporaryDirectory() as folder:
+        export(Path(folder), args)
+        peaks = [report(frames, Path(folder), args) for frames in args.frames]
+    print(f"{args.frames[-1]} frames need {peaks[-1] / peaks[0]:.3f} times the memory of {args.frames[0]}")
+
+
+def export(root: Path, args: argparse.Namespace) -> None:
+    """Both networks with random weights, as training leaves them."""
+    width, depth, name, channels = SIZES[args.size]
+    ae = PVDMAEConfig(dim=width, image_size=(args.image_size,) * 2, n_frames=args.clip_frames, depth=depth)
+    model = resolve(name, latent_res=ae.grid, latent_frames=ae.clip_frames, model_channels=channels)
+    card = {"system": "pvdm", "stage": "autoencoder", "model": to_dict(ae)}
+    write_export(root / "000-ae" / "export", {"model": PVDMAutoencoder(ae).state_dict()}, card)
+    first = {"sha256": read_export(root / "000-ae")[2], "weights": "ema", "path": str(root / "000-ae")}
+    process = {"diffusion": {"schedule": "quad", "variance": "fixed_small"}, "latent": {"scale": 1.0, "shift": 0.0}}
+    card = {"system": "pvdm", "stage": "denoiser", "model": to_dict(model), "ae": first, **process}
+    write_export(root / "001-denoiser" / "export", {"model": PlaneUNet(model).state_dict()}, card)
+
+
+def report(frames: int, root: Path, args: argparse.Namespace) -> float:
+    """One line of one length, made in a new process; its peak of memory in bytes."""
+    line = [sys.executable, "-m", "benchmarks.long_video", "--run", root, "--frames", frames, "--device", args.device]
+    done = subprocess.run([*map(str, line), "--steps", *map(str, args.steps)], check=True, stdout=subprocess.PIPE, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    held = frames * 3 * args.image_size**2 * 4
+    device = f", {found['device'] / MIB:7.1f} MiB on the device" if found["device"] else ""
+    what = f"{frames:5d} frames: {found['memory'] / MIB:7.1f} MiB at most{device}, {found['seconds']:.1f} s"
+    print(f"{what}; all frames as numbers: {held / MIB:.1f} MiB", flush=True)
+    return float(found["device"] or found["memory"])
+
+
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    """Peak memory of this process after making one video."""
+    device, (frames,) = torch.device(args.device), args.frames
+    steps, following = args.steps
+    config = PVDMSampleConfig(run=str(args.run), mode="long", num_frames=frames, steps=steps, next_steps=following)
+    job = PVDMSampleJob(config, device)
+    started = time.perf_counter()
+    write_videos(job, [0], args.run / f"out-{frames}", frames, device, lambda: None)
+    taken = time.perf_counter() - started
+    return {"memory": peak_memory(), "device": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0, "seconds": taken}
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has had in memory. (Of Linux; `resource` counts those of the process before `exec` too.)"""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
+if __name__ == "__main__":
+    main()
