@@ -87,7 +87,8 @@ class PlaneProjection(nn.Module):
         x = (torch.cat([x, token], dim=3) + self.positions.to(x.dtype)).flatten(0, 2)  # (B rows columns, n + 1, d)
         for layer in self.layers[:-1]:
             x = layer(x)
-        return self.last.read(x, self.position).unflatten(0, shape)
+        # A copy, of one position in many: sharding warns of units that return views.
+        return self.last.read(x, self.position).unflatten(0, shape).clone()
 
     @property
     def last(self) -> ProjectionLayer:
