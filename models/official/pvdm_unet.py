@@ -58,12 +58,10 @@ def load(checkpoint: Mapping[str, Any], **known: Any) -> tuple[State, PlaneUNetC
     with torch.device("meta"):
         expected = {name: value.shape for name, value in PlaneUNet(config).state_dict().items()}
     check_names((_renamed(name, _EXPORT) for name in state), (_renamed(name, _EXPORT) for name in expected))
-    wrong = [name for name, shape in expected.items() if state[name].shape != shape]
-    if wrong:
-        name = wrong[0]
-        raise ValueError(
-            f"{_renamed(name, _EXPORT)} is {tuple(state[name].shape)}, the network that the others tell of has {expected[name]}"
-        )
+    for name, shape in expected.items():
+        if state[name].shape != shape:
+            found = tuple(state[name].shape)
+            raise ValueError(f"{_renamed(name, _EXPORT)} is {found}, where the network that the other tensors tell of has {tuple(shape)}")
     return state, config
 
 
