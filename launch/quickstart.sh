@@ -22,6 +22,7 @@ SAMPLES=(--num-samples 20)
 # bf16 where the processor computes in it: one and a half times as fast as fp32.
 PRECISION=${PRECISION:-$(grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo bf16 || echo fp32)}
 RUNS=$OUT/runs
+REPORTED=("$OUT/samples")   # folders of samples in the report
 
 # One thread per process: two training processes share two cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -71,5 +72,5 @@ say "Reconstruction of held-out clips"
 torchrun evaluate.py reconstruct --ae "$AE" --data-path "$HELD_OUT" --out "$OUT/reconstruction.json"
 say "Generated clips"
 torchrun sample.py --run "$RUNS" "${SAMPLES[@]}" --gif --out "$OUT/samples" "${SAMPLING[@]}"
-"$PYTHON" -m launch.report "$RUNS" --samples "$OUT/samples" --figures "$OUT/reconstruction.json" --out "$OUT/report.html"
+"$PYTHON" -m launch.report "$RUNS" --samples "${REPORTED[@]}" --figures "$OUT/reconstruction.json" --out "$OUT/report.html"
 say "Done: open $OUT/report.html"

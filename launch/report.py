@@ -23,7 +23,7 @@ STAGES = {
     "pvdm": (("autoencoder", "Triplane autoencoder"), ("denoiser", "Denoiser")),
 }
 """System -> its stages and their titles."""
-OPTIONAL = {("latte", "autoencoder")}
+OPTIONAL = {("latte", "autoencoder"), ("pvdm", "autoencoder")}
 """Stages that somebody else may have trained."""
 CAPTIONS = {
     "reconstruction": "held-out clips or frames, each above its reconstruction",
@@ -203,7 +203,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m launch.report", description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path, help="results folder that holds the runs of all stages")
     parser.add_argument(
-        "--samples", type=Path, nargs="+", required=True, help="folders that sample.py wrote: of clips with GIFs, of long videos"
+        "--samples",
+        type=Path,
+        nargs="+",
+        action="extend",
+        required=True,
+        help="folders that sample.py wrote: of clips with GIFs, of long videos",
     )
     parser.add_argument("--figures", type=Path, help="JSON that evaluate.py reconstruct wrote")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")

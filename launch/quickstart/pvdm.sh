@@ -15,5 +15,6 @@ stages() {
   train train_dit.py "$LATENTS" "$HELD_OUT_LATENTS" --ae "$AE" --max-steps 2500
   say "Long videos: 64 frames, clip after clip"
   torchrun sample.py --run "$RUNS" --mode long --num-frames 64 --num-samples 4 --gif --steps 50 --next-steps 50 --out "$OUT/long"
+  REPORTED+=("$OUT/long")
   SAMPLING=(--steps 50)
 }
