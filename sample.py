@@ -64,7 +64,7 @@ def generate(config: SampleConfig, env: Env) -> None:
         for note in job.notes:
             print(note, file=sys.stderr, flush=True)
         folder.mkdir(parents=True, exist_ok=True)
-        if config.continue_from:
+        if config.continue_from and todo:
             continue_from(_long(job), range(config.num_samples), Path(config.continue_from), folder, config.num_frames)
         _write_settings(job, config, names)
     state.wait_for_everyone()

@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+import evaluate
 from diffusion import DiffusionConfig
+from launch.env import distributed
 from models.official import pvdm_unet
 from pipelines.loading import released_system
 from pipelines.pvdm import PVDMPipeline
 from pipelines.runs import find_family, systems_in
 from pipelines.sampling import Sampling
 from tests.pvdm_exports import AE, DIT, PROCESS, UNET, export_autoencoder, export_denoiser, family, official, without_condition
+from tests.shard_sets import write_set
+from utils.config import load_config
 from utils.errors import UserError
 from utils.weights import load_tensors
 
@@ -168,3 +172,16 @@ def test_what_was_not_trained_together_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(runs["ae"])
     with pytest.raises(UserError, match="which is not there: give --ae"):
         PVDMPipeline.from_exports(runs["denoiser"])
+
+
+def test_reconstruction_is_measured(runs: dict[str, Path], tmp_path: Path) -> None:
+    """An export, and an official checkpoint, whose names say what it is."""
+    write_set(tmp_path / "shards", [3], lengths=(9,), size=(16, 16))
+    found = []
+    for ae in (runs["ae"], official(tmp_path / "official")["ae"]):
+        line = ["--ae", str(ae), "--data-path", str(tmp_path / "shards"), "--perceptual", "none", "--psnr-per-clip"]
+        config = load_config(dict.fromkeys(evaluate.ENCODERS, evaluate.ReconstructConfig), line, prog="evaluate.py")
+        with distributed(60) as env:
+            found.append(evaluate.measure_reconstruction(config, env))
+    assert found[0]["psnr"] == found[1]["psnr"] and found[0]["clips"] == 3
+    assert (found[0]["protocol"]["frames"], found[0]["protocol"]["size"]) == (4, [16, 16])
