@@ -12,7 +12,7 @@ from engine.ema import late_averages
 from engine.feed import Feed, fixed_batch
 from engine.flops import count_flops, peak_flops
 from engine.metrics import Meter, counted
-from engine.outputs import PREVIEW_SAMPLES, evaluate, export, exported_step, mark_shown, preview, shown_step
+from engine.outputs import PREVIEW_SAMPLES, evaluate, export, finish, mark_shown, preview, shown_step
 from engine.recorder import Recorder
 from engine.runs import open_run
 from engine.shard import samples_per_rank
@@ -59,8 +59,7 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
         checkpointer.load(run.resume_from, state)
         task.load_state(state["task"])
     checkpointer.reserve(state)
-    first = progress["step"]
-    seen = shown_step(run.folder, first, env)
+    first, seen = progress["step"], shown_step(run.folder, progress["step"], env)
     best = Best(run.folder, config, env)
     guard = Guard(env, train.max_bad_steps, progress["skipped"])
     shown = fixed_batch(valid or source, PREVIEW_SAMPLES, env)
@@ -89,15 +88,12 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
         return ended
 
     with closing(feed), Recorder(run.folder, log, is_main=env.is_main, step=first, total=total, seen=seen) as recorder:
-        recorder.say(f"{run.folder}: from step {first} to {total}, {env.world_size} process(es) on {env.device.type}")
-        for warning in late_averages(networks, total):
-            recorder.say(warning)
+        begun = f"{run.folder}: from step {first} to {total}, {env.world_size} process(es) on {env.device.type}"
+        for line in (begun, *late_averages(networks, total)):
+            recorder.say(line)
         if best.unknown and valid is not None and first < total:
             best.check(evaluate(task, team, valid, config, env, limit=1))
-        ended = first >= total
-        if seen < first:  # the run was left before it
-            ended = show(ended)
-        ended = ended or best.exhausted(first)
+        ended = show(first >= total) if seen < first else first >= total or best.exhausted(first)
         for step in range(first, first if ended else total):
             batches = feed.step()
             torch.manual_seed(derive_seed(train.seed, f"step {step} rank {env.rank}"))  # for dropout; all else is addressed
@@ -146,14 +142,7 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
 
         feed.close()
         checkpointer.wait()
-        reached = progress["step"]
-        if seen == reached and exported_step(run.folder, env) == (best.step or reached):
-            more = "--patience" if best.exhausted(reached) else "--max-steps or --epochs"
-            recorder.say(f"nothing to do: the run is at step {reached} and exported; raise {more} to go on")
-        else:
-            if best.step is None:
-                export(run.folder, task, team, progress, config, env, {})
-            recorder.say(f"done: {run.folder / 'export'}" + (f" ({best})" if best.step else ""))
+        recorder.say(finish(run.folder, task, team, progress, config, env, best, seen))
     return run.folder
 
 

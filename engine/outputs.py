@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from engine.best import Best
 from engine.config import RunConfig
 from engine.feed import close, to_device
 from engine.task import Batch, BatchSource, Task
@@ -75,10 +76,19 @@ def export(
     dist.barrier()
 
 
-def exported_step(folder: Path, env: Env) -> int:
-    """Step of the export in a run folder, -1 where there is none; the same on every rank."""
-    card = folder / "export" / CARD
-    return _from_main(env, lambda: int(load_yaml(card).get("step", -1)) if card.is_file() else -1)
+def finish(folder: Path, task: Task, team: Team, progress: Mapping[str, Any], config: RunConfig, env: Env, best: Best, seen: int) -> str:
+    """Export the last weights of a run at its end, unless there is a best evaluation's export or all is done; the line to say then.
+
+    `seen`: the last step whose evaluation and pictures had been made when the run went on. Every rank calls it.
+    """
+    card, reached = folder / "export" / CARD, progress["step"]
+    exported = _from_main(env, lambda: int(load_yaml(card).get("step", -1)) if card.is_file() else -1)
+    if seen == reached and exported == (best.step or reached):
+        more = "--patience" if best.exhausted(reached) else "--max-steps or --epochs"
+        return f"nothing to do: the run is at step {reached} and exported; raise {more} to go on"
+    if best.step is None:
+        export(folder, task, team, progress, config, env, {})
+    return f"done: {folder / 'export'}" + (f" ({best})" if best.step else "")
 
 
 def shown_step(folder: Path, first: int, env: Env) -> int:
