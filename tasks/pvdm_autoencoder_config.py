@@ -97,5 +97,3 @@ class PVDMAutoencoderConfig(RunConfig):
         measured = ("l1", "psnr", "ssim", *(("perceptual",) if loss.perceptual.kind != "none" and loss.perceptual.weight else ()))
         if self.best.metric and self.best.metric not in measured:
             raise ConfigError(f"--best-metric {self.best.metric}: evaluations measure {', '.join(measured)}")
-        if self.data.previous:
-            raise ConfigError("--previous: an autoencoder is trained on clips alone; drop the flag")

@@ -126,7 +126,6 @@ def criterion_parts() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
         ("--loss.adversarial.n_layers 0", "must be at least 1"),
         ("--best-metric fvd --best-mode min", "--best-metric fvd: evaluations measure l1, psnr, ssim$"),
         ("--best-metric perceptual", "--best-metric perceptual: evaluations measure l1, psnr, ssim$"),
-        ("--previous", "an autoencoder is trained on clips alone"),
     ],
 )
 def test_impossible_settings_are_refused(flags: str, message: str) -> None:
