@@ -114,6 +114,16 @@ def test_planes_on_sheets_are_planes_one_after_the_other(changes: dict[str, Any]
     assert out.shape == x.shape and [len(rows) for rows, _ in model.config.sheets] in ([3], [2, 1], [1, 2])
 
 
+def test_gradients_lie_in_memory_as_their_weights_do() -> None:
+    """DDP would copy others at every step, and warn."""
+    model = unet(model_channels=64, latent_res=(8, 8), latent_frames=8)
+    x, t, previous = latents(model.config, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x, t, previous).square().sum()
+    loss.backward()
+    assert [name for name, weight in model.named_parameters() if weight.grad is None or weight.grad.stride() != weight.stride()] == []
+
+
 def test_all_positions_reach_all_planes() -> None:
     model = unet()
     x, t, _ = latents(model.config, 1)
@@ -132,6 +142,7 @@ def test_all_positions_reach_all_planes() -> None:
         {"attention_resolutions": (2,)},
         {"channel_mult": (2, 2)},
         {"out_channels": 3},
+        {"out_channels": 8},  # as many as the first convolution reads of two latents: the stored zeros tell the two apart
     ],
 )
 def test_every_layout_computes_and_its_checkpoint_tells_it(changes: dict[str, Any]) -> None:
@@ -141,8 +152,6 @@ def test_every_layout_computes_and_its_checkpoint_tells_it(changes: dict[str, An
     assert out.shape == (2, changes.get("out_channels", 4), model.config.length)
     official = export_unet(model.state_dict(), model.config)
     heads: dict[str, Any] = {"num_heads": 2, "head_channels": changes.get("head_channels", 0)}
-    if "out_channels" in changes:  # then the first convolution's channels could be two things
-        heads |= {"in_channels": 4, "conditional": True, "out_channels": 3}
     state, config = load(official, **heads, latent_frames=2)
     assert config == model.config
     again = PlaneUNet(config)

@@ -54,7 +54,7 @@ def load(checkpoint: Mapping[str, Any], **known: Any) -> tuple[State, PlaneUNetC
     official = unwrap_unet(checkpoint)
     zeros = official.pop(_ZEROS, None)
     state = {_renamed(name, _IMPORT): value.flatten(1) if name.endswith(_POINTWISE) else value for name, value in official.items()}
-    config = PlaneUNetConfig(**_settings(state) | _latents(zeros, known) | known)
+    config = PlaneUNetConfig(**_settings(state, zeros) | _latents(zeros, known) | known)
     with torch.device("meta"):
         expected = {name: value.shape for name, value in PlaneUNet(config).state_dict().items()}
     check_names((_renamed(name, _EXPORT) for name in state), (_renamed(name, _EXPORT) for name in expected))
@@ -123,8 +123,8 @@ def _dotted(name: str) -> str:
     return ".".join(part for part in (head, *places, found["layer"], found["index"], found["kind"]) if part)
 
 
-def _settings(state: State) -> dict[str, Any]:
-    """What the tensors, under our names, tell of the network."""
+def _settings(state: State, zeros: Tensor | None) -> dict[str, Any]:
+    """What the tensors, under our names, tell of the network. Only a conditional one has `zeros`, which averages leave out."""
     first, last = state.get("input_blocks.0.layers.0.weight"), state.get("out.conv.weight")
     step = state.get("t_embedder.mlp.0.weight")
     if first is None or last is None or step is None:
@@ -138,16 +138,18 @@ def _settings(state: State) -> dict[str, Any]:
         raise ValueError(f"the state dict does not fit: missing {_renamed(missing[0], _EXPORT)}")
     widths, channels = [len(state[name]) for name in convolutions], step.shape[1]
     attended = [2**level for level, i in enumerate(starts) if f"input_blocks.{i}.layers.1.norm.weight" in state]
+    conditional = zeros is not None or first.shape[1] == 2 * len(last)
+    inputs = first.shape[1] // (2 if conditional else 1)
     return {
-        "in_channels": first.shape[1] // 2 if first.shape[1] == 2 * len(last) else first.shape[1],
-        "out_channels": 0 if first.shape[1] in (len(last), 2 * len(last)) else len(last),
+        "in_channels": inputs,
+        "out_channels": 0 if inputs == len(last) else len(last),
         "model_channels": channels,
         "channel_mult": tuple(width // channels for width in widths),
         "num_res_blocks": blocks,
         "attention_resolutions": tuple(reversed(attended)),
         "use_scale_shift_norm": len(state["input_blocks.1.layers.0.emb_layers.1.weight"]) == 2 * widths[0],
         "resblock_updown": not any(name.endswith(".op.weight") for name in state),
-        "conditional": first.shape[1] == 2 * len(last),
+        "conditional": conditional,
     }
 
 

@@ -87,6 +87,22 @@ def resampled_rows(rows: Rows, kind: Resample, factor: int) -> Rows:
     return tuple(height // factor if kind == "down" else height * factor if kind == "up" else height for height in rows)
 
 
+class Pointwise(nn.Module):
+    """A convolution of size 1 over `dims` axes, as one product over the channels.
+
+    The gradient of its weight lies in memory as the weight does. That of a convolution on a CPU may not: DDP copies it then, and warns.
+    """
+
+    def __init__(self, dims: int, before: int, after: int) -> None:
+        super().__init__()
+        like = conv(dims, before, after, kernel=1)
+        self.weight, self.bias = like.weight, like.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, before, *S) -> (B, after, *S), with the channels last in memory."""
+        return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
+
+
 class ResBlock(nn.Module):
     """Norm, SiLU, convolution, twice, around a skip; the vector shifts and scales (or shifts) between the two."""
 
@@ -110,7 +126,7 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(group_norm(before), nn.SiLU(), conv(dims, before, after))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, 2 * after if scale_shift else after))
         self.out_layers = nn.Sequential(group_norm(after), nn.SiLU(), nn.Dropout(dropout), zeroed(conv(dims, after, after)))
-        self.skip_connection = nn.Identity() if before == after else conv(dims, before, after, kernel=1)
+        self.skip_connection = nn.Identity() if before == after else Pointwise(dims, before, after)
 
     def forward(self, x: Tensor, emb: Tensor, rows: Rows = ()) -> Tensor:
         """x (B, before, *S), emb (B, E) -> (B, after, *S), resampled where the block does that."""

@@ -37,7 +37,9 @@ def unet_config(fields: Any) -> PlaneUNetConfig:
     """Config of the network that constructor fields of the release describe."""
     known = {ours: fields[theirs] for ours, theirs in FIELDS.items() if theirs in fields}
     known |= {name: tuple(known[name]) for name in ("channel_mult", "attention_resolutions")}
-    known["head_channels"] = max(0, known.get("head_channels", 0))  # -1: by num_heads
+    known["head_channels"] = max(0, known.get("head_channels", 0))  # -1: by num_heads, which may be -1 where this is given
+    if known["head_channels"] and known.get("num_heads", 1) < 1:
+        del known["num_heads"]
     out, size = fields["out_channels"], pair(fields["latent_res"])
     if "image_size" in fields:
         assert pair(fields["image_size"]) == size
@@ -46,7 +48,10 @@ def unet_config(fields: Any) -> PlaneUNetConfig:
 
 def loaded_unet(official: dict[str, Tensor], expected: PlaneUNetConfig) -> PlaneUNet:
     """The network with official weights. What these tell of its config must be `expected`, and writing gives them back."""
-    untold = {name: getattr(expected, name) for name in ("num_heads", "head_channels", "latent_res", "latent_frames", "dropout")}
+    names = ("num_heads", "head_channels", "latent_res", "latent_frames", "dropout")
+    if len(expected.channel_mult) == 1:
+        names += ("resblock_updown",)  # a network of one level has nothing to halve
+    untold = {name: getattr(expected, name) for name in names}
     state, config = load(official, **untold)
     levels = {2**level for level in range(len(config.channel_mult))}
     assert set(config.attention_resolutions) == levels & set(expected.attention_resolutions)
