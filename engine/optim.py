@@ -15,8 +15,9 @@ def learning_rate(config: OptimConfig, step: int, total: int) -> float:
     """Rate of step `step` (from 0) of `total`: linear warm-up, then constant or half a cosine down to final_lr_ratio * lr."""
     if step < config.warmup_steps:
         start = config.warmup_start
-        done = (step if start > 0 else step + 1) / config.warmup_steps  # from 0 the first step would do nothing
-        return config.lr * (start + (1 - start) * done)
+        if start > 0:
+            return config.lr * (start + (1 - start) * step / config.warmup_steps)
+        return config.lr * (step + 1) / config.warmup_steps  # from 0 the first step would do nothing
     if config.schedule == "constant":
         return config.lr
     done = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))

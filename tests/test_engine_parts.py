@@ -60,6 +60,12 @@ def test_a_method_that_ddp_would_not_see_is_refused() -> None:
             wrapped.features(torch.zeros(1, 6, 16), torch.zeros(1))
 
 
+def test_learning_rate_of_a_warm_up_is_to_the_last_bit_what_it_was() -> None:
+    """Runs of earlier versions go on with the same numbers."""
+    config = OptimConfig(lr=1e-4, warmup_steps=1000)
+    assert all(learning_rate(config, step, 5000) == 1e-4 * (step + 1) / 1000 for step in range(1000))
+
+
 def test_learning_rate() -> None:
     config = OptimConfig(lr=2.0, warmup_steps=4, schedule="cosine", final_lr_ratio=0.1)
     assert [learning_rate(config, step, 14) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
