@@ -79,6 +79,8 @@ class PVDMSampleJob:
         self.notes: list[str] = []
         if config.mode == "long" and not denoiser.config.conditional:
             raise UserError(f"--mode long: the denoiser {denoiser.path} was trained without a clip before (model.conditional is off)")
+        if config.mode == "long" and denoiser.card.get("cond_prob") == 0:
+            raise UserError(f"--mode long: the denoiser {denoiser.path} was trained on single clips (--cond-prob 0), and cannot go on")
         if config.mode == "short" and config.num_frames:
             if config.num_frames > self.n_frames:
                 raise ConfigError(f"--num-frames {config.num_frames}: a clip has {self.n_frames}; for longer videos add --mode long")

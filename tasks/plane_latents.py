@@ -110,6 +110,10 @@ class PlaneSpace(TiedLatents):
         """The latents as the clips before the next ones."""
         return {"previous": latents} if self.cond_prob else None
 
+    def card(self) -> dict[str, Any]:
+        """As of any latents, and whether the denoiser learns to go on."""
+        return {**super().card(), "cond_prob": self.cond_prob}
+
     @torch.no_grad()
     def show(self, networks: Networks, latents: Tensor) -> Tensor:
         """Decoded, b 3 S h w; without an autoencoder three channels of the content plane, a still."""

@@ -162,6 +162,7 @@ def test_a_scale_may_be_measured(root: Path, tmp_path: Path) -> None:
     latents = alone([*SHORT, *argv, "--data-path", str(held)], tmp_path / "b")
     cards = [read_card(folder)["latent"] for folder in (pixels, latents)]
     assert cards[0]["scale"] == pytest.approx(cards[1]["scale"], rel=1e-5) and cards[0]["scale"] != 1
+    assert read_card(pixels)["cond_prob"] == 0, "what sampling needs to know before it goes on after a clip"
     assert cards[0]["shift"] == pytest.approx(cards[1]["shift"], rel=1e-4)
 
 
