@@ -35,12 +35,12 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
         raise ConfigError(f"--best-metric {config.best.metric} compares evaluations: give the samples for them with --val-path")
     global_batch, share = train.global_batch_size, samples_per_rank(config, env)
     total = train.max_steps or train.epochs * source.steps_per_epoch
-    run = open_run(config, task.name, env)
 
     # Built on the CPU with the same seed everywhere, then wrapped: the weights do not depend on the number of ranks.
     torch.set_float32_matmul_precision("high")  # fp32 products in TF32 on GPUs that have it
     torch.manual_seed(derive_seed(train.seed, "weights"))
-    networks = task.networks()
+    networks = task.networks()  # before there is a folder: weights to start from may be missing
+    run = open_run(config, task.name, env)
     peak = peak_flops(env.device, config.parallel.precision)
     trained = [name for name, network in networks.items() if network.strategy != "frozen"]
     flops = {name: count_flops(task, networks, name, share // train.accumulation) for name in trained} if peak else {}

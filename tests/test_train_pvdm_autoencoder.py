@@ -15,6 +15,7 @@ from tasks.pvdm_autoencoder import build
 from tests.distributed import run
 from tests.pvdm_stage import batch, config, task, train
 from tests.shard_sets import write_set
+from utils.errors import UserError
 from utils.rng import SampleRng
 from utils.weights import read_card
 
@@ -130,6 +131,12 @@ def test_the_second_run_starts_from_the_first_and_keeps_its_best(tmp_path: Path)
     best = max(found, key=lambda step: found[step])
     card = read_card(second)
     assert len(found) == 6 and card["step"] == best
+
+
+def test_a_start_that_is_not_there_leaves_no_run(tmp_path: Path) -> None:
+    with distributed(60) as env, pytest.raises(UserError, match="nowhere does not exist"):
+        train(env, tmp_path, f"--init-from {tmp_path / 'nowhere'} --max-steps 1")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_evaluated_is_held_out(tmp_path: Path) -> None:
