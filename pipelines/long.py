@@ -95,8 +95,8 @@ class ClipFolder:
         """How many clips are there from the first on without a gap, at most `limit`."""
         return next((clip for clip in range(limit) if not self.path(clip).is_file()), limit)
 
-    def read(self, clip: int) -> Tensor:
-        """Latents of a clip. Raises UserError when they are damaged, or of other settings."""
+    def read(self, clip: int, remedy: str = "") -> Tensor:
+        """Latents of a clip. Raises UserError when they are damaged, or of other settings; `remedy`: what to do then."""
         path = self.path(clip)
         try:
             with safe_open(path, framework="pt") as file:
@@ -104,7 +104,7 @@ class ClipFolder:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): delete it, it is made again") from None
         if digest != self.digest:
-            raise UserError(f"{path} was made with other settings: choose another --out, or delete {self.folder}")
+            raise UserError(f"{path} was made with other settings: {remedy or f'choose another --out, or delete {self.folder}'}")
         return latent
 
     def write(self, clip: int, latent: Tensor) -> None:
@@ -118,7 +118,7 @@ class ClipFolder:
         found = theirs.count(limit)
         for clip in range(found):
             if not self.path(clip).is_file():
-                theirs.read(clip)
+                theirs.read(clip, "give the settings that it was made with")
                 atomic_write_bytes(self.path(clip), theirs.path(clip).read_bytes())
         return found
 
@@ -152,8 +152,11 @@ def write_videos(
                     shown[row].append(video)
             step()
         for index, videos in zip(indices, shown, strict=True):
+            path = folder / f"{job.name(index)}.gif"
             if gif:
-                write_gif(folder / f"{job.name(index)}.gif", torch.cat(videos, dim=1), job.fps)
+                write_gif(path, torch.cat(videos, dim=1), job.fps)
+            else:
+                path.unlink(missing_ok=True)  # of the video when it was shorter
 
 
 def _latents(job: LongJob, indices: Sequence[int], stores: Sequence[ClipFolder], stop: int, device: torch.device) -> Iterator[Tensor]:

@@ -149,7 +149,7 @@ def test_a_video_goes_on_in_another_folder(whole: Path, results: Path, tmp_path:
     empty = tmp_path / "empty"
     with pytest.raises(UserError, match=r"no latents of these samples are in .*; it is the --out of a long video"):
         make(tmp_path / "b", "--run", results, *LONG, "--num-frames", 14, "--continue-from", empty)
-    with pytest.raises(UserError, match="was made with other settings"):
+    with pytest.raises(UserError, match="was made with other settings: give the settings"):
         make(tmp_path / "c", "--run", results, *LONG, "--num-frames", 14, "--continue-from", first, "--seed", 4)
 
 
@@ -236,11 +236,14 @@ def test_latents_of_other_settings_or_damaged_ones_are_refused(whole: Path, resu
 
 
 def test_gifs_and_frames(results: Path, tmp_path: Path) -> None:
-    out = make(tmp_path / "out", "--run", results, *LONG, "--num-frames", 6, "--gif", "--num-samples", 1)
+    line = ["--run", results, *LONG, "--num-samples", 1]
+    out = make(tmp_path / "out", *line, "--num-frames", 6, "--gif")
     frames = list(iterate_frames(out / "000000.mp4"))
     assert len(frames) == 6 and (out / "000000.gif").is_file()
     assert (decode_window((out / "000000.mp4").read_bytes(), 0, 6) == frames).all()
     assert count_frames(out / "000000.gif") == 0
+    make(out, *line, "--num-frames", 7)
+    assert not (out / "000000.gif").exists(), "it is of the shorter video"
 
 
 # Presets and flags.
@@ -292,6 +295,7 @@ def test_the_denoiser_says_which_system(results: Path, latte: Path, tmp_path: Pa
         (["--eta", "0.5", "--sampler", "ddpm"], "only ddim"),
         (["--steps", "101"], "trailing101"),
         (["--overlap", "2"], "--overlap"),
+        (["--preset", "300/20"], "--preset: '300/20' given, one of 100/20, 200/200"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(results: Path, argv: list[str], message: str) -> None:
@@ -303,6 +307,9 @@ def test_which_systems_have_long_videos(results: Path, tmp_path: Path) -> None:
     alone = export_denoiser(tmp_path / "alone", results / "000-pvdm-autoencoder", without_condition())
     with pytest.raises(UserError, match="was trained without a clip before"):
         job("--denoiser", alone, "--mode", "long", "--num-frames", 8)
+    single = export_denoiser(tmp_path / "single", results / "000-pvdm-autoencoder", cond_prob=0.0)
+    with pytest.raises(UserError, match=r"was trained on single clips \(--cond-prob 0\)"):
+        job("--denoiser", single, "--mode", "long", "--num-frames", 8)
     with pytest.raises(ConfigError, match=r"--mode long is not for CMD: .* mix all frames of a clip"):
         config("--system", "cmd", "--run", "x", "--mode", "long", "--num-frames", "8")
     with pytest.raises(ConfigError, match="--num-frames 8: clips of CMD are as long as in training"):

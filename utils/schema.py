@@ -168,7 +168,7 @@ def _cast_choice(choices: tuple[Any, ...], value: Any, where: str) -> Any:
     for choice in choices:
         if text.lower() == _text(choice).lower():
             return choice
-    listed = ", ".join(map(str, choices))
+    listed = ", ".join(str(choice) for choice in choices if choice != "")
     raise ConfigError(f"{where}: {_show(value)} given, one of {listed} is wanted{suggest(text, map(str, choices))}")
 
 
