@@ -142,7 +142,7 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
 
         feed.close()
         checkpointer.wait()
-        recorder.say(finish(run.folder, task, team, progress, config, env, best, seen))
+        recorder.say(finish(run.folder, task, team, progress, config, env, best, min(first, seen)))
     return run.folder
 
 

@@ -79,7 +79,7 @@ def export(
 def finish(folder: Path, task: Task, team: Team, progress: Mapping[str, Any], config: RunConfig, env: Env, best: Best, seen: int) -> str:
     """Export the last weights of a run at its end, unless there is a best evaluation's export or all is done; the line to say then.
 
-    `seen`: the last step whose evaluation and pictures had been made when the run went on. Every rank calls it.
+    `seen`: the last step that had been saved and whose evaluation and pictures had been made when the run went on. Every rank calls it.
     """
     card, reached = folder / "export" / CARD, progress["step"]
     exported = _from_main(env, lambda: int(load_yaml(card).get("step", -1)) if card.is_file() else -1)

@@ -1,6 +1,7 @@
 """The export of the best evaluation: which one it is, when a run gives up, and that no kill changes a byte of it."""
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Mapping
@@ -100,6 +101,18 @@ def test_patience_ends_the_run_and_more_of_it_lets_it_go_on(tmp_path: Path, caps
         assert lines(folder)[-1]["step"] == 12, "equal is not better"
         assert train(env, settings(tmp_path, patience=4, max_steps=16)) == folder
         assert lines(folder)[-1]["step"] == 16 and card(folder)["step"] == 14
+
+
+def test_a_run_whose_last_checkpoint_is_lost_does_not_say_that_there_was_nothing_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with distributed(60) as env:
+        folder = train(env, settings(tmp_path))
+        shutil.rmtree(folder / "checkpoints/step_0000010")
+        capsys.readouterr()
+        assert train(env, settings(tmp_path)) == folder
+    said = capsys.readouterr().out
+    assert "from step 9 to 10" in said and "nothing to do" not in said and "(best psnr 23 at step 6)" in said
 
 
 def test_a_finished_run_is_not_evaluated_again_and_goes_on_with_more_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
