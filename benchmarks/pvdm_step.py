@@ -87,7 +87,9 @@ def plain_residual(block: ResBlock, x: Tensor, emb: Tensor) -> Tensor:
     h = block.in_layers[2](h)
     scale, shift = block.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)
     h = norm32(block.out_layers[0], h) * (1 + scale) + shift
-    return block.skip_connection(x) + block.out_layers[3](F.silu(h))
+    skip = block.skip_connection
+    x = x if isinstance(skip, nn.Identity) else F.conv2d(x, skip.weight, skip.bias)
+    return x + block.out_layers[3](F.silu(h))
 
 
 def plain_block(block: AttentionBlock, x: Tensor) -> Tensor:
