@@ -160,7 +160,7 @@ def test_a_denoiser_without_a_clip_before_cannot_go_on(runs: dict[str, Path], tm
     assert pipeline.generate_latents([0], sampling=SAMPLING).shape == (1, 4, 48)
     with pytest.raises(UserError, match="knows no previous clip"):
         pipeline.generate_latents([0], sampling=SAMPLING, previous=torch.zeros(1, 4, 48))
-    assert not pvdm_unet.unet_config(load_tensors(official(tmp_path / "o", without_condition())["denoiser"]), latent_res=(4, 4)).conditional
+    assert not pvdm_unet.load(load_tensors(official(tmp_path / "o", without_condition())["denoiser"]), latent_res=(4, 4))[1].conditional
 
 
 def test_what_was_not_trained_together_is_refused(tmp_path: Path) -> None:

@@ -47,9 +47,11 @@ _POINTWISE = ("qkv.weight", "proj_out.weight")
 
 
 def load(checkpoint: Mapping[str, Any], **known: Any) -> tuple[State, PlaneUNetConfig]:
-    """State dict and config of PlaneUNet. `known`: settings, as in `unet_config`.
+    """State dict and config of PlaneUNet.
 
-    Raises ValueError naming unknown and missing tensors.
+    `known`: settings that the tensors do not tell: num_heads (default 8, the release's), and latent_res and latent_frames, of which the
+    stored zeros tell one when the other is known (frames: default 16), for square frames. Raises ValueError naming unknown and missing
+    tensors.
     """
     official = unwrap_unet(checkpoint)
     zeros = official.pop(_ZEROS, None)
@@ -63,20 +65,6 @@ def load(checkpoint: Mapping[str, Any], **known: Any) -> tuple[State, PlaneUNetC
             found = tuple(state[name].shape)
             raise ValueError(f"{_renamed(name, _EXPORT)} is {found}, where the network that the other tensors tell of has {tuple(shape)}")
     return state, config
-
-
-def import_unet(checkpoint: Mapping[str, Any], **known: Any) -> State:
-    """State dict of PlaneUNet. Raises ValueError naming unknown and missing tensors."""
-    return load(checkpoint, **known)[0]
-
-
-def unet_config(checkpoint: Mapping[str, Any], **known: Any) -> PlaneUNetConfig:
-    """Config of the PlaneUNet that a checkpoint fits.
-
-    `known`: settings that its tensors do not tell: num_heads (default 8, the release's), and latent_res and latent_frames, of which the
-    stored zeros tell one when the other is known (frames: default 16), for square frames. Raises ValueError.
-    """
-    return load(checkpoint, **known)[1]
 
 
 def is_unet(checkpoint: Mapping[str, Any]) -> bool:
