@@ -2,7 +2,7 @@
 #   PYTHON=python3.12   which Python makes the environment
 #   PIP_ARGS=...        further arguments of pip, for example the index of CPU-only or CUDA builds of torch and torchvision
 #   DATA=folder         make quickstart on your own videos
-#   SYSTEM=latte        make quickstart with another system than cmd
+#   SYSTEM=latte|pvdm   make quickstart with another system than cmd
 #   TESTS=path, PYTEST_ARGS=...   a part of the tests
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -46,7 +46,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	@for name in train_step latte_step pvdm_step checkpoint stream preprocess formats; do echo "== benchmarks/$$name.py"; $(BIN)/python -m benchmarks.$$name || exit 1; done
+	@for name in train_step latte_step pvdm_step long_video checkpoint stream preprocess formats; do echo "== benchmarks/$$name.py"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
