@@ -121,9 +121,10 @@ class ClipInfo:
 
 
 def open_clips(
-    config: RunConfig, data: DataConfig, env: Env, *, latents: bool = True, pairs: bool = False
+    config: RunConfig, data: DataConfig, env: Env, *, latents: bool = True, pairs: bool = False, no_pixels: str = ""
 ) -> tuple[ClipInfo, ClipSource, ClipSource | None]:
     """The training clips, and the validation clips when `data.val_path` is set; where `latents` is False they must be pixels.
+    `no_pixels`: why they must be latents, where they must.
 
     `pairs`: pixels come with what was before them, as with `data.previous`; latents say themselves whether they do.
     Raises ConfigError or UserError naming the path.
@@ -133,6 +134,8 @@ def open_clips(
     shards = _open(data, env)
     if shards.is_latent and not latents:
         raise ConfigError(f"--data-path {shards.location} holds latents: an autoencoder is trained on the clips they were made of")
+    if no_pixels and not shards.is_latent:
+        raise ConfigError(no_pixels)
     data = resolve(dataclasses.replace(data, previous=data.previous or (pairs and not shards.is_latent)), shards)
     source = _source(config, data, shards, env, config.train.global_batch_size)
     if not data.val_path:

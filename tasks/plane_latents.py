@@ -30,6 +30,8 @@ from utils.errors import ConfigError
 from utils.media import to_float
 from utils.rng import SampleRng
 
+NO_AUTOENCODER = "which autoencoder? give --ae RUN (a PVDM autoencoder of train_ae.py) or its released model_last.pth"
+
 _log = logging.getLogger(__name__)
 
 
@@ -85,13 +87,11 @@ class PlaneSpace(TiedLatents):
         frames, device = self.planes.clip_frames, video.device
         second = has_previous & ~_on(goes_on, device)
         target = encode(to_float(_windows(video, torch.where(second, start, frames), frames)))
-        rows = goes_on.nonzero().flatten()
         previous = torch.zeros(target.shape, device=device)
-        if len(rows):
-            here = _on(rows, device)
-            found = self._normalised(encode(to_float(video.index_select(0, here)[:, :, :frames])))
-            known = has_previous.index_select(0, here).view(-1, *[1] * (found.ndim - 1))
-            previous = previous.index_copy(0, here, found * known)
+        # One by one: how many there are differs from batch to batch, and compiled units would be compiled anew for each number.
+        for row in goes_on.nonzero().flatten().tolist():
+            found = self._normalised(encode(to_float(video[row : row + 1, :, :frames])))
+            previous[row] = found[0] * has_previous[row]
         return target, previous
 
     def _stored(self, batch: Batch, goes_on: Tensor, rng: SampleRng) -> tuple[Tensor, Tensor | None]:
@@ -147,7 +147,7 @@ def open_plane_space(config: PVDMRunConfig, ae: Loaded | None, clips: ClipInfo, 
     `config.data` is that of the stream, resolved as far as the first clips of it must be read again to measure a scale.
     """
     if clips.latents is None and ae is None:
-        raise ConfigError("which autoencoder? give --ae RUN (a PVDM autoencoder of train_ae.py) or its released model_last.pth")
+        raise ConfigError(NO_AUTOENCODER)
     autoencoder = {} if ae is None else _identity(ae)
     if clips.latents is not None:
         planes = check_latents(clips.latents, autoencoder)

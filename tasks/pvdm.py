@@ -16,7 +16,7 @@ from pipelines.sampling import Sampling
 from tasks.clips import ClipInfo, check_held_out, open_clips
 from tasks.diffusion_task import Condition
 from tasks.latent import Denoiser, LatentTask
-from tasks.plane_latents import open_autoencoder, open_plane_space
+from tasks.plane_latents import NO_AUTOENCODER, open_autoencoder, open_plane_space
 from tasks.pvdm_config import PVDMRunConfig, denoiser_size
 from utils.errors import ConfigError, UserError
 
@@ -28,7 +28,8 @@ def build(config: PVDMRunConfig, env: Env) -> tuple[LatentTask, ClipSource, Clip
     """
     ae = open_autoencoder(config)
     frames = config.data.n_frames or (ae.config.clip_frames if ae is not None else 0)
-    clips, source, valid = open_clips(config, dataclasses.replace(config.data, n_frames=frames), env, pairs=config.cond_prob > 0)
+    data, lacking = dataclasses.replace(config.data, n_frames=frames), NO_AUTOENCODER if ae is None else ""
+    clips, source, valid = open_clips(config, data, env, pairs=config.cond_prob > 0, no_pixels=lacking)
     check_held_out(clips, valid, labels=config.condition.num_classes != 0, vectors=False)
     if clips.previous and config.cond_prob:
         _check_lengths(config, source, clips.n_frames)

@@ -104,6 +104,7 @@ def test_only_what_is_needed_is_encoded(ae: Path) -> None:
         made, counting = task(ae, "--cond-prob", share), Counting()
         made.space.latents({"ae": counting}, samples, rng(samples))
         assert counting.rows[0] == 12 and least <= sum(counting.rows[1:]) <= most
+        assert set(counting.rows[1:]) <= {1}, "as many at a time as in any other batch: compiled units are made for each number"
 
 
 def test_latents_and_pixels_give_the_same_loss(ae: Path) -> None:

@@ -179,6 +179,11 @@ def test_clips_that_nothing_comes_before_are_refused(root: Path, tmp_path: Path)
     assert made.name == "pvdm-denoiser"
 
 
+def test_clips_without_an_autoencoder_are_refused(root: Path) -> None:
+    with pytest.raises(ConfigError, match="which autoencoder"):
+        build(config(*SHORT, "--data-path", str(root / "pixels")), ENV)
+
+
 def test_a_mistake_is_one_line(root: Path) -> None:
     done = command("train_dit.py", "--system", "pvdm", *UNET, *arguments(root, data="single"))
     assert "--cond-prob 0" in complaint(done)
