@@ -85,9 +85,10 @@ def test_files_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     Path("code.pkl").write_bytes(pickle.dumps(_Code()))
     Path("cut.pt").write_bytes(Path("good.pt").read_bytes()[:300])
     Path("empty.pt").write_bytes(b"")
+    Path("text.pt").write_bytes(b"junk")
     Path("cut.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
     torch.save([1], "list.pt")
-    for name in ("code.pt", "code.pkl", "cut.pt", "empty.pt", "cut.safetensors", "list.pt", "missing.pt", "."):
+    for name in ("code.pt", "code.pkl", "cut.pt", "empty.pt", "text.pt", "cut.safetensors", "list.pt", "missing.pt", "."):
         with pytest.raises(UserError) as caught:
             load_tensors(name)
         assert "\n" not in str(caught.value) and str(caught.value).startswith(name)

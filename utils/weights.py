@@ -1,6 +1,7 @@
 """Weights that leave a run and enter another: exports (safetensors and a card), and files from elsewhere, never unpickled into code."""
 
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,8 @@ from utils.errors import UserError
 from utils.files import atomic_path, atomic_write_text, sha256_file
 
 CARD = "config.yaml"
+_DAMAGED = (EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error)
+"""What torch's reader raises of files that are none, as the pieces that it takes for instructions lead it."""
 
 
 def write_export(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], card: Mapping[str, Any]) -> None:
@@ -71,7 +74,7 @@ def load_tensors(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is damaged or holds more than tensors; it is refused because loading it could run code: convert it to safetensors"
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, RuntimeError, OSError, *_DAMAGED) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read as weights: {reason}") from None
     if not isinstance(loaded, dict):
