@@ -56,7 +56,7 @@ class SampleConfig:
         """Raises ConfigError on settings that cannot work."""
         self.at_least(1, "num_samples", "batch_size")
         self.at_least(0, "num_frames")
-        if self.fps < 0:
+        if not 0 <= self.fps < float("inf"):
             raise ConfigError(f"--fps {self.fps}: above 0, or 0 for that of the training clips")
         if self.mode == "long" and not self.num_frames:
             raise ConfigError("--mode long: how long? give --num-frames N")

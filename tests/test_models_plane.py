@@ -169,6 +169,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
         ({"attention_resolutions": (3,)}, "attention_resolutions 3"),
         ({"channel_mult": ()}, "channel_mult"),
         ({"num_res_blocks": 0}, "num_res_blocks 0: at least 1"),
+        ({"dropout": 1.5}, "dropout 1.5: a share"),
     ):
         with pytest.raises(ValueError, match=words):
             PlaneUNetConfig(**UNET | changes)

@@ -104,7 +104,10 @@ def test_a_latent_of_another_size_is_refused_and_never_cut(shape):
         ({"head_dim": 2}, "at least 4"),
         ({"head_dim": 9}, "even"),
         ({"dim": 4}, "plane_head_dim"),
-        ({"plane_depth": 0}, "one layer"),
+        ({"plane_depth": 0}, "plane_depth 0: at least 1"),
+        ({"depth": -1}, "depth -1: at least 0"),
+        ({"plane_head_dim": -1}, "plane_head_dim -1: at least 0"),
+        ({"patch_size": 0}, "patch_size 0: at least 1"),
     ],
 )
 def test_impossible_settings(changes, message):

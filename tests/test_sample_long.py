@@ -294,6 +294,7 @@ def test_the_denoiser_says_which_system(results: Path, latte: Path, tmp_path: Pa
         (["--eta", "2"], "--eta 2.0: between 0 and 1"),
         (["--eta", "0.5", "--sampler", "ddpm"], "only ddim"),
         (["--steps", "101"], "trailing101"),
+        (["--fps", "nan"], "--fps nan: "),
         (["--overlap", "2"], "--overlap"),
         (["--preset", "300/20"], "--preset: '300/20' given, one of 100/20, 200/200"),
     ],

@@ -134,7 +134,14 @@ def test_impossible_settings_are_refused(flags: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("flags", "size"), [("--patch-size 5", (16, 24)), ("--splits 3", (16, 24)), ("", (18, 24))])
+SIZES_THAT_CANNOT_BE = [
+    *((flag, (16, 24)) for flag in ("--patch-size 5", "--patch-size 0", "--splits 3", "--embed-dim 0", "--model.depth -1")),
+    *((flag, (16, 24)) for flag in ("--model.dim 0 --model.plane_head_dim 4", "--model.heads 0", "--model.plane_depth 0")),
+    ("", (18, 24)),
+]
+
+
+@pytest.mark.parametrize(("flags", "size"), SIZES_THAT_CANNOT_BE)
 def test_sizes_that_cannot_be_are_one_line(flags: str, size: tuple[int, int]) -> None:
     with pytest.raises(ConfigError, match=r"^model: ") as caught:
         task(flags, clips=dataclasses.replace(CLIPS, image_size=size))

@@ -53,6 +53,10 @@ class PVDMAEConfig:
 
     def __post_init__(self) -> None:
         h, w = self.image_size
+        positive = ("dim", "patch_size", "embed_dim", "channels", "heads", "plane_depth", "plane_heads", "plane_mlp_dim")
+        for name, lowest in (*((name, 1) for name in positive), ("depth", 0), ("plane_head_dim", 0)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} {getattr(self, name)}: at least {lowest}")
         if h % self.patch_size or w % self.patch_size or min(h, w) < self.patch_size:
             raise ValueError(f"image_size {h} x {w} is not a multiple of patch_size {self.patch_size}")
         if self.splits < 1 or self.n_frames < self.splits or self.n_frames % self.splits:

@@ -62,6 +62,8 @@ class PlaneUNetConfig:
         for name in ("out_channels", "head_channels", "num_classes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)}: at least 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout}: a share, from 0 to below 1")
         if not self.channel_mult or min(self.channel_mult) < 1 or min(self.latent_res) < 1:
             raise ValueError(f"channel_mult {self.channel_mult} and latent_res {self.latent_res}: all at least 1")
         self._check_sides()
