@@ -36,7 +36,7 @@ class PVDMSampleConfig(SampleConfig):
     preset: Literal["", "100/20", "200/200", "400/400", "400/20"] = ""
     """Steps of the first clip of a video and of the following ones, as the paper names its samplers. Without: 400/400, of a flow 50/50."""
     steps: int | None = None
-    """Denoising steps of the first clip, in place of the preset's."""
+    """Denoising steps of every clip; with a preset of the first one, in place of the preset's."""
     next_steps: int | None = None
     """Of the following clips of a long video."""
     sampler: Sampler = "auto"
@@ -182,7 +182,8 @@ def _steps(config: PVDMSampleConfig, process: DiffusionConfig) -> tuple[int, int
     if config.preset and process.process == "flow":
         raise ConfigError(f"--preset {config.preset}: it is a way to sample noising steps, the model is a flow: give --steps")
     usual = PRESETS[config.preset] if config.preset else tuple(min(steps, process.steps) for steps in DEFAULT_STEPS[process.process])
-    return config.steps or usual[0], config.next_steps or usual[1]
+    following = usual[1] if config.preset else config.steps or usual[1]
+    return config.steps or usual[0], config.next_steps or following
 
 
 def _sampling(config: PVDMSampleConfig, process: DiffusionConfig, steps: int, plain: bool) -> Sampling:

@@ -1,6 +1,7 @@
 """One call that draws from a diffusion model, with noise that belongs to the sample and not to the batch it is in."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
@@ -46,6 +47,8 @@ class Sampling:
 
     def resolved(self, diffusion: DiffusionConfig) -> "Sampling":
         """The same with `auto` replaced. Raises ConfigError with one line when it does not suit the process."""
+        if not math.isfinite(self.guidance):
+            raise ConfigError(f"guidance {self.guidance}: a number, 1 for none")
         known = SAMPLERS[diffusion.process]
         if self.sampler not in ("auto", *known):
             raise ConfigError(f"sampler {self.sampler}: the model's process is {diffusion.process}, which has {', '.join(known)}")

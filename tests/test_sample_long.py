@@ -265,6 +265,8 @@ def test_steps_samplers_and_flows(results: Path, tmp_path: Path) -> None:
     assert plain.first.respacing == "trailing100", "the process has fewer than 400"
     own = job("--run", results, "--mode", "long", "--num-frames", 8, "--preset", "100/20", "--next-steps", 7, "--eta", 0)
     assert (own.first.respacing, own.following.respacing, own.first.eta) == ("trailing100", "trailing7", 0.0)
+    alike = job("--run", results, "--mode", "long", "--num-frames", 8, "--steps", 9)
+    assert (alike.first.respacing, alike.following.respacing) == ("trailing9", "trailing9")
     other = job("--run", results, "--sampler", "dpm++", "--steps", 5).first
     assert (other.sampler, other.steps, other.respacing, other.keep_eps) == ("dpm++", 5, "", False)
     family(tmp_path / "flow", DIT, DiffusionConfig(process="flow"))
@@ -295,6 +297,7 @@ def test_the_denoiser_says_which_system(results: Path, latte: Path, tmp_path: Pa
         (["--eta", "0.5", "--sampler", "ddpm"], "only ddim"),
         (["--steps", "101"], "trailing101"),
         (["--fps", "nan"], "--fps nan: "),
+        (["--guidance-scale", "nan"], "guidance nan"),
         (["--overlap", "2"], "--overlap"),
         (["--preset", "300/20"], "--preset: '300/20' given, one of 100/20, 200/200"),
     ],
