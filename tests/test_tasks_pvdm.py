@@ -314,6 +314,17 @@ def test_latents_that_are_older_than_their_autoencoder_are_stale(tmp_path: Path)
         task(tmp_path / "run" / "export", clips=old)
 
 
+def test_previews_are_sampled_as_the_release_does(ae: Path) -> None:
+    """Estimates kept in [-1, 1] where latents are the planes themselves, the network's noise as it is; not where they are rescaled."""
+    for argv, wanted in (
+        ([], (1.0, True, True)),
+        (["--latent-scale", "2"], (1.0, False, False)),
+        (["--process", "flow"], (0.0, True, False)),
+    ):
+        found = task(ae, *argv).sampling
+        assert (found.eta, found.clip, found.keep_eps) == wanted
+
+
 def test_what_does_not_fit_is_refused_in_one_line(ae: Path) -> None:
     with pytest.raises(ConfigError, match="which autoencoder"):
         task(None)
