@@ -98,6 +98,8 @@ def _check_effect(config: DiffusionConfig) -> None:
 
 def _gaussian(config: DiffusionConfig, channel_dim: int) -> GaussianDiffusion:
     betas = beta_schedule(config.schedule, config.steps, config.beta_start or None, config.beta_end or None)
+    if betas[-1] < betas[0]:
+        raise ValueError(f"betas go down from {betas[0]:g} to {betas[-1]:g}: beta_start must not be above beta_end")
     kept = space_timesteps(config.steps, config.respacing)
     return GaussianDiffusion(
         respace_betas(betas, kept),

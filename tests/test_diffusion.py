@@ -284,6 +284,8 @@ def test_prior_and_whole_bound():
         {"loss": "l1", "weighting": "min_snr"},
         {"respacing": "trailing0"},
         {"schedule": "quad", "beta_start": 0.5, "beta_end": 1.5},
+        {"schedule": "quad", "beta_start": 0.5, "beta_end": 0.1},
+        {"schedule": "quad", "beta_start": 0.5},
         {"variance": "learned"},
     ],
 )
