@@ -72,8 +72,11 @@ def _network(config: PlaneUNetConfig | PlaneDiTConfig, start: str, planes: PVDMA
     if not start:
         return network
     loaded = load_pvdm_denoiser(start, planes, num_heads=config.num_heads)
+    if type(loaded.module) is not type(network):
+        kinds = type(loaded.module).__name__, type(network).__name__
+        raise UserError(f"--init-from {start} cannot start this run: it is a {kinds[0]}, the run trains a {kinds[1]}")
     for field in dataclasses.fields(config):
-        theirs, ours = getattr(loaded.config, field.name, None), getattr(config, field.name)
+        theirs, ours = getattr(loaded.config, field.name), getattr(config, field.name)
         if theirs != ours and field.name not in ("dropout", "class_dropout_prob", "out_channels"):
             raise UserError(f"--init-from {start} cannot start this run: its {field.name} is {theirs}, that of the run {ours}")
     device = next(network.parameters()).device  # a dry run builds it on the meta device

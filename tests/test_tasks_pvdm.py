@@ -368,6 +368,8 @@ def test_it_starts_from_a_trained_one(ae: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"its attention_resolutions is .* that of the run") as error:
         task(ae, "--init-from", str(run)).networks()
     assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"it is a PlaneUNet, the run trains a PlaneDiT$"):
+        task(ae, "--init-from", str(run), model=DIT).networks()
 
 
 def built_plain(made: LatentTask) -> dict[str, torch.Tensor]:
