@@ -53,6 +53,7 @@ class Training:
             F.mse_loss(modules["model"](self._x, steps)[:, :4], self._x).backward()
         self._team.step("model", self.done, 1, self._team.gradient_norm("model"), self._one, self._one.bool())
         self.done += 1
+        self._team.average(self.done)
 
     def state(self) -> State:
         """As the training loop hands it to the checkpointer."""

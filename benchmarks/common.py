@@ -108,6 +108,7 @@ class StepTrainer:
             loss.backward()
         norm = self._team.gradient_norm("model")
         self._team.step("model", 0, 1, norm, torch.ones_like(norm), self._true)
+        self._team.average(1)
 
     def steps(self, count: int) -> None:
         """Several of them."""

@@ -110,6 +110,7 @@ class Trainer:
             sums, norm = tally.reduce(), self.team.gradient_norm(phase)
             self.team.step(phase, self._done, 1, norm, sums.counts[0] / count, sums.finite & norm.isfinite())
         self._done += 1
+        self.team.average(self._done)
 
 
 def compare(stage: str, size: Size, args: argparse.Namespace, env: Env) -> None:

@@ -84,7 +84,7 @@ def _vector(video: Video) -> dict[str, bytes]:
         raise VideoError("condition vector", f"{video.embedding.path.name}: {error.strerror}") from None
 
 
-def video_clips(video: Video, rules: ClipRules, rejected: list[Rejection], fingerprints: bool) -> Generator[Clip, None, None]:
+def video_clips(video: Video, rules: ClipRules, rejected: list[Rejection], fingerprints: bool = True) -> Generator[Clip, None, None]:
     """The clips of a video, as `samples` gives them, before they are encoded."""
     with open_reel(video, rules) as reel:
         seconds = _seconds(video, reel)
