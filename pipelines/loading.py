@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from diffusion import DiffusionConfig
 from models.autoencoders.cmd import CMDAEConfig, CMDAutoencoder
 from models.autoencoders.frame_vae import FrameVAE, FrameVAEConfig
-from models.autoencoders.pvdm import PVDMAEConfig, PVDMAutoencoder
 from models.official import cmd as official
 from models.official import frame_vae as official_frame_vae
 from models.official import latte as official_latte
-from models.official import pvdm as official_pvdm
 from models.official.checkpoint import State, unwrap
 from models.transformers.dit import ContentDiT, DiTConfig
 from models.transformers.latte import Latte, LatteConfig
@@ -101,23 +99,6 @@ def load_frame_vae(path: str | Path, weights: Weights = "ema") -> Loaded:
         raise UserError(f"{path} is no checkpoint of the frame VAE: {error} (settings are read from {beside})") from None
     card = {"system": "latte", "stage": "autoencoder", "model": to_dict(config)}
     return Loaded(frozen(FrameVAE, config, state, path), config, card, sha256_file(Path(path)), str(path))
-
-
-def load_pvdm_autoencoder(path: str | Path, weights: Weights = "ema", *, splits: int = 1, plane_heads: int = 4) -> Loaded:
-    """PVDM's autoencoder: an export, or the release's checkpoint (model_last.pth), which does not tell `splits` and `plane_heads`.
-
-    Raises UserError when the file is something else.
-    """
-    if not is_official(path):
-        return exported_network(path, weights, PVDMAutoencoder, PVDMAEConfig, "autoencoder", "pvdm")
-    checkpoint = load_tensors(path)
-    try:
-        config = official_pvdm.autoencoder_config(checkpoint, splits=splits, plane_heads=plane_heads)
-        state = official_pvdm.import_autoencoder(checkpoint)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path} is no checkpoint of PVDM's autoencoder: {error}") from None
-    card = {"system": "pvdm", "stage": "autoencoder", "model": to_dict(config)}
-    return Loaded(frozen(PVDMAutoencoder, config, state, path), config, card, sha256_file(Path(path)), str(path))
 
 
 def load_latte(

@@ -24,8 +24,10 @@ RELEASED_WITH: dict[str, Any] = {
 """Process and latents of the released denoisers (spec, pvdm.md section 4), for a card."""
 
 
-def load_pvdm_autoencoder(path: str | Path, weights: Weights = "ema", image_size: tuple[int, int] | None = None) -> Loaded:
-    """PVDM's autoencoder: an export, or the release's checkpoint (model_last.pth), which says its sizes itself.
+def load_pvdm_autoencoder(
+    path: str | Path, weights: Weights = "ema", image_size: tuple[int, int] | None = None, *, splits: int = 1, plane_heads: int = 4
+) -> Loaded:
+    """PVDM's autoencoder: an export, or the release's checkpoint (model_last.pth), which does not tell `splits` and `plane_heads`.
 
     `image_size`: of the clips that are at hand; a checkpoint of another size is refused by it. Raises UserError.
     """
@@ -35,7 +37,7 @@ def load_pvdm_autoencoder(path: str | Path, weights: Weights = "ema", image_size
     try:
         if official_unet.is_unet(checkpoint):
             raise ValueError("it is the denoiser's")
-        config = official_autoencoder.autoencoder_config(checkpoint, image_size)
+        config = official_autoencoder.autoencoder_config(checkpoint, image_size, splits=splits, plane_heads=plane_heads)
         state = official_autoencoder.import_autoencoder(checkpoint)
     except (ValueError, KeyError) as error:
         raise UserError(f"{path} is no checkpoint of PVDM's autoencoder that can be read: {error}") from None

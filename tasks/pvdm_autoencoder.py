@@ -10,7 +10,7 @@ from datasets.loader import ClipSource
 from engine.task import Batch, LossOutput, Network
 from launch.env import Env
 from models.autoencoders.pvdm import PVDMAEConfig, PVDMAutoencoder
-from pipelines.loading import load_pvdm_autoencoder
+from pipelines.pvdm_loading import load_pvdm_autoencoder
 from tasks.clips import ClipInfo, Networks, empty_batch, open_clips, units
 from tasks.pvdm_autoencoder_config import PVDMAutoencoderConfig
 from tasks.reconstruction import (
