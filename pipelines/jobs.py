@@ -48,7 +48,7 @@ class SampleConfig:
     fps: float = 0.0
     """Frame rate of the files; 0: that of the training clips."""
     gif: bool = False
-    """Also write each clip as a GIF."""
+    """Also write each clip as a GIF; the frames of a long video are held in memory for it."""
     timeout: float = 1800.0
     """Seconds that a process waits for the others."""
 

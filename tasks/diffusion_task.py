@@ -13,6 +13,7 @@ import models
 from datasets.config import DataConfig
 from diffusion import DiffusionConfig, Process
 from diffusion import build as build_process
+from diffusion.gaussian import GaussianDiffusion
 from engine.config import RunConfig
 from engine.task import Batch, LossOutput, Network
 from pipelines.image_vae import ImageVae, vae_of
@@ -277,6 +278,11 @@ def check_settings(
         raise ConfigError(f"--num-classes {condition.num_classes}: -1 (those of the shard set), 0 (no classes) or their number")
     if preview.samples < 1:
         raise ConfigError(f"preview.samples {preview.samples}: at least 1")
-    build_process(diffusion)
+    process = build_process(diffusion)
+    if isinstance(process, GaussianDiffusion) and process.predict == "eps" and not process.tables["alphas_cumprod"][-1] > 0:
+        raise ConfigError(
+            f"diffusion: after the last step of {diffusion.schedule} nothing is left but noise, from which a network that predicts it cannot "
+            "start; use diffusion.predict v or x0, or a beta_end below 1"
+        )
     if preview.steps < 1 or (diffusion.process == "ddpm" and preview.steps > diffusion.steps):
         raise ConfigError(f"preview.steps {preview.steps}: between 1 and diffusion.steps = {diffusion.steps}")

@@ -100,6 +100,7 @@ def test_release_flags_reach_their_settings() -> None:
         (["--condition.dropout", "1"], "dropout"),
         (["--preview.steps", "2000"], "1000"),
         (["--process", "flow", "--diffusion.predict", "x0"], "means nothing in the process flow"),
+        (["--diffusion.beta_end", "1", "--diffusion.steps", "10", "--preview.steps", "5"], "nothing is left but noise"),
     ],
 )
 def test_impossible_settings_are_refused(argv: list[str], message: str) -> None:

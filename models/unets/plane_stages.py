@@ -61,7 +61,8 @@ def attend_across(block: AttentionBlock, sheets: Sheets) -> Sheets:
     lengths = [x.shape[2] * x.shape[3] for x in sheets]
     tokens = block.attend(torch.cat([x.flatten(2).transpose(1, 2) for x in sheets], dim=1))
     parts = tokens.split(lengths, dim=1)
-    return tuple(part.transpose(1, 2).unflatten(2, x.shape[2:]) for part, x in zip(parts, sheets, strict=True))
+    # Copies: sharding warns of units that return views.
+    return tuple(part.clone().transpose(1, 2).unflatten(2, x.shape[2:]) for part, x in zip(parts, sheets, strict=True))
 
 
 class Head(nn.Module):
