@@ -281,8 +281,8 @@ def check_settings(
     process = build_process(diffusion)
     if isinstance(process, GaussianDiffusion) and process.predict == "eps" and not process.tables["alphas_cumprod"][-1] > 0:
         raise ConfigError(
-            f"diffusion: after the last step of {diffusion.schedule} nothing is left but noise, from which a network that predicts it cannot "
-            "start; use diffusion.predict v or x0, or a beta_end below 1"
+            f"diffusion: after the last step of {diffusion.schedule} nothing is left but noise, from which a network that predicts noise "
+            "cannot start; use diffusion.predict v or x0, or a beta_end below 1"
         )
     if preview.steps < 1 or (diffusion.process == "ddpm" and preview.steps > diffusion.steps):
         raise ConfigError(f"preview.steps {preview.steps}: between 1 and diffusion.steps = {diffusion.steps}")
