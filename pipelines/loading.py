@@ -21,11 +21,16 @@ from models.transformers.motion_dit import MotionDiT, MotionDiTConfig
 from utils.config import from_dict, load_yaml, to_dict
 from utils.errors import UserError
 from utils.files import sha256_file
-from utils.weights import load_tensors, read_export
+from utils.weights import load_tensors, read_card, read_export
 
 Weights = Literal["ema", "model"]
 SD_SCALE = 0.18215
 """Factor of Stable Diffusion's latents: about 1 / their standard deviation."""
+RELEASED_CLIPS: dict[str, Any] = {
+    "diffusion": {"schedule": "quad", "variance": "fixed_small"},
+    "latent": {"scale": 1.0, "shift": 0.0},
+}
+"""Process and latents of PVDM's and HVDM's released denoisers (spec, pvdm.md section 4, hvdm.md section 6), for a card."""
 OFFICIAL_SUFFIXES = (".pt", ".pth", ".ckpt")
 
 
@@ -172,7 +177,7 @@ def released_system(path: str | Path) -> str:
     """The system whose autoencoder an official checkpoint holds, told by the names in it. Raises UserError where it cannot be read."""
     checkpoint = load_tensors(path)
     names = [name for part in (checkpoint, *checkpoint.values()) if isinstance(part, Mapping) for name in part]
-    marks = {"latte": "encoder_conv_in.", "pvdm": "xy_quant_attn."}
+    marks = {"latte": "encoder_conv_in.", "hvdm": "low_freq.", "pvdm": "xy_quant_attn."}
     return next((system for system, mark in marks.items() if any(mark in str(name) for name in names)), "cmd")
 
 
@@ -189,6 +194,37 @@ def exported_network(
     except (ValueError, KeyError) as error:
         raise UserError(f"{path} does not describe its network: {error}") from None
     return Loaded(frozen(network, model, state, path), model, card, digest, str(path), weights)
+
+
+Kind = tuple[Callable[[Any], nn.Module], type[Any]]
+"""A network and its config dataclass."""
+
+
+def exported_denoiser(path: str | Path, weights: Weights, unet: Kind, transformer: Kind, system: str) -> Loaded:
+    """A denoiser of a system that has two kinds of them: only the transformer has a hidden size. Raises UserError."""
+    network, config = transformer if "hidden_size" in read_card(path).get("model", {}) else unet
+    return exported_network(path, weights, network, config, "denoiser", system)
+
+
+def released_network(
+    path: str | Path,
+    what: str,
+    network: Callable[[Any], nn.Module],
+    read: Callable[[Mapping[str, Any]], tuple[State, Any]],
+    card: Mapping[str, Any],
+    weights: Weights = "model",
+) -> Loaded:
+    """A network of an official checkpoint, which `read` turns into our state dict and config; `card`: what else is known of `what`.
+
+    Raises UserError where `read` raises ValueError or KeyError.
+    """
+    checkpoint = load_tensors(path)
+    try:
+        state, config = read(checkpoint)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is no checkpoint of {what} that can be read: {error}") from None
+    told = {**card, "model": to_dict(config)}
+    return Loaded(frozen(network, config, state, path), config, told, sha256_file(Path(path)), str(path), weights)
 
 
 def _official_network(
