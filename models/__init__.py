@@ -10,7 +10,9 @@ from models.transformers.dit import ContentDiT, DiTConfig
 from models.transformers.latte import Latte, LatteConfig
 from models.transformers.motion_dit import MotionDiT, MotionDiTConfig
 from models.transformers.plane_dit import PlaneDiT, PlaneDiTConfig
+from models.transformers.volume_dit import VolumeDiT, VolumeDiTConfig
 from models.unets.plane_unet import PlaneUNet, PlaneUNetConfig
+from models.unets.volume_unet import VolumeUNet, VolumeUNetConfig
 
 
 class Model(NamedTuple):
@@ -29,8 +31,9 @@ _FAMILIES = {
     "MotionDiT": Model(MotionDiT, MotionDiTConfig()),
     "Latte": Model(Latte, LatteConfig()),
     "PlaneDiT": Model(PlaneDiT, PlaneDiTConfig()),
+    "VolumeDiT": Model(VolumeDiT, VolumeDiTConfig()),
 }
-_PATCHES = {"PlaneDiT": (1, 2, 4)}
+_PATCHES = {"PlaneDiT": (1, 2, 4), "VolumeDiT": (1, 2, 4)}
 """Families whose named sizes have other patches than 2, 4, 8."""
 
 MODELS = {
@@ -43,6 +46,8 @@ MODELS = {
 } | {
     "PVDM-S": Model(PlaneUNet, PlaneUNetConfig(model_channels=128)),
     "PVDM-L": Model(PlaneUNet, PlaneUNetConfig(model_channels=256)),
+    "HVDM-S": Model(VolumeUNet, VolumeUNetConfig(model_channels=96)),
+    "HVDM-L": Model(VolumeUNet, VolumeUNetConfig(model_channels=192)),
 }
 
 

@@ -13,4 +13,4 @@ class Conv3d(nn.Conv3d):
         if x.device.type != "cpu":
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
-            return super().forward(x.float())
+            return super().forward(x.to(torch.promote_types(self.weight.dtype, torch.float32)))

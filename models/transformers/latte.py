@@ -5,6 +5,7 @@ attention within a frame sees (T + I) * B rows of N, attention over time T rows 
 The condition, and what the blocks compute from it, has one row a clip and is spread over frames and tokens where it is used.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -143,7 +144,7 @@ class Latte(nn.Module):
             picture = _sum(bare, self._text(None, None, len(t)))  # (I, B, D)
             pairs = (clip, picture), (last, picture if self.config.cond_in_final else bare)
             space, last = (torch.cat([c.expand(x.shape[2] - images, -1, -1), of_images]) for c, of_images in pairs)
-        tokens = self._blocks(tokens, space, clip, images)
+        tokens = run_blocks(self.blocks, temporal(self.config), tokens, space, clip, images)
         patch, (rows, columns) = self.config.patch_size, self.config.grid
         out = self.final_layer(tokens, last)
         return rearrange(out, "t b (r s) (p q c) -> b c t (r p) (s q)", r=rows, s=columns, p=patch, q=patch)
@@ -168,27 +169,31 @@ class Latte(nn.Module):
         y, drop = (None if value is None else value.t().flatten() for value in (y, drop))
         return _sum(step, self._label(y, drop, len(step))).unflatten(0, (images, -1))
 
-    def _blocks(self, tokens: Tensor, space: Tensor, clip: Tensor, images: int) -> Tensor:
-        """All blocks on (T + I, B, N, D), conditions of all frames (T + I or 1, B, D) and of the clip alone (1, B, D)."""
-        frames = len(tokens) - images
-        in_time = temporal(self.config)
-        for k, block in enumerate(self.blocks):
-            if not in_time[k]:
-                tokens = block(tokens, space)
-                continue
-            video = tokens[:frames]
-            if k == in_time.index(True):
-                table = frame_table(tokens.shape[-1], frames, tokens.device)
-                video = video + table[:, None, None].to(tokens.dtype)
-            video = block(video, clip, over_first=True)
-            tokens = torch.cat([video, tokens[frames:]]) if images else video
-        return tokens
-
 
 def temporal(config: LatteConfig) -> list[bool]:
     """Which blocks attend over time."""
     half = config.depth // 2
     return [False] * half + [True] * half if config.block_layout == "late" else [False, True] * half
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module], in_time: Sequence[bool], tokens: Tensor, space: Tensor, clip: Tensor, images: int = 0
+) -> Tensor:
+    """All blocks on (T + I, B, N, D), those `in_time` over the clip's frames; conditions of all frames (T + I or 1, B, D) and of the clip
+    alone (1, B, D). What tells frames apart is added before the first block in time.
+    """
+    frames = len(tokens) - images
+    for k, (block, over_time) in enumerate(zip(blocks, in_time, strict=True)):
+        if not over_time:
+            tokens = block(tokens, space)
+            continue
+        video = tokens[:frames]
+        if k == in_time.index(True):
+            table = frame_table(tokens.shape[-1], frames, tokens.device)
+            video = video + table[:, None, None].to(tokens.dtype)
+        video = block(video, clip, over_first=True)
+        tokens = torch.cat([video, tokens[frames:]]) if images else video
+    return tokens
 
 
 def _sum(first: Tensor, *more: Tensor | None) -> Tensor:

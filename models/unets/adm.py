@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers.attention import sdpa
+from models.layers.convolution import Conv3d
 
 Rows = tuple[int, ...]
 Resample = Literal["", "down", "up"]
@@ -22,7 +23,7 @@ GROUPS = 32
 """Groups of every group norm: all widths are multiples of it."""
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
-_CONV: dict[int, type[Convolution]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONV: dict[int, type[Convolution]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: Conv3d}
 _POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 

@@ -5,21 +5,10 @@ sheet, one above the other (see adm.py).
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.unets.adm import (
-    AttentionBlock,
-    Downsample,
-    ResBlock,
-    Rows,
-    Upsample,
-    conv,
-    conv_each,
-    group_norm,
-    norm_each,
-    zeroed,
-)
+from models.unets.adm import AttentionBlock, Rows
+from models.unets.stages import Head, run_layers
 
 Sheets = tuple[Tensor, ...]
 
@@ -38,20 +27,8 @@ class Stage(nn.Module):
         """Sheets (B, C, rows, columns), emb (B, E), skipped sheets to put beside them -> sheets."""
         if skips:
             sheets = tuple(torch.cat(pair, dim=1) for pair in zip(sheets, skips, strict=True))
-        sheets = tuple(self._inside(x, emb, rows) for x, rows in zip(sheets, self.rows, strict=True))
+        sheets = tuple(run_layers(self.layers, x, emb, rows) for x, rows in zip(sheets, self.rows, strict=True))
         return sheets if self.across is None else attend_across(self.across, sheets)
-
-    def _inside(self, x: Tensor, emb: Tensor, rows: Rows) -> Tensor:
-        for layer in self.layers:
-            if isinstance(layer, ResBlock):
-                x, rows = layer(x, emb, rows), layer.rows_after(rows)
-            elif isinstance(layer, Downsample | Upsample):
-                x, rows = layer(x, rows), layer.rows_after(rows)
-            elif isinstance(layer, AttentionBlock):
-                x = layer(x, rows)
-            else:
-                x = conv_each(layer, x, rows)
-        return x
 
 
 def attend_across(block: AttentionBlock, sheets: Sheets) -> Sheets:
@@ -65,16 +42,14 @@ def attend_across(block: AttentionBlock, sheets: Sheets) -> Sheets:
     return tuple(part.clone().transpose(1, 2).unflatten(2, x.shape[2:]) for part, x in zip(parts, sheets, strict=True))
 
 
-class Head(nn.Module):
-    """Norm, SiLU and the convolution to the output, which starts at zero."""
+class PlaneHead(Head):
+    """The output of every plane."""
 
     def __init__(self, width: int, channels: int, rows: tuple[Rows, ...]) -> None:
-        super().__init__()
-        self.norm = group_norm(width)
-        self.conv = zeroed(conv(2, width, channels))
+        super().__init__(width, channels)
         self.rows = rows
 
-    def forward(self, sheets: Sheets) -> Tensor:
+    def forward(self, sheets: Sheets) -> Tensor:  # type: ignore[override]
         """Sheets -> (B, channels, L)."""
-        parts = [conv_each(self.conv, F.silu(norm_each(self.norm, x, rows)), rows) for x, rows in zip(sheets, self.rows, strict=True)]
+        parts = [super(PlaneHead, self).forward(x, rows) for x, rows in zip(sheets, self.rows, strict=True)]
         return torch.cat([part.flatten(2) for part in parts], dim=2)

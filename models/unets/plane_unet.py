@@ -7,7 +7,6 @@ sheet, one above the other (see adm.py): for square frames all three do, and the
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 from models.layers.embeddings import LabelEmbedder, TimestepEmbedder
 from models.layers.planes import plane_shapes
 from models.layers.previous import with_previous
-from models.unets.adm import GROUPS, AttentionBlock, Downsample, Resample, ResBlock, Rows, Upsample, channels_last, conv
-from models.unets.plane_stages import Head, Sheets, Stage
+from models.unets.adm import GROUPS, AttentionBlock, Rows, channels_last
+from models.unets.plane_stages import PlaneHead, Sheets, Stage
+from models.unets.stages import Layers, Plan, check_halvings
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class PlaneUNetConfig:
             raise ValueError(f"dropout {self.dropout}: a share, from 0 to below 1")
         if not self.channel_mult or min(self.channel_mult) < 1 or min(self.latent_res) < 1:
             raise ValueError(f"channel_mult {self.channel_mult} and latent_res {self.latent_res}: all at least 1")
-        self._check_sides()
+        check_halvings({"latent_res": self.latent_res, "latent_frames": (self.latent_frames,)}, len(self.channel_mult))
         for level, width in enumerate(self.widths):
             if width % GROUPS:
                 raise ValueError(f"model_channels {self.model_channels} x {self.channel_mult[level]} is not a multiple of {GROUPS}")
@@ -75,17 +75,6 @@ class PlaneUNetConfig:
                 raise ValueError(f"the width {width} of level {level} is not a multiple of {what}")
         if unknown := [times for times in self.attention_resolutions if times < 1 or times & (times - 1)]:
             raise ValueError(f"attention_resolutions {unknown[0]}: the levels are 1, 2, 4, 8 ... times smaller")
-
-    def _check_sides(self) -> None:
-        times = 2 ** (len(self.channel_mult) - 1)
-        sides = {"latent_res": self.latent_res, "latent_frames": (self.latent_frames,)}
-        for name, values in sides.items():
-            if any(value % times for value in values):
-                size = " x ".join(map(str, values))
-                raise ValueError(
-                    f"{name} {size} cannot be halved {len(self.channel_mult) - 1} times: use multiples of {times}, or fewer entries in "
-                    f"channel_mult ({len(self.channel_mult)} now)"
-                )
 
     @property
     def plane_shapes(self) -> tuple[tuple[int, int], ...]:
@@ -124,11 +113,13 @@ class PlaneUNet(nn.Module):
         self.y_embedder = LabelEmbedder(config.num_classes, emb, config.class_dropout_prob > 0) if config.num_classes else None
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        stages = Stages(config)  # in this order: it keeps count
-        self.input_blocks = nn.ModuleList(stages.down())
-        self.middle_block = stages.middle()
-        self.output_blocks = nn.ModuleList(stages.up())
-        self.out = Head(config.widths[0], config.out_channels or config.in_channels, stages.rows)
+        plan = Plan(config, (2, 2), self._inside)  # in this order: it keeps count
+        self.input_blocks = nn.ModuleList(self._stage(layers, across=k > 0) for k, layers in enumerate(plan.down()))
+        # The middle attends inside each plane whatever the level.
+        self.middle_block = self._stage(plan.middle(between=[self._attention(len(config.widths) - 1)]))
+        self.output_blocks = nn.ModuleList(self._stage(layers) for layers in plan.up())
+        rows = tuple(rows for rows, _ in config.sheets)
+        self.out = PlaneHead(config.widths[0], config.out_channels or config.in_channels, rows)
 
     def units(self) -> list[nn.Module]:
         """The blocks: what is sharded, compiled and checkpointed as one."""
@@ -159,60 +150,15 @@ class PlaneUNet(nn.Module):
         parts = x.split([math.prod(size) for size in sizes], dim=2)
         return tuple(channels_last(part.unflatten(2, size)) for part, size in zip(parts, sizes, strict=True))
 
+    def _stage(self, layers: Layers, across: bool = True) -> Stage:
+        """The first stage, a convolution, is the only one without attention across planes."""
+        rows = tuple(tuple(height >> layers.level for height in rows) for rows, _ in self.config.sheets)
+        return Stage(layers.modules, self._attention(layers.level) if across else None, rows)
 
-class Stages:
-    """Builds the stages in order, keeping count of widths and heights."""
-
-    def __init__(self, config: PlaneUNetConfig) -> None:
-        self.rows = tuple(rows for rows, _ in config.sheets)
-        self._config = config
-        self._width = config.widths[0]
-        self._skips: list[int] = []
-
-    def down(self) -> Iterator[Stage]:
-        """The input blocks. The first, a convolution, is the only stage without attention across planes."""
-        config = self._config
-        channels = config.in_channels * (2 if config.conditional else 1)
-        yield self._stage([conv(2, channels, self._width)], 0, across=False)
-        self._skips.append(self._width)
-        for level, width in enumerate(config.widths):
-            for _ in range(config.num_res_blocks):
-                yield self._stage([self._residual(self._width, width), *self._inside(level)], level)
-                self._skips.append(width)
-            if level + 1 < len(config.widths):
-                yield self._stage([self._residual(width, width, "down") if config.resblock_updown else Downsample(width)], level)
-                self._skips.append(width)
-
-    def middle(self) -> Stage:
-        """Attention inside each plane, whatever the level."""
-        width, last = self._width, len(self._config.widths) - 1
-        attention = AttentionBlock(width, self._config.heads(width))
-        return self._stage([self._residual(width, width), attention, self._residual(width, width)], last)
-
-    def up(self) -> Iterator[Stage]:
-        """The output blocks. The last of each level but the first doubles the sides."""
-        config = self._config
-        for level, width in reversed(list(enumerate(config.widths))):
-            for k in range(config.num_res_blocks + 1):
-                layers = [self._residual(self._width + self._skips.pop(), width), *self._inside(level)]
-                if level and k == config.num_res_blocks:
-                    layers.append(self._residual(width, width, "up") if config.resblock_updown else Upsample(width))
-                yield self._stage(layers, level)
-
-    def _stage(self, layers: list[nn.Module], level: int, across: bool = True) -> Stage:
-        """A stage whose planes come in at the sides of `level`."""
-        self._width = self._config.widths[level]
-        attention = AttentionBlock(self._width, self._config.heads(self._width)) if across else None
-        return Stage(layers, attention, tuple(tuple(height >> level for height in rows) for rows in self.rows))
-
-    def _residual(self, before: int, after: int, kind: Resample = "") -> ResBlock:
-        config = self._config
-        scale_shift, dropout = config.use_scale_shift_norm, config.dropout
-        return ResBlock(before, after, 4 * config.model_channels, kind=kind, scale_shift=scale_shift, dropout=dropout)
+    def _attention(self, level: int) -> AttentionBlock:
+        width = self.config.widths[level]
+        return AttentionBlock(width, self.config.heads(width))
 
     def _inside(self, level: int) -> list[nn.Module]:
         """Attention inside each plane, at the levels that have it."""
-        if 2**level not in self._config.attention_resolutions:
-            return []
-        width = self._config.widths[level]
-        return [AttentionBlock(width, self._config.heads(width))]
+        return [self._attention(level)] if 2**level in self.config.attention_resolutions else []
