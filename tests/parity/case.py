@@ -72,6 +72,8 @@ class Case:
         self.module = metadata.get("module", "")
         self.case = metadata.get("case", "")
         self.notes = metadata.get("notes", "")
+        self.weights = metadata.get("weights", "stored")
+        self.loss = metadata.get("loss", "")
         self.fields = Fields(json.loads(metadata.get("config") or "{}"))
         self.agreement: dict[str, float] = {}
         self.errors: list[str] = []
