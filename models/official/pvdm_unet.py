@@ -1,24 +1,18 @@
-"""PVDM's released diffusion checkpoints <-> PlaneUNet's state dicts (spec, pvdm.md sections 3, 5.2 and 8).
-
-model_*.pth and ema_model_*.pth are state dicts whose names begin with "diffusion_model."; the release's object for averages (LitEma)
-keeps them without their dots, beside two counters. Both are read; written are names with dots, and the buffer of zeros. Exact both ways.
-"""
+"""PVDM's released diffusion checkpoints <-> PlaneUNet's state dicts (spec, pvdm.md sections 3, 5.2 and 8). Exact both ways."""
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.official.checkpoint import State, check_names, depth_of, unwrap
+from models.official.checkpoint import State
+from models.official.unets import PREFIX, ZEROS, bare_names, check_state, renamed, settings, starts
 from models.unets.plane_unet import PlaneUNet, PlaneUNetConfig
 
-PREFIX = "diffusion_model."
-_ZEROS = "zeros"
-"""The release's buffer for a clip without another before it, (1, channels, positions)."""
-_COUNTERS = ("decay", "num_updates")
+_STAGES = ("input_blocks", "output_blocks")
+_HEADS = ("time_embed", "input_attns", "output_attns", "mid_attn", "middle_block", *_STAGES, "out")
 _IMPORT = (
     (r"time_embed\.", "t_embedder.mlp."),
     (r"(input|output)_attns\.(\d+)\.", r"\1_blocks.\2.across."),
@@ -37,11 +31,6 @@ _EXPORT = (
     (r"out\.norm\.", "out.0."),
     (r"out\.conv\.", "out.2."),
 )
-_UNDOTTED = re.compile(
-    r"(?P<head>time_embed|input_attns|output_attns|mid_attn|middle_block|input_blocks|output_blocks|out)"
-    r"(?P<numbers>\d*)(?P<layer>(?:in_layers|emb_layers|out_layers|skip_connection|norm|qkv|proj_out|op|conv)?)(?P<index>\d?)"
-    r"(?P<kind>weight|bias)"
-)
 _POINTWISE = ("qkv.weight", "proj_out.weight")
 """Ends of the names of weights of 1x1 convolutions, which are linears of ours."""
 
@@ -54,16 +43,11 @@ def load(checkpoint: Mapping[str, Any], **known: Any) -> tuple[State, PlaneUNetC
     tensors.
     """
     official = unwrap_unet(checkpoint)
-    zeros = official.pop(_ZEROS, None)
-    state = {_renamed(name, _IMPORT): value.flatten(1) if name.endswith(_POINTWISE) else value for name, value in official.items()}
-    config = PlaneUNetConfig(**_settings(state, zeros) | _latents(zeros, known) | known)
-    with torch.device("meta"):
-        expected = {name: value.shape for name, value in PlaneUNet(config).state_dict().items()}
-    check_names((_renamed(name, _EXPORT) for name in state), (_renamed(name, _EXPORT) for name in expected))
-    for name, shape in expected.items():
-        if state[name].shape != shape:
-            found = tuple(state[name].shape)
-            raise ValueError(f"{_renamed(name, _EXPORT)} is {found}, where the network that the other tensors tell of has {tuple(shape)}")
+    zeros = official.pop(ZEROS, None)
+    state = {renamed(name, _IMPORT): value.flatten(1) if name.endswith(_POINTWISE) else value for name, value in official.items()}
+    told = settings(state, zeros, _EXPORT)
+    config = PlaneUNetConfig(**told | _attended(state, told) | _latents(zeros, known) | known)
+    check_state(state, lambda: PlaneUNet(config), _EXPORT)
     return state, config
 
 
@@ -80,69 +64,22 @@ def export_unet(state: State, config: PlaneUNetConfig) -> State:
     """Official state dict of PlaneUNet's. Raises ValueError for a model with labels, which the release's network has no place for."""
     if config.num_classes:
         raise ValueError(f"num_classes {config.num_classes}: the release's network has no labels")
-    official = {_renamed(name, _EXPORT): value[..., None] if name.endswith(_POINTWISE) else value for name, value in state.items()}
+    official = {renamed(name, _EXPORT): value[..., None] if name.endswith(_POINTWISE) else value for name, value in state.items()}
     if config.conditional:
-        official[_ZEROS] = torch.zeros(1, config.in_channels, config.length)
+        official[ZEROS] = torch.zeros(1, config.in_channels, config.length)
     return {PREFIX + name: value for name, value in official.items()}
 
 
 def unwrap_unet(checkpoint: Mapping[str, Any]) -> State:
     """The tensors under the release's names without the prefix, of either form."""
-    state = {name: value for name, value in unwrap(checkpoint, "state_dict", "model", "ema").items() if name not in _COUNTERS}
-    bare = {name.removeprefix(PREFIX).removeprefix(PREFIX[:-1]): value for name, value in state.items()}
-    return bare if any("." in name for name in bare) else {_dotted(name): value for name, value in bare.items()}
+    return bare_names(checkpoint, _HEADS, _STAGES)
 
 
-def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in rules:
-        new, count = re.subn(f"^{pattern}", replacement, name)
-        if count:
-            return new
-    return name
-
-
-def _dotted(name: str) -> str:
-    """ "input_blocks100in_layers2weight" -> "input_blocks.10.0.in_layers.2.weight": the last number of a block is one digit."""
-    found = _UNDOTTED.fullmatch(name)
-    if found is None:
-        return name
-    head, numbers = found["head"], found["numbers"]
-    places = [numbers[:-1], numbers[-1:]] if head in ("input_blocks", "output_blocks") else [numbers]
-    return ".".join(part for part in (head, *places, found["layer"], found["index"], found["kind"]) if part)
-
-
-def _settings(state: State, zeros: Tensor | None) -> dict[str, Any]:
-    """What the tensors, under our names, tell of the network. Only a conditional one has `zeros`, which averages leave out."""
-    first, last = state.get("input_blocks.0.layers.0.weight"), state.get("out.conv.weight")
-    step = state.get("t_embedder.mlp.0.weight")
-    if first is None or last is None or step is None:
-        raise ValueError("the state dict does not fit: it lacks input_blocks.0.0.weight, out.2.weight or time_embed.0.weight")
-    stages = depth_of(state, "output_blocks.")
-    ups = [j for j in range(stages) if any(f"output_blocks.{j}.layers.{k}.{what}" in state for k in (1, 2) for what in _UP)]
-    blocks = ups[0] if ups else stages - 1
-    starts = [1 + level * (blocks + 1) for level in range(len(ups) + 1)]
-    convolutions = [f"input_blocks.{i}.layers.0.out_layers.3.weight" for i in starts]
-    if missing := [name for name in convolutions if name not in state]:
-        raise ValueError(f"the state dict does not fit: missing {_renamed(missing[0], _EXPORT)}")
-    widths, channels = [len(state[name]) for name in convolutions], step.shape[1]
-    attended = [2**level for level, i in enumerate(starts) if f"input_blocks.{i}.layers.1.norm.weight" in state]
-    conditional = zeros is not None or first.shape[1] == 2 * len(last)
-    inputs = first.shape[1] // (2 if conditional else 1)
-    return {
-        "in_channels": inputs,
-        "out_channels": 0 if inputs == len(last) else len(last),
-        "model_channels": channels,
-        "channel_mult": tuple(width // channels for width in widths),
-        "num_res_blocks": blocks,
-        "attention_resolutions": tuple(reversed(attended)),
-        "use_scale_shift_norm": len(state["input_blocks.1.layers.0.emb_layers.1.weight"]) == 2 * widths[0],
-        "resblock_updown": not any(name.endswith(".op.weight") for name in state),
-        "conditional": conditional,
-    }
-
-
-_UP = ("in_layers.2.weight", "conv.weight")
-"""What a second layer that doubles the sides has: a residual block, or a convolution."""
+def _attended(state: State, told: Mapping[str, Any]) -> dict[str, Any]:
+    """The levels with attention inside each plane."""
+    firsts = enumerate(starts(told["num_res_blocks"], len(told["channel_mult"])))
+    attended = [2**level for level, i in firsts if f"input_blocks.{i}.layers.1.norm.weight" in state]
+    return {"attention_resolutions": tuple(reversed(attended))}
 
 
 def _latents(zeros: Tensor | None, known: Mapping[str, Any]) -> dict[str, Any]:
