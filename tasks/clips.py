@@ -25,6 +25,11 @@ Networks = Mapping[str, Any]
 """Name -> module, perhaps wrapped by the engine. Any: tasks call methods of their own networks (`encode`, `decode`)."""
 
 
+def on_device(value: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device, without waiting for it."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+
 def units(module: Any) -> list[nn.Module]:
     """A network's shard, compile and checkpointing units."""
     return module.units()

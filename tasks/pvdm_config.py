@@ -1,126 +1,31 @@
 """Settings of PVDM's denoiser stage (spec, pvdm.md sections 3, 4, 5.2 and 9)."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import ClassVar
 
-import models
-from diffusion import DiffusionConfig, learned_variance
-from engine.config import EmaConfig, OptimConfig
-from models.transformers.plane_dit import PlaneDiTConfig
-from models.unets.plane_unet import PlaneUNetConfig
-from tasks.diffusion_task import PreviewConfig, check_settings
-from tasks.latent_config import LatentConfig, LatentRunConfig
+from tasks.clip_config import ClipModelConfig, ClipRunConfig
 from utils.config import flag
-from utils.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class PlaneAutoencoderConfig:
-    """PVDM's autoencoder."""
-
-    path: str = flag("", "ae")
-    """Its export: the export/ folder or the run's folder of train_ae.py, or the release's model_last.pth. Of latents it may be left out:
-    then previews show latents."""
-    weights: Literal["ema", "model"] = "ema"
-    """Which of the export's weights; ema falls back to model where there is no average."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PlaneModelConfig:
+class PlaneModelConfig(ClipModelConfig):
     """A named size, and changes to it: 0 or empty keeps what the size has."""
 
     name: str = flag("PVDM-L", "model", "model-name")
     """PVDM-{S,L}, the UNet of the paper, or PlaneDiT-{S,B,L,XL}/{1,2,4}, a transformer over the same latents."""
-    conditional: bool = True
-    """The latent of the clip before is an input, so that videos can go on. Off: single clips only."""
-    model_channels: int = 0
-    """UNet: width of its first level."""
-    channel_mult: tuple[int, ...] = ()
-    """UNet: width of each level, in model_channels."""
-    num_res_blocks: int = 0
-    """UNet: residual blocks of a level."""
     attention_resolutions: tuple[int, ...] = ()
     """UNet: levels with attention inside each plane, by their downsampling factors."""
     head_channels: int = 0
     """UNet: width of an attention head; then num_heads does not count."""
-    use_scale_shift_norm: bool = True
-    """UNet: the step scales and shifts features after their norm; off: it is added before."""
-    resblock_updown: bool = True
-    """UNet: residual blocks change the resolution; off: a convolution does."""
-    dropout: float = 0.0
-    """UNet: inside residual blocks."""
-    patch_size: int = 0
-    """Transformer: side of the patches."""
-    hidden_size: int = 0
-    """Transformer: its width."""
-    depth: int = 0
-    """Transformer: its blocks."""
-    mlp_ratio: float = 0.0
-    """Transformer: hidden width of the MLPs over hidden_size."""
-    num_heads: int = 0
-    """Attention heads."""
-    init_from: str = flag("", "init-from")
-    """Export, run or released checkpoint (ema_model_<it>.pth) of a denoiser whose weights the run starts from; empty: a fresh start."""
-
-    def changes(self) -> dict[str, Any]:
-        """What differs from the named size."""
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in ("name", "init_from")}
-        default = PlaneModelConfig()
-        return {name: value for name, value in own.items() if value != getattr(default, name)}
 
 
 @dataclasses.dataclass(frozen=True)
-class PVDMRunConfig(LatentRunConfig):
+class PVDMRunConfig(ClipRunConfig):
     """Trains PVDM's denoiser."""
 
     system: str = "pvdm"
     """Which of the toolkit's systems."""
-    optim: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(lr=1e-4, weight_decay=0.01))
-    ema: EmaConfig = dataclasses.field(default_factory=lambda: EmaConfig(warmup=True, every=25))
-    latent: LatentConfig = dataclasses.field(default_factory=lambda: LatentConfig(scale=1.0))
-    diffusion: DiffusionConfig = dataclasses.field(default_factory=lambda: DiffusionConfig(schedule="quad", variance="fixed_small"))
-    preview: PreviewConfig = dataclasses.field(default_factory=lambda: PreviewConfig(samples=4, steps=100, guidance=1.0))
-    ae: PlaneAutoencoderConfig = dataclasses.field(default_factory=PlaneAutoencoderConfig)
     model: PlaneModelConfig = dataclasses.field(default_factory=PlaneModelConfig)
-    cond_prob: float = flag(0.3, "cond-prob")
-    """Share of samples that are learnt as the continuation of the clip before them; the others are told of no clip before.
-    0: no sample is, as sets of single clips need."""
 
-    def __post_init__(self) -> None:
-        if self.diffusion.process == "flow" and self.diffusion.schedule == "quad":
-            # The stage's own default, which says nothing of a flow.
-            object.__setattr__(self, "diffusion", dataclasses.replace(self.diffusion, schedule="linear"))
-
-    def validate(self) -> None:
-        """Raises ConfigError on settings and combinations that cannot work."""
-        super().validate()
-        if not 0 <= self.cond_prob <= 1:
-            raise ConfigError(f"--cond-prob {self.cond_prob}: a share, from 0 (no clip goes on) to 1")
-        if self.cond_prob and not self.model.conditional:
-            raise ConfigError(f"--cond-prob {self.cond_prob}: with model.conditional off no clip goes on after another; give --cond-prob 0")
-        if self.condition.use_text_embed:
-            raise ConfigError("--use-text-embed: PVDM's denoisers take class labels, no vectors; drop the flag")
-        check_settings(_family(self.model.name), self.model.name, self.condition, self.preview, self.diffusion, "--model")
-        side = 1024 * (self.model.patch_size or 1)  # the latents are not known yet
-        denoiser_size(self, latent_res=(side, side), latent_frames=side)
-
-
-def _family(name: str) -> str:
-    return "PVDM" if name.startswith("PVDM") else "PlaneDiT"
-
-
-def denoiser_size(config: PVDMRunConfig, **overrides: object) -> PlaneUNetConfig | PlaneDiTConfig:
-    """Config of the network that the settings name. Raises ConfigError with the nearest name, or for sizes that cannot be."""
-    learned = learned_variance(config.diffusion)
-    changed = config.model.changes() | ({"learn_sigma": True} if learned else {})
-    family = _family(config.model.name)
-    if learned and family == "PVDM":
-        raise ConfigError(
-            f"diffusion.variance learned_range: the UNet {config.model.name} has no channels for it; use fixed_small, or a PlaneDiT"
-        )
-    try:
-        found = models.resolve(config.model.name, family, **changed, **overrides)
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from None
-    assert isinstance(found, PlaneUNetConfig | PlaneDiTConfig)
-    return found
+    title: ClassVar[str] = "PVDM"
+    families: ClassVar[tuple[str, str]] = ("PVDM", "PlaneDiT")

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from engine.task import Batch, Task
 from launch.env import Env
 from pipelines.pvdm_loading import load_pvdm_autoencoder
+from tasks.clip_latents import ClipSpace
 from tasks.clips import ClipInfo, StoredLatents
 from tasks.latent import LatentTask
-from tasks.plane_latents import PlaneSpace
 from tasks.pvdm import pvdm_task
 from tasks.pvdm_config import PVDMRunConfig
 from tests.latte_exports import randomised
@@ -43,8 +43,8 @@ def task(ae: Path | None, *argv: str, clips: ClipInfo = CLIPS, model: list[str] 
     return pvdm_task(config(*argv, model=model), load_pvdm_autoencoder(ae) if ae else None, clips, ENV)
 
 
-def space_of(made: LatentTask) -> PlaneSpace:
-    assert isinstance(made.space, PlaneSpace)
+def space_of(made: LatentTask) -> ClipSpace:
+    assert isinstance(made.space, ClipSpace)
     return made.space
 
 
