@@ -9,6 +9,7 @@ are kept, so the same line goes on where it was stopped. Exit status: 0 done; 75
 2 wrong settings; 1 any other error.
 """
 
+import dataclasses
 import json
 import sys
 from functools import partial
@@ -54,6 +55,8 @@ def generate(config: SampleConfig, env: Env) -> None:
     """Write the missing samples of this configuration; the processes share them."""
     state = PartialState(cpu=env.device.type == "cpu")
     job = SYSTEMS[config.system].job(config, env.device)
+    if config.long and not config.num_frames:
+        config = dataclasses.replace(config, num_frames=job.n_frames)
     folder = config.out
     _check_settings(job, config)
     names = [job.name(i) for i in range(config.num_samples)]
@@ -73,7 +76,7 @@ def generate(config: SampleConfig, env: Env) -> None:
     state.wait_for_everyone()
     if env.is_main:
         columns = len(job.labels) if 1 < len(job.labels) <= 10 else 0
-        if config.mode == "long":
+        if config.long:
             write_long_grid(folder, names[:GRID_LIMIT], job.fps, config.num_frames, columns)
         else:
             _write_grid(job, folder, names[:GRID_LIMIT], columns, config.gif)
@@ -85,7 +88,7 @@ def generate(config: SampleConfig, env: Env) -> None:
 def _generate_share(job: SampleJob, config: SampleConfig, mine: list[int], env: Env) -> None:
     """This process's samples, each written as soon as it is there."""
     # Exact long videos are made one by one, so that stopping loses no more than one clip.
-    long = _long(job) if config.mode == "long" else None
+    long = _long(job) if config.long else None
     batch = 1 if long and config.exact else config.batch_size
     clips = len(mine) * (count_clips(long, config.num_frames) if long else 1)
     with tqdm(total=clips, desc="samples of rank 0", unit="clip", disable=None if env.is_main else True) as bar:
@@ -119,7 +122,7 @@ def _long(job: SampleJob) -> LongJob:
 def _written(job: SampleJob, config: SampleConfig, name: str) -> bool:
     """Whether all files of a sample are there; a long one may have been shorter before."""
     files = [config.out / f"{name}{ending}.mp4" for ending in job.endings] + [config.out / f"{name}.gif"] * config.gif
-    return all(file.is_file() for file in files) and (config.mode == "short" or count_frames(files[0]) == config.num_frames)
+    return all(file.is_file() for file in files) and (not config.long or count_frames(files[0]) == config.num_frames)
 
 
 def _check_settings(job: SampleJob, config: SampleConfig) -> None:
@@ -134,7 +137,7 @@ def _check_settings(job: SampleJob, config: SampleConfig) -> None:
         raise UserError(f"{path} is damaged: delete {folder}, or choose another --out") from None
     wanted = json.loads(json.dumps(job.settings())) | _length(config)
     found = {"mode": "short"} | found
-    longer = found.get("num_frames", 0) if config.mode == found["mode"] == "long" else 0
+    longer = found.get("num_frames", 0) if config.long and config.mode == found["mode"] else 0
     differ = [key for key, value in wanted.items() if found.get(key) != value and not (key == "num_frames" and longer)]
     if differ:
         raise UserError(f"{folder} holds samples of other settings ({', '.join(differ)} differ): choose another --out, or delete it")
@@ -144,7 +147,7 @@ def _check_settings(job: SampleJob, config: SampleConfig) -> None:
 
 def _length(config: SampleConfig) -> dict[str, Any]:
     """What a record of long videos says beyond the settings of the job."""
-    return {"mode": "long", "num_frames": config.num_frames} if config.mode == "long" else {"mode": "short"}
+    return {"mode": config.mode} | ({"num_frames": config.num_frames} if config.long else {})
 
 
 def _write_settings(job: SampleJob, config: SampleConfig, names: list[str]) -> None:

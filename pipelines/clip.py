@@ -69,6 +69,11 @@ class ClipPipeline(ABC):
         """The latents of an autoencoder, or of a denoiser, in words; they fit when the words are the same."""
 
     @property
+    def bounded(self) -> bool:
+        """Whether latents are as the autoencoder makes them, which lie in [-1, 1]."""
+        return (self.scale, self.shift) == (1.0, 0.0)
+
+    @property
     def num_classes(self) -> int:
         """Classes that can be asked for; 0: none."""
         return self.denoiser.config.num_classes if self.denoiser is not None else 0

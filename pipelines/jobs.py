@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -28,13 +28,14 @@ class SampleConfig:
     """Folder to write to. Samples that are already there with the same settings are kept."""
     num_samples: int = 16
     """Clips, or long videos, to generate."""
-    mode: Literal["short", "long"] = "short"
+    mode: Literal["short", "long", "i2v"] = "short"
     """short: clips as long as in training. long: videos of --num-frames frames, made clip after clip and written as they come. One that
-    was stopped goes on at its last clip, whose latents are kept in <out>/latents; more --num-frames make it longer."""
+    was stopped goes on at its last clip, whose latents are kept in <out>/latents; more --num-frames make it longer. i2v: the same,
+    beginning at a given picture (HVDM)."""
     num_frames: int = 0
     """Frames of a long video, any number: the last clip is cut."""
     continue_from: str = ""
-    """Long: a folder of shorter videos of the same settings; theirs are copied and go on in --out, as if made there from the start."""
+    """Long, i2v: a folder of shorter videos of the same settings; theirs are copied and go on in --out, as if made there from the start."""
     classes: tuple[str, ...] = ()
     """Classes by number or name, in turn; none given, or `all`: all of them."""
     seed: int = flag(0, "global-seed")
@@ -52,8 +53,18 @@ class SampleConfig:
     timeout: float = 1800.0
     """Seconds that a process waits for the others."""
 
+    modes: ClassVar[tuple[str, ...]] = ("short", "long")
+    """Those that the system has; one that others have too it may refuse for a reason of its own."""
+
+    @property
+    def long(self) -> bool:
+        """Whether samples are made clip after clip."""
+        return self.mode != "short"
+
     def validate(self) -> None:
         """Raises ConfigError on settings that cannot work."""
+        if self.mode not in self.modes:
+            raise ConfigError(f"--mode {self.mode}: {self.system} makes {' and '.join(self.modes)} videos only")
         self.at_least(1, "num_samples", "batch_size")
         self.at_least(0, "num_frames")
         if not 0 <= self.fps < float("inf"):
