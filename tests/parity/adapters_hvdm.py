@@ -1,6 +1,10 @@
 """Checks of HVDM: crop and resize of its data."""
 
-from tests.parity import adapters_hvdm_unet  # noqa: F401 - registers its checks
+from tests.parity import (
+    adapters_hvdm_diffusion,  # noqa: F401 - registers its checks
+    adapters_hvdm_train,  # noqa: F401 - registers its checks
+    adapters_hvdm_unet,  # noqa: F401 - registers its checks
+)
 from tests.parity.case import Case, adapter
 from tests.parity.data_cases import resized
 

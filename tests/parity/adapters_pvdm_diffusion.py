@@ -31,8 +31,8 @@ def process(case: Case, **changed: Any) -> GaussianDiffusion:
     """The process of a case: roots of beta on a straight line (which the release calls linear), the posterior's variance."""
     ends = {"beta_start": case.config("linear_start", 0.0), "beta_end": case.config("linear_end", 0.0)}
     assert not case.config("v_posterior", 0.0) and case.config("beta_schedule", "linear") == "linear", "the release's only choices"
-    kind = {"steps": case.config("timesteps", 1000), "predict": case.config("parameterization", "eps")}
-    built = build(DiffusionConfig(**kind, schedule="quad", variance="fixed_small", **ends, **changed))
+    kind = {"steps": case.config("timesteps", 1000), "predict": case.config("parameterization", "eps")} | changed
+    built = build(DiffusionConfig(**kind, schedule="quad", variance="fixed_small", **ends))
     assert isinstance(built, GaussianDiffusion)
     return built
 
@@ -80,7 +80,11 @@ def guided(case: Case, model: Callable[..., Tensor], previous: Tensor | None) ->
 
 @adapter("pvdm", "schedule")
 def check_schedule(case: Case) -> None:
-    diffusion = process(case)
+    expect_tables(case, process(case))
+
+
+def expect_tables(case: Case, diffusion: GaussianDiffusion) -> None:
+    """All tables, and the times of DDIM, that a case recorded."""
     ours = {name: torch.from_numpy(table) for name, table in diffusion.tables.items()}
     # The release clips the variance at 1e-20, which is reached at index 0 only; ours has the next entry there, and nothing reads either.
     ours["posterior_log_variance_clipped"] = torch.from_numpy(np.log(diffusion.tables["posterior_variance"].clip(1e-20)))
