@@ -1,9 +1,11 @@
-"""Reconstruction losses of the autoencoders (spec, cmd.md section 4, latte.md section 4.3). All give one value per sample, (B,)."""
+"""Reconstruction losses of the autoencoders (spec, cmd.md section 4, latte.md 4.3, hvdm.md 5). All give one value per sample, (B,)."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from models.layers.wavelet import haar3d
 
 
 def l1(target: Tensor, recon: Tensor) -> Tensor:
@@ -14,6 +16,14 @@ def l1(target: Tensor, recon: Tensor) -> Tensor:
 def mse(target: Tensor, recon: Tensor) -> Tensor:
     """Mean squared error of clips or frames (B, ...)."""
     return (target - recon).square().flatten(1).mean(1)
+
+
+def subbands(target: Tensor, recon: Tensor) -> Tensor:
+    """Mean absolute difference of the 3-D Haar coefficients of clips (B, C, T, h, w): the mean over the eight subbands.
+
+    The release's term, (4/8) times the sum over the subbands, is 4 times this. Raises ValueError for odd sizes.
+    """
+    return haar3d(target - recon).abs().flatten(1).mean(1)  # of the difference: the transform is linear
 
 
 def kl_to_standard(mean: Tensor, logvar: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engine.task import Batch, LossOutput, Network
 from pipelines.loading import Loaded
-from tasks.clip_autoencoder_config import ClipAutoencoderConfig
+from tasks.clip_autoencoder_config import ClipAutoencoderRunConfig
 from tasks.clips import ClipInfo, Networks, empty_batch, units
 from tasks.reconstruction import (
     adversarial_terms,
@@ -49,7 +49,7 @@ class ClipAutoencoder:
 class ClipAutoencoderTask:
     """Trains `ae` with a frozen `perceptual` and, when enabled, against `disc`."""
 
-    def __init__(self, config: ClipAutoencoderConfig, clips: ClipInfo, autoencoder: ClipAutoencoder) -> None:
+    def __init__(self, config: ClipAutoencoderRunConfig, clips: ClipInfo, autoencoder: ClipAutoencoder) -> None:
         self.name = f"{config.system}-autoencoder"
         self.config = config
         self.clips = clips

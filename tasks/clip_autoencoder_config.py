@@ -70,7 +70,7 @@ class ClipLossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipAutoencoderConfig(RunConfig):
+class ClipAutoencoderRunConfig(RunConfig):
     """Trains an autoencoder of whole clips."""
 
     system: str = ""

@@ -3,7 +3,7 @@
 import dataclasses
 
 from models.autoencoders.pvdm import PVDMAEConfig
-from tasks.clip_autoencoder_config import ClipAutoencoderConfig, TokenModelConfig, network_config
+from tasks.clip_autoencoder_config import ClipAutoencoderRunConfig, TokenModelConfig, network_config
 from tasks.clips import ClipInfo
 from utils.config import flag
 
@@ -19,7 +19,7 @@ class PVDMModelConfig(TokenModelConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class PVDMAutoencoderConfig(ClipAutoencoderConfig):
+class PVDMAutoencoderConfig(ClipAutoencoderRunConfig):
     """Trains PVDM's autoencoder."""
 
     system: str = "pvdm"

@@ -1,6 +1,6 @@
 """Losses that the autoencoders of clips share: pixels, a perceptual distance on one frame of each clip, and a pair of discriminators.
 
-Spec, cmd.md section 4 and pvdm.md section 5.1. A task adds terms of its own to those of `reconstruction_terms`.
+Spec, cmd.md section 4, pvdm.md section 5.1 and hvdm.md section 5. A task adds terms of its own to those of `reconstruction_terms`.
 """
 
 import torch
@@ -10,11 +10,11 @@ from engine.config import OptimConfig
 from engine.task import LossOutput, Network
 from losses import perceptual
 from losses.adversarial import discriminator_loss, feature_matching, generator_loss
-from losses.reconstruction import l1, mse, pick_frame
+from losses.reconstruction import l1, mse, pick_frame, subbands
 from losses.reconstruction import perceptual as perceptual_distance
 from metrics.frames import SSIM_WINDOW, psnr, ssim
 from models.discriminators import DiscriminatorConfig, Discriminators
-from models.official.pvdm import import_criterion
+from models.official.criterion import import_criterion
 from tasks.clips import Networks
 from tasks.reconstruction_config import AdversarialConfig, PerceptualConfig
 from utils.errors import UserError
@@ -83,11 +83,11 @@ def loss_frame(rng: SampleRng, frames: int) -> Tensor:
 
 
 def reconstruction_terms(networks: Networks, factors: dict[str, float], clips: Tensor, recon: Tensor, frame: Tensor) -> Terms:
-    """Distances of `recon` from `clips` (both b 3 t h w): `l1` and `l2` over all, `perceptual` on frame[b] of each, where their factor
-    is not 0 and the network is there.
+    """Distances of `recon` from `clips` (both b 3 t h w): `l1`, `l2` and `subbands` over all, `perceptual` on frame[b] of each, where
+    their factor is not 0 and the network is there.
     """
     terms: Terms = {}
-    for name, error in (("l1", l1), ("l2", mse)):
+    for name, error in (("l1", l1), ("l2", mse), ("subbands", subbands)):
         if factors.get(name):
             terms[name] = (factors[name], error(clips, recon))
     if "perceptual" in networks and factors.get("perceptual"):

@@ -2,6 +2,7 @@
 
 from tests.parity import (
     adapters_hvdm_diffusion,  # noqa: F401 - registers its checks
+    adapters_hvdm_net,  # noqa: F401 - registers its checks
     adapters_hvdm_train,  # noqa: F401 - registers its checks
     adapters_hvdm_unet,  # noqa: F401 - registers its checks
 )
