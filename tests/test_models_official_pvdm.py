@@ -9,6 +9,7 @@ import torch
 
 from models.autoencoders.pvdm import PVDMAEConfig, PVDMAutoencoder
 from models.discriminators import DiscriminatorConfig, Discriminators
+from models.official import criterion as official_criterion
 from models.official import pvdm
 
 MANIFEST = json.loads((Path(__file__).parent / "parity" / "data" / "pvdm_statedict_manifest.json").read_text())
@@ -106,16 +107,16 @@ def test_wrong_state_dicts_are_named():
 
 
 def test_the_release_s_criterion():
-    criterion = pvdm.import_criterion({f"module.{name}": value for name, value in empty("first_stage_loss").items()})
+    criterion = official_criterion.import_criterion({f"module.{name}": value for name, value in empty("first_stage_loss").items()})
     with torch.device("meta"):
         discriminators = Discriminators(DiscriminatorConfig())
     assert shapes(criterion.discriminators) == shapes(discriminators.state_dict())
     assert len(criterion.trunk) == 26 and criterion.trunk["features.28.weight"].shape == (512, 512, 3, 3)
     assert criterion.heads["lin4.model.1.weight"].shape == (1, 512, 1, 1)
-    back = pvdm.export_criterion(criterion)
+    back = official_criterion.export_criterion(criterion)
     assert shapes(back) == MANIFEST["first_stage_loss"] and back["perceptual_loss.scaling_layer.shift"].flatten()[0] == pytest.approx(-0.03)
     with pytest.raises(ValueError, match=r"no tensor of it is called discriminator_2d"):
-        pvdm.import_criterion(empty("autoencoder"))
+        official_criterion.import_criterion(empty("autoencoder"))
     damaged = {name: value for name, value in empty("first_stage_loss").items() if "lin3" not in name}
     with pytest.raises(ValueError, match=r"missing perceptual_loss\.lin3\.model\.1\.weight"):
-        pvdm.import_criterion(damaged)
+        official_criterion.import_criterion(damaged)

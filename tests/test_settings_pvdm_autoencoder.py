@@ -9,7 +9,8 @@ import torch
 
 from models.autoencoders.pvdm import PVDMAEConfig
 from models.discriminators import DiscriminatorConfig, Discriminators
-from models.official.pvdm import Criterion, export_autoencoder, export_criterion
+from models.official.criterion import Criterion, export_criterion
+from models.official.pvdm import export_autoencoder
 from tasks.pvdm_autoencoder_config import PVDMAutoencoderConfig
 from tests.pvdm_stage import CLIPS, batch, config, export, modules, task
 from utils.config import load_config

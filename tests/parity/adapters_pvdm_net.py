@@ -6,7 +6,8 @@ from torch import Tensor
 from losses.perceptual import lpips_distance
 from models.autoencoders.pvdm import PVDMAEConfig, PVDMAutoencoder
 from models.layers.rotary import Tables, grid_scales, grid_tables, rotate, time_rates, time_tables
-from models.official.pvdm import VGG_CONVOLUTIONS, autoencoder_config, export_autoencoder, import_autoencoder, import_criterion
+from models.official.criterion import VGG_CONVOLUTIONS, import_criterion
+from models.official.pvdm import autoencoder_config, export_autoencoder, import_autoencoder
 from tests.parity.case import Case, adapter
 from tests.parity.hash_fill import fill_case, hashed_input
 
