@@ -1,4 +1,4 @@
-"""Train the denoiser of a one-stage latent model on latents, or on clips that a frozen autoencoder encodes as it goes (Latte, PVDM).
+"""Train the denoiser of a one-stage latent model on latents, or on clips that a frozen autoencoder encodes as it goes (Latte, PVDM, HVDM).
 
   torchrun --standalone --nproc_per_node 2 train_dit.py --config configs/latte/tiny.yaml --data-path LATENTS --ae RUN
   python train_dit.py --nproc_per_node 2 --config configs/latte/tiny.yaml --data-path SHARDS --ae RUN
@@ -12,20 +12,23 @@ from engine.loop import fit
 from engine.plan import report
 from launch.env import Env, distributed
 from launch.run import parse_launch, run_main
-from tasks import latte, pvdm
+from tasks import hvdm, latte, pvdm
+from tasks.hvdm_config import HVDMRunConfig
 from tasks.latent import LatentTask
 from tasks.latent_config import LatteRunConfig
 from tasks.pvdm_config import PVDMRunConfig
 from utils.config import dump_yaml, load_config, to_dict
 
 PROG = "train_dit.py"
-Config = LatteRunConfig | PVDMRunConfig
-SCHEMAS: dict[str, type[Config]] = {"latte": LatteRunConfig, "pvdm": PVDMRunConfig}
+Config = LatteRunConfig | PVDMRunConfig | HVDMRunConfig
+SCHEMAS: dict[str, type[Config]] = {"latte": LatteRunConfig, "pvdm": PVDMRunConfig, "hvdm": HVDMRunConfig}
 
 
 def build(config: Config, env: Env) -> tuple[LatentTask, ClipSource, ClipSource | None]:
     """Task, training samples and validation samples of the config's system."""
-    return pvdm.build(config, env) if isinstance(config, PVDMRunConfig) else latte.build(config, env)
+    if isinstance(config, PVDMRunConfig):
+        return pvdm.build(config, env)
+    return hvdm.build(config, env) if isinstance(config, HVDMRunConfig) else latte.build(config, env)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from typing import Any
@@ -28,12 +28,14 @@ from datasets.pairs import PairReader
 from datasets.picks import Picker, Picks, places
 from datasets.reader import ClipReader
 from datasets.shards import ShardSet
+from datasets.strides import StrideReader, open_strides
 from utils.errors import UserError
 from utils.rng import SampleRng
 
 Batch = dict[str, torch.Tensor]
 Item = tuple[Batch, list[Fault]] | UserError
 """A micro-batch and the bad samples that were replaced in it; or why there is none."""
+Reader = ClipReader | PairReader | StrideReader
 MAX_THREADS = 2
 MAX_ATTEMPTS = 64
 """Substitutes that are tried for a bad sample."""
@@ -46,7 +48,7 @@ class ClipSource(Dataset[Item]):
     (b, *shape) in the stored type; `label` int64 (b,), 0 when unlabelled; `index` int64 (b,), position in the endless sequence;
     `cond` float32 (b, numbers) where condition vectors are stored.
     With `data.previous` twice as many frames, of which the clip is the second half, and `has_previous` bool (b,): false where the
-    first half is black for want of frames. With `data.images` also `images`, as many frames of other clips in place of t, and
+    first half is black for want of frames; with `strides` also `stride` int64 (b,), which of them its frames are apart. With `data.images` also `images`, as many frames of other clips in place of t, and
     `image_label` int64 (b, images).
     Rank r has the r-th contiguous part of each global batch, cut into `accumulation` contiguous micro-batches. Raises ConfigError
     when a global batch does not divide or exceeds the set. Bad samples are errors, or replaced, as `data.on_bad_sample` says.
@@ -62,7 +64,9 @@ class ClipSource(Dataset[Item]):
         accumulation: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        strides: Sequence[int] = (),
     ) -> None:
+        """`strides`: distances of frames, one of which each sample draws, in place of `data.frame_interval`."""
         self.shards = shards = Collection.over(shards)
         self.data, self.seed = resolve(data, shards), seed
         window = self.data.shuffle_shards if self.data.shuffle == "block" else 0
@@ -77,12 +81,7 @@ class ClipSource(Dataset[Item]):
             world=world_size,
             shard=None if not window else shards.shard if single is None else shards.shard[single.sample],
         )
-        interval = self.data.frame_interval
-        self.reader: ClipReader | PairReader = (
-            PairReader(shards, self.data.n_frames, interval=interval)
-            if self.data.previous
-            else ClipReader(shards, self.data.n_frames, interval=interval, rule=self.data.clip_rule)
-        )
+        self.reader = _reader(shards, self.data, strides)
         self.image_reader = ClipReader(shards, 1, handles=self.reader.handles)
         self.picker = Picker(self.order, self.reader, seed, single)
         self.faults = FaultLog(shards, self.data.max_bad_share, rank=rank) if self.data.on_bad_sample == "skip" else None
@@ -113,13 +112,11 @@ class ClipSource(Dataset[Item]):
 
         form = self.shards.cond
         vectors = np.empty((len(indices), form.values), dtype=np.float32) if form else None
-        samples, stored, faults = self._read(self.reader, len(indices), pick, vectors)
+        samples, starts, stored, faults = self._read(self.reader, len(indices), pick, vectors)
         batch = self._tensors(stored, self._mirrored("data/flip", indices))
         if vectors is not None:
             batch["cond"] = torch.from_numpy(vectors)
-        if isinstance(self.reader, PairReader):
-            batch["has_previous"] = torch.from_numpy(self.reader.has_previous(samples))
-        return batch | {"label": torch.from_numpy(self.shards.label[samples])}, faults
+        return batch | self.reader.beside(samples, starts) | {"label": torch.from_numpy(self.shards.label[samples])}, faults
 
     def _images(self, indices: np.ndarray) -> tuple[Batch, list[Fault]]:
         """The images beside the clips at these positions, and the bad ones that others were put in place of."""
@@ -129,28 +126,29 @@ class ClipSource(Dataset[Item]):
         def pick(rows: np.ndarray, attempt: int) -> Picks:
             return self.picker.images(positions[rows], slots[rows], attempt)
 
-        samples, stored, faults = self._read(self.image_reader, len(positions), pick)
+        samples, _, stored, faults = self._read(self.image_reader, len(positions), pick)
         columns = [self._mirrored(f"data/image/{slot}/flip", indices) for slot in range(self.data.images)]
         (images,) = self._tensors(stored.reshape(*shape, -1), np.stack(columns, axis=1)).values()
         return {"images": images, "image_label": torch.from_numpy(self.shards.label[samples].reshape(shape))}, faults
 
     def _read(
-        self, reader: ClipReader | PairReader, count: int, pick: Callable[[np.ndarray, int], Picks], vectors: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray, list[Fault]]:
-        """Samples of `count` rows, what is stored of them, uint8 (count, frames, bytes), and those that others were put in place of.
+        self, reader: Reader, count: int, pick: Callable[[np.ndarray, int], Picks], vectors: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Fault]]:
+        """Samples of `count` rows, where their windows begin, what is stored of them, uint8 (count, frames, bytes), and those that others
+        were put in place of.
 
         `pick(rows, attempt)`: what is read into these rows; `vectors` is filled with their condition vectors.
         """
-        samples, out = np.empty(count, dtype=np.int64), reader.empty(count)
+        samples, starts, out = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64), reader.empty(count)
         wanted, found = np.arange(count), list[Fault]()
         for attempt in range(MAX_ATTEMPTS):
-            samples[wanted], starts = pick(wanted, attempt)
-            faults = reader.fill(out, wanted, samples[wanted], starts)
+            samples[wanted], starts[wanted] = pick(wanted, attempt)
+            faults = reader.fill(out, wanted, samples[wanted], starts[wanted])
             if vectors is not None:
                 good = np.delete(np.arange(len(wanted)), [k for k, _ in faults])
                 faults += [(good[k], fault) for k, fault in reader.fill_vectors(vectors, wanted[good], samples[wanted[good]])]
             if not faults:
-                return samples, out, found
+                return samples, starts, out, found
             if self.faults is None:
                 raise UserError(faults[0][1].text)
             found += [fault for _, fault in faults]
@@ -252,6 +250,15 @@ class ClipSource(Dataset[Item]):
                 collate_fn=_as_is,
             )
         )
+
+
+def _reader(shards: Collection, data: DataConfig, strides: Sequence[int]) -> Reader:
+    """What reads the clips of a stream. Raises ConfigError for distances that it cannot have."""
+    if strides:
+        return open_strides(shards, data, strides)
+    if data.previous:
+        return PairReader(shards, data.n_frames, interval=data.frame_interval)
+    return ClipReader(shards, data.n_frames, interval=data.frame_interval, rule=data.clip_rule)
 
 
 def _as_is(item: Any) -> Any:

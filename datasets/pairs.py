@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from datasets.faults import Fault
+from datasets.handles import Handles
 from datasets.mixture import Collection
 from datasets.reader import ClipReader
 
@@ -15,8 +16,9 @@ class PairReader:
     `has_previous` says for which samples they are. Otherwise as a ClipReader.
     """
 
-    def __init__(self, shards: Collection, n_frames: int, *, interval: int = 1) -> None:
-        self._both = ClipReader(shards, 2 * n_frames, interval=interval)
+    def __init__(self, shards: Collection, n_frames: int, *, interval: int = 1, handles: Handles | None = None) -> None:
+        """`handles`: those of another reader of the same shards, whose open files are shared."""
+        self._both = ClipReader(shards, 2 * n_frames, interval=interval, handles=handles)
         self._alone = ClipReader(shards, n_frames, interval=interval, handles=self._both.handles)
         self.shards, self.handles, self.n_frames = shards, self._both.handles, n_frames
 
@@ -28,6 +30,10 @@ class PairReader:
         """How many windows each sample has, int64 (b,)."""
         both = self._both.windows(samples)
         return np.where(both > 0, both, self._alone.windows(samples))
+
+    def beside(self, samples: np.ndarray, starts: np.ndarray) -> dict[str, torch.Tensor]:
+        """`has_previous`, bool (b,)."""
+        return {"has_previous": torch.from_numpy(self.has_previous(samples))}
 
     def empty(self, count: int) -> np.ndarray:
         """Room for `count` samples, uint8 (count, 2 n_frames, bytes)."""

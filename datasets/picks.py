@@ -13,6 +13,7 @@ from datasets.order import NEAR, Order
 from datasets.pairs import PairReader
 from datasets.reader import ClipReader
 from datasets.single_frames import SingleFrames
+from datasets.strides import StrideReader
 from utils.rng import SampleRng, hash_indices
 
 Picks = tuple[np.ndarray, np.ndarray]
@@ -24,7 +25,7 @@ class Picker:
     """Picks by position of the endless sequence."""
 
     order: Order
-    reader: ClipReader | PairReader
+    reader: ClipReader | PairReader | StrideReader
     """Knows how many windows a sample has."""
     seed: int
     single: SingleFrames | None = None

@@ -77,6 +77,10 @@ class ClipReader:
             first = last
         return found
 
+    def beside(self, samples: np.ndarray, starts: np.ndarray) -> dict[str, torch.Tensor]:
+        """What a batch says of these windows beside their frames."""
+        return {}
+
     def fill(self, out: np.ndarray, rows: np.ndarray, samples: np.ndarray, starts: np.ndarray) -> list[tuple[int, Fault]]:
         """Reads sample k into row `rows[k]` of `out`, uint8 (b, rows, bytes). Returns (k, fault) for those that are bad."""
         known, left = self.shards.bad_samples, np.ones(len(samples), dtype=bool)

@@ -88,6 +88,11 @@ class ClipRunConfig(LatentRunConfig):
             object.__setattr__(self, "diffusion", dataclasses.replace(self.diffusion, schedule="linear"))
 
     @property
+    def strides(self) -> tuple[int, ...]:
+        """Distances of frames that samples draw from; none: that of `data`."""
+        return ()
+
+    @property
     def family(self) -> str:
         """That of the named size."""
         unet, transformer = self.families

@@ -31,7 +31,7 @@ def open_stream(system: ClipSystem, config: ClipRunConfig, ae: Loaded | None, en
     """
     frames = config.data.n_frames or (ae.config.clip_frames if ae is not None else 0)
     data, lacking = dataclasses.replace(config.data, n_frames=frames), system.no_autoencoder if ae is None else ""
-    clips, source, valid = open_clips(config, data, env, pairs=config.cond_prob > 0, no_pixels=lacking)
+    clips, source, valid = open_clips(config, data, env, pairs=config.cond_prob > 0, strides=config.strides, no_pixels=lacking)
     check_held_out(clips, valid, labels=config.condition.num_classes != 0, vectors=False)
     if clips.previous and config.cond_prob:
         _check_lengths(config, source, clips.n_frames)
@@ -40,7 +40,7 @@ def open_stream(system: ClipSystem, config: ClipRunConfig, ae: Loaded | None, en
 
 def _check_lengths(config: ClipRunConfig, source: ClipSource, frames: int) -> None:
     """Raises ConfigError where no clip has frames before it, so that nothing could be learnt of going on."""
-    needed = (2 * frames - 1) * source.data.frame_interval + 1
+    needed = (2 * frames - 1) * min(config.strides, default=source.data.frame_interval) + 1
     longest = int(source.shards.frames.max())
     if longest < needed:
         raise ConfigError(

@@ -57,6 +57,10 @@ class Told:
     """It is told which of the two its condition is."""
     dynamics: Dynamics | None = None
     """It is told the class of motion."""
+    strides: int = 0
+    """It is told which of so many distances the frames have."""
+    stride_dropout: float = 0.0
+    """Share of samples of which it is not."""
 
 
 ALONE = Told()
@@ -120,8 +124,9 @@ class ClipSpace(TiedLatents):
             given["task"] = on_device(task, learnt.target.device)
         if self.told.dynamics is not None and learnt.energy is not None:
             given["dynamics"] = self.told.dynamics.told(learnt.energy, rng)
-        if "stride" in batch:
-            given["stride"] = batch["stride"]
+        if self.told.strides:
+            dropped = rng.uniform("stride-dropout") < self.told.stride_dropout
+            given["stride"] = torch.where(dropped, self.told.strides, batch["stride"])
         # The loss must not inherit the precision of the autoencoder's arithmetic.
         return self._normalised(learnt.target), given
 

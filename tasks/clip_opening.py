@@ -161,7 +161,7 @@ def _first_clips(config: ClipRunConfig, env: Env, count: int) -> Any:
     """(batch, its draws) of the first clips of the stream, one by one."""
     data = replace(config.data, flip=False, num_workers=0, weights=())
     shards = open_shards(data)
-    source = ClipSource(shards, resolve(data, shards), seed=config.train.seed, global_batch_size=1, accumulation=1, rank=0, world_size=1)
+    source = ClipSource(shards, resolve(data, shards), seed=config.train.seed, global_batch_size=1, strides=config.strides)
     for _, batch in zip(range(min(count, shards.num_samples)), source.batches(0), strict=False):
         here = {name: value if name == "index" else value.to(env.device) for name, value in batch.items()}
         yield here, SampleRng(config.train.seed, batch["index"], env.device)

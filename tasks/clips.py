@@ -96,9 +96,13 @@ class ClipInfo:
     """Single frames that the stream gives beside each clip."""
     previous: bool = False
     """The stream gives as many frames again, those before the clip."""
+    frame_interval: int = 1
+    """Distance of the frames in the stored clips."""
+    strides: tuple[int, ...] = ()
+    """Distances, one of which each sample draws in its place, and says which."""
 
     @classmethod
-    def of(cls, shards: Collection, data: DataConfig) -> "ClipInfo":
+    def of(cls, shards: Collection, data: DataConfig, strides: tuple[int, ...] = ()) -> "ClipInfo":
         """From open shard sets and their resolved settings."""
         return cls(
             n_frames=data.n_frames,
@@ -111,6 +115,8 @@ class ClipInfo:
             latents=StoredLatents.of(shards),
             images=data.images,
             previous=data.previous,
+            frame_interval=data.frame_interval,
+            strides=strides,
         )
 
     def card(self) -> dict[str, object]:
@@ -122,16 +128,26 @@ class ClipInfo:
             "image_size": list(self.image_size),
             "fps": self.fps,
             "classes": list(self.classes),
+            **({"frame_interval": self.frame_interval} if self.frame_interval != 1 else {}),
+            **({"frame_strides": list(self.strides)} if self.strides else {}),
         }
 
 
 def open_clips(
-    config: RunConfig, data: DataConfig, env: Env, *, latents: bool = True, pairs: bool = False, no_pixels: str = ""
+    config: RunConfig,
+    data: DataConfig,
+    env: Env,
+    *,
+    latents: bool = True,
+    pairs: bool = False,
+    strides: tuple[int, ...] = (),
+    no_pixels: str = "",
 ) -> tuple[ClipInfo, ClipSource, ClipSource | None]:
     """The training clips, and the validation clips when `data.val_path` is set; where `latents` is False they must be pixels.
     `no_pixels`: why they must be latents, where they must.
 
-    `pairs`: pixels come with what was before them, as with `data.previous`; latents say themselves whether they do.
+    `pairs`: pixels come with what was before them, as with `data.previous`; latents say themselves whether they do. `strides`: as of
+    ClipSource.
     Raises ConfigError or UserError naming the path.
     """
     if data.previous and not pairs:
@@ -142,9 +158,9 @@ def open_clips(
     if no_pixels and not shards.is_latent:
         raise ConfigError(no_pixels)
     data = resolve(dataclasses.replace(data, previous=data.previous or (pairs and not shards.is_latent)), shards)
-    source = _source(config, data, shards, env, config.train.global_batch_size)
+    source = _source(config, data, shards, env, config.train.global_batch_size, strides)
     if not data.val_path:
-        return ClipInfo.of(shards, data), source, None
+        return ClipInfo.of(shards, data, strides), source, None
     held_out = dataclasses.replace(data, path=(data.val_path,), weights=(), flip=False, shuffle="auto", dataset_name="")
     others = _open(held_out, env).numbered_after(shards.classes)
     _check_same_kind(shards, others)
@@ -155,7 +171,7 @@ def open_clips(
     if batch == 0:
         kind = "kept frames" if share else "clips"
         raise ConfigError(f"--val-path {data.val_path}: {count} {kind} are fewer than ranks x accumulation = {whole}")
-    return ClipInfo.of(shards, data), source, _source(config, held_out, others, env, batch)
+    return ClipInfo.of(shards, data, strides), source, _source(config, held_out, others, env, batch, strides)
 
 
 def _open(data: DataConfig, env: Env) -> Collection:
@@ -216,6 +232,8 @@ def empty_batch(clips: ClipInfo, batch_size: int) -> Batch:
     }
     if clips.previous:
         batch["has_previous"] = torch.empty(batch_size, dtype=torch.bool, device="meta")
+    if clips.strides:
+        batch["stride"] = torch.empty(batch_size, dtype=torch.int64, device="meta")
     if clips.images:
         (pictures,) = _empty_frames(clips, batch_size, clips.images).values()
         batch["images"] = pictures
@@ -234,7 +252,9 @@ def _empty_frames(clips: ClipInfo, batch_size: int, frames: int) -> Batch:
     return {name: torch.empty(batch_size, *shape, dtype=stored.dtype, device="meta") for name, shape in shapes.items()}
 
 
-def _source(config: RunConfig, data: DataConfig, shards: Collection, env: Env, global_batch_size: int) -> ClipSource:
+def _source(
+    config: RunConfig, data: DataConfig, shards: Collection, env: Env, global_batch_size: int, strides: tuple[int, ...]
+) -> ClipSource:
     return ClipSource(
         shards,
         data,
@@ -243,4 +263,5 @@ def _source(config: RunConfig, data: DataConfig, shards: Collection, env: Env, g
         accumulation=config.train.accumulation,
         rank=env.rank,
         world_size=env.world_size,
+        strides=strides,
     )

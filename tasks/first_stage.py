@@ -1,13 +1,15 @@
 """What the latent spaces of all systems share: the tie to one autoencoder, and the numbers that normalise."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from launch.env import Env
 from utils.errors import ConfigError, UserError
+
+Found = TypeVar("Found")
 
 _DIGITS = 12
 """Of a hash, as messages show it: 48 bits, which a checkpoint's numbers hold exactly."""
@@ -70,7 +72,7 @@ def _run(autoencoder: Mapping[str, Any]) -> tuple[str, Any]:
     return str(autoencoder.get("path")).removesuffix("/export"), autoencoder.get("weights")
 
 
-def on_main(env: Env, measure: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+def on_main(env: Env, measure: Callable[[], Found]) -> Found:
     """What the main process measures, on every rank. A UserError of it is raised on every rank, so that none waits for the others."""
     found: list[Any] = [None]
     if env.is_main:
@@ -82,7 +84,8 @@ def on_main(env: Env, measure: Callable[[], tuple[float, float]]) -> tuple[float
         dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
     if isinstance(found[0], UserError):
         raise found[0]
-    return found[0]
+    result: Found = found[0]
+    return result
 
 
 def unit_variance(mean: float, square: float) -> tuple[float, float]:

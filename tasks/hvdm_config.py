@@ -27,7 +27,7 @@ class DynamicsConfig:
     measure_clips: int = flag(256, "dynamics-clips")
     """Clips that are measured at the start to divide them into classes of equal size."""
     dropout: float = flag(0.15, "dynamics-dropout")
-    """Share of samples whose motion the network is not told, which guidance and sampling without it need."""
+    """Share of samples whose motion the network is not told, and of those whose frame stride it is not, which sampling without needs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +51,16 @@ class HVDMRunConfig(ClipRunConfig):
         if self.img_prob and not self.model.tasks:
             object.__setattr__(self, "model", dataclasses.replace(self.model, tasks=True))
 
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Distances of frames that samples draw from; none: that of `data`."""
+        return self.frame_strides
+
     def for_planning(self) -> "HVDMRunConfig":
         """The same for a dry run, which measures nothing."""
-        known = dataclasses.replace(self.dynamics, measure_clips=0)
-        planned = dataclasses.replace(super().for_planning(), dynamics=known)
+        planned = super().for_planning()
         assert isinstance(planned, HVDMRunConfig)
-        return planned
+        return dataclasses.replace(planned, dynamics=dataclasses.replace(self.dynamics, measure_clips=0))
 
     def validate(self) -> None:
         """Raises ConfigError on settings and combinations that cannot work."""
