@@ -1,4 +1,5 @@
-"""Train an autoencoder (CMD: a clip to a content frame and a motion latent, and back; PVDM: to three planes; Latte: a VAE of frames).
+"""Train an autoencoder (CMD: a clip to a content frame and a motion latent, and back; PVDM: to three planes;
+HVDM: to a volume; Latte: a VAE of frames).
 
   torchrun --standalone --nproc_per_node 2 train_ae.py --config configs/cmd/tiny.yaml --data-path SHARDS
   python train_ae.py --nproc_per_node 2 --config configs/latte/tiny.yaml --data-path SHARDS
@@ -13,21 +14,29 @@ from engine.plan import report
 from engine.task import BatchSource, Task
 from launch.env import Env, distributed
 from launch.run import parse_launch, run_main
-from tasks import autoencoder, frame_vae, pvdm_autoencoder
+from tasks import autoencoder, frame_vae, hvdm_autoencoder, pvdm_autoencoder
 from tasks.autoencoder_config import CMDAutoencoderConfig
 from tasks.frame_vae_config import FrameVAERunConfig
+from tasks.hvdm_autoencoder_config import HVDMAutoencoderConfig
 from tasks.pvdm_autoencoder_config import PVDMAutoencoderConfig
 from utils.config import dump_yaml, load_config, to_dict
 
 PROG = "train_ae.py"
-Config = CMDAutoencoderConfig | PVDMAutoencoderConfig | FrameVAERunConfig
-SCHEMAS: dict[str, type[Config]] = {"cmd": CMDAutoencoderConfig, "pvdm": PVDMAutoencoderConfig, "latte": FrameVAERunConfig}
+Config = CMDAutoencoderConfig | PVDMAutoencoderConfig | HVDMAutoencoderConfig | FrameVAERunConfig
+SCHEMAS: dict[str, type[Config]] = {
+    "cmd": CMDAutoencoderConfig,
+    "pvdm": PVDMAutoencoderConfig,
+    "hvdm": HVDMAutoencoderConfig,
+    "latte": FrameVAERunConfig,
+}
 
 
 def build(config: Config, env: Env) -> tuple[Task, BatchSource, BatchSource | None]:
     """Task, training samples and validation samples of the config's system."""
     if isinstance(config, PVDMAutoencoderConfig):
         return pvdm_autoencoder.build(config, env)
+    if isinstance(config, HVDMAutoencoderConfig):
+        return hvdm_autoencoder.build(config, env)
     return frame_vae.build(config, env) if isinstance(config, FrameVAERunConfig) else autoencoder.build(config, env)
 
 

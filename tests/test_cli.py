@@ -138,7 +138,7 @@ def test_dry_run_reports_and_starts_nothing(shards: str, tmp_path: Path, monkeyp
         (["--data-path", "{tmp}/empty"], r"/empty .*preprocess.py shards"),
         (["--data-path", "{tmp}/ucf"], r"/ucf .*preprocess.py shards"),
         (["--data-path", "{shards}", "--global-batch-size", "5"], r"5.*(4|6)"),
-        (["--data-path", "{shards}", "--config", "{tmp}/hvdm.yaml"], r"hvdm.yaml: this is a config of the system 'hvdm'; \S+ trains: cmd"),
+        (["--data-path", "{shards}", "--config", "{tmp}/vidm.yaml"], r"vidm.yaml: this is a config of the system 'vidm'; \S+ trains: cmd"),
         (
             ["--data-path", "{shards}", "--config", "{tmp}/motion.yaml"],
             r"motion.yaml: .* the stage 'motion'.*: use train_motion_diffusion.py",
@@ -151,7 +151,7 @@ def test_a_mistake_is_one_line_on_two_ranks(shards: str, tmp_path: Path, argv: l
     (tmp_path / "empty").mkdir()
     (tmp_path / "ucf" / "ApplyEyeMakeup").mkdir(parents=True)
     (tmp_path / "ucf" / "ApplyEyeMakeup" / "v_ApplyEyeMakeup_g01_c01.avi").write_bytes(b"RIFF")
-    (tmp_path / "hvdm.yaml").write_text("system: hvdm\n")
+    (tmp_path / "vidm.yaml").write_text("system: vidm\n")
     (tmp_path / "motion.yaml").write_text("system: cmd\nstage: motion\n")
     filled = [word.format(tmp=tmp_path, shards=shards) for word in argv]
     started = time.monotonic()
