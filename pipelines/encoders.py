@@ -7,7 +7,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from pipelines.clip import ClipPipeline
 from pipelines.cmd import CMDPipeline
+from pipelines.hvdm import HVDMPipeline
 from pipelines.latte import LattePipeline
 from pipelines.loading import is_official, released_system
 from pipelines.pvdm import PVDMPipeline
@@ -62,6 +64,8 @@ class EncoderOptions:
     """Frames that a frame-wise autoencoder takes at a time."""
     pairs: bool | None = None
     """Samples are a clip and the one before it, of autoencoders that know such; None: where the clips are long enough."""
+    stills: bool = False
+    """With each clip its first frame as a still clip, of autoencoders whose denoisers can start from pictures."""
     lengths: tuple[int, int] = (0, 0)
     """Frames of the shortest and of the longest stored clip."""
     whole_videos: bool = False
@@ -94,13 +98,24 @@ def _latte(options: EncoderOptions) -> LatentEncoder:
 
 def _pvdm(options: EncoderOptions) -> LatentEncoder:
     pipeline = PVDMPipeline.from_exports(ae=options.path, ae_weights=options.weights, device=options.device, precision=options.precision)
+    return _paired(pipeline, options)
+
+
+def _hvdm(options: EncoderOptions) -> LatentEncoder:
+    pipeline = HVDMPipeline.from_exports(ae=options.path, ae_weights=options.weights, device=options.device, precision=options.precision)
+    pipeline.stills = options.stills
+    return _paired(pipeline, options)
+
+
+def _paired(pipeline: ClipPipeline, options: EncoderOptions) -> LatentEncoder:
+    """With pairs where they are asked for, or where nothing is said and the clips are long enough."""
     both, (shortest, longest) = 2 * pipeline.clip_shape[0], options.lengths
     enough = shortest >= both or (options.whole_videos and longest >= both)
     pipeline.pairs = enough if options.pairs is None else options.pairs
     return pipeline
 
 
-ENCODERS: dict[str, Callable[[EncoderOptions], LatentEncoder]] = {"cmd": _cmd, "latte": _latte, "pvdm": _pvdm}
+ENCODERS: dict[str, Callable[[EncoderOptions], LatentEncoder]] = {"cmd": _cmd, "latte": _latte, "pvdm": _pvdm, "hvdm": _hvdm}
 """System -> what opens its encoder."""
 IMAGE_VAE = "latte"
 """The system whose autoencoder may be an image VAE alone."""

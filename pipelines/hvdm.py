@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.autoencoders.hvdm import HVDMAEConfig
+from models.layers.motion import motion_energy, still_clip
 from models.layers.tables import FROM_CLIP, FROM_IMAGE, NO_TASK
 from models.transformers.volume_dit import VolumeDiTConfig
 from models.unets.volume_unet import VolumeUNetConfig
@@ -27,6 +28,8 @@ class HVDMPipeline(ClipPipeline):
 
     system = "hvdm"
     usual = Sampling(eta=1.0, clip=True, keep_eps=True, respacing="trailing100")
+    stills = False
+    """`encode_latents` gives what learning to start from pictures needs."""
     null: ClassVar[Mapping[str, float]] = {"previous": 0.0, "task": NO_TASK}
 
     @classmethod
@@ -63,6 +66,17 @@ class HVDMPipeline(ClipPipeline):
         """Channels and sizes of an autoencoder's or a denoiser's latents."""
         channels, *sizes = config.latent_shape
         return f"{channels} channels of {'x'.join(map(str, sizes))}"
+
+    def encode_latents(self, video: Tensor) -> dict[str, Tensor]:
+        """As of any clips, and beside each latent `dynamics` b 1, the motion of its clip; with `stills` also `still`, the latent of its
+        first frame as a clip in which nothing moves. What belongs to the first of two clips is `previous_...`."""
+        stored = super().encode_latents(video)
+        clips = video.split(self.ae.config.clip_frames, dim=2)
+        for prefix, clip in zip(("previous_", "") if self.pairs else ("",), clips, strict=True):
+            stored[f"{prefix}dynamics"] = motion_energy(clip)[:, None]
+            if self.stills:
+                stored[f"{prefix}still"] = self.raw(still_clip(clip))[:, 0]
+        return stored
 
     def encode_still(self, images: Tensor) -> Tensor:
         """Pictures b 3 h w in [-1, 1] -> latents b e S R_h R_w of clips in which nothing moves, as the denoiser takes them."""

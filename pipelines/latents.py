@@ -18,9 +18,9 @@ from datasets.commands.parser import Progress, number, whole
 from datasets.prepare.latents import Encode, LatentJob, LatentRules, Share, encode_set
 from datasets.shards import INDEX, ShardSet
 from datasets.storage import CacheConfig
+from pipelines.clip import ClipPipeline
 from pipelines.encoders import ENCODERS, EncoderOptions, FrameEncoder, LatentEncoder, system_of
 from pipelines.image_vae import SD_SCALE
-from pipelines.pvdm import PVDMPipeline
 from utils.errors import ConfigError
 from utils.media import to_float
 
@@ -59,7 +59,12 @@ def add_latents_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--pairs",
         action=argparse.BooleanOptionalAction,
-        help="encoders of PVDM: samples are a clip and the one before it, to learn to go on (default: where stored clips are long enough)",
+        help="encoders of PVDM and HVDM: samples are a clip and the one before it, to learn to go on (default: where stored clips are long enough)",
+    )
+    add(
+        "--stills",
+        action="store_true",
+        help="encoders of HVDM: also the first frame of each clip as a still clip, to learn to start from pictures; it doubles the work",
     )
     add("--dtype", choices=["float16", "float32"], default="float16", help="stored numbers (default float16)")
     add("--on-bad-sample", choices=["fail", "skip"], default="fail", help="damaged clips: stop (default), or leave them out and say so")
@@ -137,10 +142,13 @@ def _open(args: argparse.Namespace, pixels: ShardSet, device: torch.device) -> L
         device=device,
         chunk=args.batch_size,
         pairs=args.pairs,
+        stills=args.stills,
         lengths=(int(pixels.frames.min()), int(pixels.frames.max())),
         whole_videos=not pixels.meta["clip_length"],
     )
-    if args.pairs is not None and system != "pvdm":
+    if args.stills and system != "hvdm":
+        raise ConfigError(f"--stills: the denoisers of {system} start from no pictures; drop the flag")
+    if args.pairs is not None and system not in ("pvdm", "hvdm"):
         raise ConfigError(f"--pairs: what {args.ae or args.vae} encodes ({system}) does not go on after another clip; drop the flag")
     return ENCODERS[system](options)
 
@@ -155,15 +163,15 @@ def _rules(args: argparse.Namespace, encoder: LatentEncoder, pixels: ShardSet) -
             _refuse(args, ("seed",), "moments are no draws, it goes with --store sample")
         return LatentRules(0, 0, **common, store=args.store or "moments", seed=args.seed or 0, scale=args.scale_factor or 0.0)
     _refuse(args, ("store", "seed"), f"{what} encodes clips as a whole, and says itself what is stored of them")
-    pairs = isinstance(encoder, PVDMPipeline) and encoder.pairs
-    if isinstance(encoder, PVDMPipeline):
+    pairs = isinstance(encoder, ClipPipeline) and encoder.pairs
+    if isinstance(encoder, ClipPipeline):
         _refuse(args, ("n_frames",), f"{what} says itself how many frames it takes")
     length, *size = encoder.clip_shape
     if tuple(size) != pixels.size:
         raise ConfigError(f"--ae {what} takes frames of {size[0]}x{size[1]}, {args.shards} holds {pixels.size[0]}x{pixels.size[1]}")
     if length > pixels.meta["clip_length"] > 0:
         raise ConfigError(f"--ae {what} takes clips of {length} frames, those of {args.shards} have {pixels.meta['clip_length']}")
-    return LatentRules(length, args.window_stride or (length // 2 if pairs else length), **common, pairs=pairs)
+    return LatentRules(length, args.window_stride or (length // 2 if pairs else length), **common, pairs=pairs, stills=args.stills)
 
 
 def _refuse(args: argparse.Namespace, options: tuple[str, ...], why: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.task import Batch, Network
-from models.layers.motion import motion_energy
+from models.layers.motion import motion_energy, still_clip
 from models.layers.tables import FROM_CLIP, FROM_IMAGE, NO_TASK
 from pipelines.loading import Loaded
 from tasks.clips import Networks, on_device, units
@@ -173,7 +173,7 @@ class ClipSpace(TiedLatents):
         # One by one: how many there are differs from batch to batch, and compiled units would be compiled anew for each number.
         for row in task.nonzero().flatten().tolist():
             if task[row] == FROM_IMAGE:
-                found[row] = self._normalised(encode(still(clip[row : row + 1])))[0]
+                found[row] = self._normalised(encode(still_clip(clip[row : row + 1])))[0]
             elif has_previous is not None:
                 found[row] = self._normalised(encode(to_float(video[row : row + 1, :, :frames])))[0] * has_previous[row]
         return found
@@ -229,11 +229,6 @@ class ClipSpace(TiedLatents):
         """Decoded, b 3 S h w; without an autoencoder three channels of the latents."""
         found = latents.float() / self.scale + self.shift
         return networks["ae"].decode(found).float() if "ae" in networks else self.picture(found, self.config)
-
-
-def still(clip: Tensor) -> Tensor:
-    """The first frame of clips b c t h w, t times."""
-    return clip[:, :, :1].expand(clip.shape)
 
 
 def _of_half(batch: Batch, name: str, first: Tensor | None) -> Tensor:

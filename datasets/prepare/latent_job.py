@@ -36,10 +36,13 @@ class LatentRules:
     pairs: bool = False
     """Of clips: `frames` are those of two clips in a row, the second of which is the sample and the first what was before it."""
 
+    stills: bool = False
+    """Of clips: with each its first frame as a still clip."""
+
     def to_dict(self) -> dict[str, Any]:
         """Those that count."""
-        own = {"store", "seed", "scale"} if self.frames else set()
-        return {name: value for name, value in asdict(self).items() if name not in own and (name != "pairs" or self.pairs)}
+        values = {name: value for name, value in asdict(self).items() if value or name not in ("pairs", "stills")}
+        return {name: value for name, value in values.items() if not self.frames or name not in ("store", "seed", "scale")}
 
     @property
     def clip_frames(self) -> int:

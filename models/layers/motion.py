@@ -15,6 +15,11 @@ def motion_energy(video: Tensor) -> Tensor:
     return bands[:, 4:].abs().flatten(1).mean(dim=1)
 
 
+def still_clip(video: Tensor) -> Tensor:
+    """The first frame of clips b c t h w, t times: a view."""
+    return video[:, :, :1].expand(video.shape)
+
+
 def motion_class(energy: Tensor, edges: Tensor) -> Tensor:
     """Which class of motion each energy (b,) is in, 0 to n, by the `edges` (n,) between them. A still clip is always in class 0."""
     return (energy[:, None] > edges).sum(dim=1)
