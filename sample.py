@@ -3,6 +3,7 @@
   python sample.py RUNS --num-samples 16 --out samples
   torchrun --standalone --nproc_per_node 2 sample.py RUNS --num-samples 16 --out samples
   python sample.py RUNS --mode long --num-frames 128 --out long    (videos of any length, clip after clip)
+  python sample.py RUNS --mode i2v --image FILE --out videos       (HVDM: videos that begin at a picture)
 
 RUNS, or --run RUNS, is the --results-dir of training; the runs in it say which system generates. Samples that are there
 are kept, so the same line goes on where it was stopped. Exit status: 0 done; 75 stopped by a signal; 130 Ctrl-C;
@@ -19,13 +20,15 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 from tqdm import tqdm
 
 from datasets.stored_video import count_frames, decode_window
 from launch.env import Env, Stopped, distributed
 from launch.run import parse_launch, run_main
-from pipelines.jobs import SampleConfig, SampleJob
-from pipelines.long import LongJob, continue_from, count_clips, write_long_grid, write_videos
+from metrics.frames import psnr
+from pipelines.jobs import PictureJob, SampleConfig, SampleJob
+from pipelines.long import LongJob, continue_from, count_clips, first_frame, write_long_grid, write_videos
 from pipelines.systems import SYSTEMS, load_sampling
 from utils.config import dump_yaml, to_dict
 from utils.errors import UserError
@@ -34,6 +37,8 @@ from utils.media import grid, to_uint8, write_gif, write_mp4, write_png
 
 GRID_LIMIT = 64
 """Samples shown in the grid, at most."""
+PICTURES_SHOWN = 8
+"""Samples in pictures.png, a column each: the picture, what the autoencoder makes of it, and the first frame."""
 
 
 def main() -> None:
@@ -78,6 +83,8 @@ def generate(config: SampleConfig, env: Env) -> None:
         columns = len(job.labels) if 1 < len(job.labels) <= 10 else 0
         if config.long:
             write_long_grid(folder, names[:GRID_LIMIT], job.fps, config.num_frames, columns)
+            if isinstance(job, PictureJob) and config.mode == "i2v":
+                _write_settings(job, config, names, _compare_pictures(job, config, env.device))
         else:
             _write_grid(job, folder, names[:GRID_LIMIT], columns, config.gif)
             _write_strip(job, folder)
@@ -150,13 +157,47 @@ def _length(config: SampleConfig) -> dict[str, Any]:
     return {"mode": config.mode} | ({"num_frames": config.num_frames} if config.long else {})
 
 
-def _write_settings(job: SampleJob, config: SampleConfig, names: list[str]) -> None:
-    samples = [
+def _write_settings(job: SampleJob, config: SampleConfig, names: list[str], figures: list[dict[str, float]] | None = None) -> None:
+    """settings.json. `figures`: what was measured of each sample, of which the mean is there besides."""
+    samples: list[dict[str, Any]] = [
         {"file": f"{name}.mp4", "index": i, "class": job.label(i), "class_name": job.class_name(job.label(i))}
         for i, name in enumerate(names)
     ]
-    record = job.settings() | _length(config) | {"sources": job.sources(), "torch": torch.__version__, "samples": samples}
+    measured: dict[str, Any] = {"figures": _means(figures)} if figures else {}
+    samples = [sample | row for sample, row in zip(samples, figures or [{}] * len(samples), strict=True)]
+    record = job.settings() | _length(config) | measured | {"sources": job.sources(), "torch": torch.__version__, "samples": samples}
     atomic_write_text(config.out / "settings.json", json.dumps(record, indent=2) + "\n")
+
+
+def _compare_pictures(job: SampleJob, config: SampleConfig, device: torch.device) -> list[dict[str, float]]:
+    """PSNR in dB of each sample's first frame against its picture, and of what the autoencoder alone makes of that; pictures.png."""
+    assert isinstance(job, PictureJob)
+    figures, shown = [], []
+    for index in range(config.num_samples):
+        picture, seen = job.picture(index), job.seen_picture(index)
+        first = first_frame(_long(job), index, config.out, device)
+        values = {"first_frame_psnr": psnr(*_stills(picture, first)), "autoencoder_psnr": psnr(*_stills(picture, seen))}
+        figures.append({name: value.item() for name, value in values.items()})
+        if index < PICTURES_SHOWN:
+            shown.append(torch.stack([picture, seen, first]))
+    rows = to_uint8(torch.stack(shown, dim=1).flatten(0, 1)).cpu()
+    write_png(config.out / "pictures.png", grid(rows, len(shown)))
+    means = _means(figures)
+    print(
+        "PSNR of first frames against their pictures {first_frame_psnr:.2f} dB, of the autoencoder {autoencoder_psnr:.2f} dB".format(
+            **means
+        )
+    )
+    return figures
+
+
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def _stills(*pictures: Tensor) -> list[Tensor]:
+    """Pictures 3 h w -> clips 1 3 1 h w."""
+    return [picture[None, :, None] for picture in pictures]
 
 
 def _write_grid(job: SampleJob, folder: Path, names: list[str], columns: int, gif: bool) -> None:

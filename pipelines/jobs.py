@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -134,6 +134,17 @@ class SampleJob(Protocol):
 
     def sources(self) -> dict[str, str]:
         """Where the networks were read."""
+
+
+@runtime_checkable
+class PictureJob(Protocol):
+    """What can make videos that begin at a picture."""
+
+    def picture(self, index: int) -> Tensor:
+        """The picture 3 h w in [-1, 1] at which a sample begins."""
+
+    def seen_picture(self, index: int) -> Tensor:
+        """The same through the autoencoder alone, the best that a sample can begin with."""
 
 
 def numbered(index: int, label: int | None) -> str:

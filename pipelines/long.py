@@ -159,6 +159,12 @@ def write_videos(
                 path.unlink(missing_ok=True)  # of the video when it was shorter
 
 
+def first_frame(job: LongJob, index: int, folder: Path, device: torch.device) -> Tensor:
+    """3 h w in [-1, 1]: the first frame of a sample that is there, as it was before it was stored. Raises UserError."""
+    latents = ClipFolder(folder / LATENTS / job.name(index), fingerprint(job.settings())).read(0)
+    return job.decode_clip(latents[None].to(device), 0)[0, :, 0]
+
+
 def _latents(job: LongJob, indices: Sequence[int], stores: Sequence[ClipFolder], stop: int, device: torch.device) -> Iterator[Tensor]:
     """Latents b ... of all clips, from the disk where they are there; what is made is kept."""
 

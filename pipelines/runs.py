@@ -42,7 +42,7 @@ class Export:
         return str(self.card.get("ae", {}).get("sha256", ""))
 
 
-GENERATORS = {"cmd": ("content", "motion"), "latte": ("denoiser",), "pvdm": ("denoiser",)}
+GENERATORS = {"cmd": ("content", "motion"), "hvdm": ("denoiser",), "latte": ("denoiser",), "pvdm": ("denoiser",)}
 """System -> its stages after the autoencoder. The newest run of the first decides which autoencoder and which other runs are taken."""
 
 

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from models.official.pvdm_unet import is_unet
+from models.official import hvdm_unet, pvdm_unet
 from pipelines.cmd_sample import CMDSampleConfig, CMDSampleJob
+from pipelines.hvdm_sample import HVDMSampleConfig, HVDMSampleJob
 from pipelines.jobs import SampleConfig, SampleJob
 from pipelines.latte_sample import LatteSampleConfig, LatteSampleJob
 from pipelines.loading import is_official
@@ -28,6 +29,7 @@ class System(NamedTuple):
 
 SYSTEMS: dict[str, System] = {
     "cmd": System(CMDSampleConfig, CMDSampleJob),
+    "hvdm": System(HVDMSampleConfig, HVDMSampleJob),
     "latte": System(LatteSampleConfig, LatteSampleJob),
     "pvdm": System(PVDMSampleConfig, PVDMSampleJob),
 }
@@ -77,12 +79,17 @@ _DENOISER = ("denoiser", "ckpt", "second_model")
 """Names of the setting that says which denoiser, in the systems that have one."""
 
 
+_UNETS = {"pvdm": pvdm_unet, "hvdm": hvdm_unet}
+"""Systems whose released denoisers are told by their names."""
+
+
 def _of_denoiser(path: str) -> str:
     """The system of a denoiser: its card says it, or the names in an official checkpoint; empty where nothing is there."""
     if not path or not Path(path).exists():
         return ""
     if is_official(path):
-        return "pvdm" if is_unet(load_tensors(path)) else "latte"
+        checkpoint = load_tensors(path)
+        return next((system for system, release in _UNETS.items() if release.is_unet(checkpoint)), "latte")
     return str(read_card(path).get("system", ""))
 
 

@@ -1,0 +1,166 @@
+"""What `sample.py` needs to know of HVDM: its settings and its exports, how a video begins at a picture, and how its motion is chosen."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from pipelines.clip_sample import ClipSampleConfig, ClipSampleJob
+from pipelines.hvdm import HVDMPipeline
+from pipelines.loading import Loaded, is_official
+from pipelines.pictures import find_pictures, read_picture
+from pipelines.runs import find_family
+from utils.config import flag
+from utils.errors import ConfigError, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class HVDMSampleConfig(ClipSampleConfig):
+    """Generates clips, or videos of any length, with HVDM: from noise, from pictures, with as much motion as is asked for."""
+
+    usual_steps: ClassVar[dict[str, int]] = {"ddpm": 100, "flow": 50}
+    modes: ClassVar[tuple[str, ...]] = ("short", "long", "i2v")
+
+    system: str = "hvdm"
+    """Which of the toolkit's systems."""
+    condition: Literal["reencoded", "latent"] = "reencoded"
+    """What the next clip of a video is told of the one before: the latent of its decoded frames (the release), or the latent that was
+    sampled, which saves decoding and encoding."""
+    image: tuple[str, ...] = ()
+    """--mode i2v: pictures (PNG, JPEG, ...) at which the videos begin, of any size (the centre is cut out and resized), or folders of
+    them; sample number i takes picture i, again from the first when there are no more."""
+    dynamics: int | None = None
+    """How much motion: a class from 0 (the stillest training clips) to the last (the liveliest). Of models that were trained with
+    --dynamics-bins; none: they are not told."""
+    dynamics_percentile: float | None = None
+    """The same as a place among the training clips, from 0 (the stillest) to 100."""
+    dynamics_guidance: float = 1.0
+    """Guidance from any motion towards the class that is asked for, eps_any + s (eps_class - eps_any); 1: none. It doubles the cost."""
+    frame_stride: int | None = flag(None, "stride")
+    """Frames of the source between two of the video: one of those that the model was trained with (--frame-strides)."""
+
+    def validate(self) -> None:
+        """Raises ConfigError on settings that cannot work."""
+        super().validate()
+        if self.mode == "i2v" and not self.image:
+            raise ConfigError("--mode i2v: which picture? give --image FILE")
+        if self.image and self.mode != "i2v":
+            raise ConfigError("--image goes with --mode i2v: other videos begin at no picture")
+        if self.dynamics is not None and self.dynamics_percentile is not None:
+            raise ConfigError(f"--dynamics {self.dynamics} and --dynamics-percentile {self.dynamics_percentile:g}: give one of them")
+        if self.dynamics_percentile is not None and not 0 <= self.dynamics_percentile <= 100:
+            raise ConfigError(f"--dynamics-percentile {self.dynamics_percentile:g}: from 0 (the stillest clips) to 100")
+        if self.dynamics_guidance != 1 and self.dynamics is None and self.dynamics_percentile is None:
+            raise ConfigError(f"--dynamics-guidance {self.dynamics_guidance:g}: towards which motion? give --dynamics N")
+
+
+class HVDMSampleJob(ClipSampleJob):
+    """Makes sample number i, and the clips of long ones, with HVDM."""
+
+    config: HVDMSampleConfig
+    pipeline: HVDMPipeline
+
+    def __init__(self, config: HVDMSampleConfig, device: torch.device) -> None:
+        """Raises UserError or ConfigError in one line."""
+        # A denoiser that is named brings its own autoencoder.
+        found = find_family(Path(config.run), "hvdm") if config.run and not config.denoiser else {}
+        pipeline = HVDMPipeline.from_exports(
+            config.denoiser or found["denoiser"],
+            config.ae or found.get("autoencoder", ""),
+            weights=config.weights,
+            device=device,
+            precision=config.precision,
+        )
+        super().__init__(config, pipeline)
+        self.told = self._told()
+        self.fps = config.fps or pipeline.fps / (config.frame_stride or 1)
+        # As clips are cut and resized: those of the release without smoothing.
+        size = (pipeline.clip_shape[1], pipeline.clip_shape[2])
+        smooth = not is_official(pipeline.ae.path)
+        self.pictures = [read_picture(path, size, antialias=smooth).to(device) for path in find_pictures(config.image)]
+        self.stills = [pipeline.encode_still(picture[None])[0] for picture in self.pictures]
+
+    def check_goes_on(self, denoiser: Loaded) -> None:
+        """Raises UserError for a denoiser that makes no clip after another, or after a picture."""
+        super().check_goes_on(denoiser)
+        config, from_pictures, from_clips = self.config, denoiser.card.get("img_prob"), denoiser.card.get("cond_prob") != 0
+        if config.mode == "i2v" and not from_clips and not from_pictures:
+            raise UserError(
+                f"--mode i2v: the denoiser {denoiser.path} was trained without pictures and without clips before (--img-prob, --cond-prob)"
+            )
+        if config.mode == "i2v" and not from_clips and config.num_frames > self.n_frames:
+            raise UserError(
+                f"--num-frames {config.num_frames}: the denoiser {denoiser.path} was trained on single clips (--cond-prob 0), "
+                f"so that videos have {self.n_frames}"
+            )
+        if config.mode == "i2v" and not from_pictures:
+            self.notes.append(
+                "note: the denoiser was not trained to begin at a picture (--img-prob): it goes on from a clip that stands still"
+            )
+
+    def sample_clip(self, indices: Sequence[int], clip: int, previous: Tensor | None) -> Tensor:
+        """Latents b e S R_h R_w of clip number `clip` of these samples, after the one with the latents `previous`, or the picture."""
+        exact, image = self.config.exact, bool(self.stills) and clip == 0
+        if image:
+            previous = torch.stack([self.stills[i % len(self.stills)] for i in indices])
+        elif previous is not None and self.config.condition == "reencoded":
+            previous = self.pipeline.encode_each(self.pipeline.decode_each(previous, exact), exact)
+        return self.pipeline.generate_latents(
+            indices,
+            self.labels_of(indices),
+            seed=self.config.seed,
+            sampling=self.following if clip else self.first,
+            exact=exact,
+            clip=clip,
+            previous=previous,
+            image=image,
+            dynamics=self.told.get("dynamics"),
+            dynamics_guidance=self.config.dynamics_guidance,
+            stride=self.told.get("stride"),
+        )
+
+    def picture(self, index: int) -> Tensor:
+        """The picture 3 h w in [-1, 1] at which a sample begins."""
+        return self.pictures[index % len(self.pictures)]
+
+    def seen_picture(self, index: int) -> Tensor:
+        """The same through the autoencoder: the first frame of a still clip of it."""
+        return self.pipeline.decode(self.stills[index % len(self.stills)][None])[0, :, 0]
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values: everything that a sample depends on."""
+        config = self.config
+        pictures = [hashlib.sha256(picture.cpu().numpy().tobytes()).hexdigest() for picture in self.pictures]
+        return {
+            **super().settings(),
+            **({"condition": config.condition} if config.long else {}),
+            **({"images_sha256": pictures} if pictures else {}),
+            **({"frame_stride": config.frame_stride} if config.frame_stride is not None else {}),
+            **({"dynamics": self.told["dynamics"], "dynamics_guidance": config.dynamics_guidance} if "dynamics" in self.told else {}),
+        }
+
+    def _told(self) -> dict[str, int]:
+        """Classes that the denoiser is told, by the names of its inputs. Raises UserError or ConfigError in one line."""
+        config, denoiser = self.config, self.pipeline.denoiser
+        assert denoiser is not None
+        bins, told = denoiser.config.dynamics_bins, {}
+        if config.dynamics is not None or config.dynamics_percentile is not None:
+            if not bins:
+                flag_name = "--dynamics" if config.dynamics is not None else "--dynamics-percentile"
+                raise UserError(f"{flag_name}: the denoiser {denoiser.path} was trained without classes of motion (--dynamics-bins)")
+            if config.dynamics is not None and not 0 <= config.dynamics < bins:
+                raise ConfigError(f"--dynamics {config.dynamics}: the denoiser knows 0 (the stillest) to {bins - 1}")
+            # Classes are of equally many training clips each.
+            place = min(int((config.dynamics_percentile or 0) / 100 * bins), bins - 1)
+            told["dynamics"] = place if config.dynamics is None else config.dynamics
+        if config.frame_stride is not None:
+            known = list(denoiser.card.get("data", {}).get("frame_strides", []))
+            if config.frame_stride not in known:
+                what = f"the denoiser knows {', '.join(map(str, known))}" if known else "the denoiser was trained with one only"
+                raise UserError(f"--frame-stride {config.frame_stride}: {what} (--frame-strides)")
+            told["stride"] = known.index(config.frame_stride)
+        return told

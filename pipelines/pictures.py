@@ -1,0 +1,37 @@
+"""Pictures that videos begin at: found, read, cut and resized as clips are."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from datasets.shards import IMAGE_SUFFIXES
+from datasets.transforms import resize_clip
+from utils.errors import UserError
+from utils.media import to_float
+
+
+def find_pictures(paths: Sequence[str]) -> list[Path]:
+    """The files that are named, and those of the folders that are named, by name. Raises UserError for a place without any."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
+        if not inside:
+            raise UserError(f"--image {path}: no picture in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        found += inside
+    return found
+
+
+def read_picture(path: Path, size: tuple[int, int], *, antialias: bool = True) -> Tensor:
+    """A picture of any size -> its centre 3 h w float32 in [-1, 1] of `size`, upright as its camera says. Raises UserError."""
+    try:
+        with Image.open(path) as image:
+            frame = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0][:200]
+        raise UserError(f"--image {path} cannot be read: {reason}") from None
+    resized = resize_clip(frame[None], size, "crop", antialias=antialias)[0]
+    return to_float(torch.from_numpy(resized).permute(2, 0, 1))
