@@ -48,9 +48,8 @@ class ClipSource(Dataset[Item]):
     (b, *shape) in the stored type; `label` int64 (b,), 0 when unlabelled; `index` int64 (b,), position in the endless sequence;
     `cond` float32 (b, numbers) where condition vectors are stored.
     With `data.previous` twice as many frames, of which the clip is the second half, and `has_previous` bool (b,): false where the
-    first half is black for want of frames; with
-    `strides` also `stride` int64 (b,), which of them its frames are apart. With `data.images` also `images`, as many frames of other clips in place of t, and
-    `image_label` int64 (b, images).
+    first half is black for want of frames. With `strides` also `stride` int64 (b,), which of them its frames are apart. With
+    `data.images` also `images`, as many frames of other clips in place of t, and `image_label` int64 (b, images).
     Rank r has the r-th contiguous part of each global batch, cut into `accumulation` contiguous micro-batches. Raises ConfigError
     when a global batch does not divide or exceeds the set. Bad samples are errors, or replaced, as `data.on_bad_sample` says.
     """

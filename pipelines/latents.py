@@ -59,7 +59,8 @@ def add_latents_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--pairs",
         action=argparse.BooleanOptionalAction,
-        help="encoders of PVDM and HVDM: samples are a clip and the one before it, to learn to go on (default: where stored clips are long enough)",
+        help="encoders of PVDM and HVDM: samples are a clip and the one before it, to learn to go on (default: where stored clips are "
+        "long enough)",
     )
     add(
         "--stills",

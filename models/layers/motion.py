@@ -11,8 +11,12 @@ def motion_energy(video: Tensor) -> Tensor:
 
     Exactly 0 for a still clip; grows in proportion to the contrast. Raises ValueError for odd sizes.
     """
-    bands = haar3d(video.float())  # of both halves: the first four are low in time
-    return bands[:, 4:].abs().flatten(1).mean(dim=1)
+    if video.shape[2] % 2:
+        raise ValueError(f"{video.shape[2]} frames: motion is that of pairs, so their number is even")
+    pairs = video.float().unflatten(2, (-1, 2))
+    # (a - b, 0) has the bands high in time of (a, b), and none where a = b: a transform of both would leave what it rounds.
+    moved = torch.stack((pairs[:, :, :, 0] - pairs[:, :, :, 1], torch.zeros_like(pairs[:, :, :, 0])), dim=3)
+    return haar3d(moved.flatten(2, 3))[:, 4:].abs().flatten(1).mean(dim=1)
 
 
 def still_clip(video: Tensor) -> Tensor:

@@ -1,0 +1,428 @@
+"""HVDM's denoiser as a task: what a sample learns and what it is told of, every option, what it refuses, where it starts."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.task import Batch
+from models.layers.motion import motion_class, motion_edges, motion_energy, still_clip
+from models.layers.tables import FROM_CLIP, FROM_IMAGE, NO_TASK
+from models.transformers.volume_dit import VolumeDiT
+from models.unets.volume_unet import VolumeUNet
+from pipelines.hvdm import HVDMPipeline
+from tasks.dynamics import Dynamics
+from tasks.hvdm_config import HVDMRunConfig
+from tasks.latent import LatentTask
+from tests.hvdm_denoiser import (
+    AE,
+    CLIPS,
+    DIT,
+    FRAMES,
+    LATENT,
+    SIDE,
+    SINGLE,
+    UNET,
+    Spy,
+    batch,
+    built,
+    config,
+    export_autoencoder,
+    latent_clips,
+    rng,
+    space_of,
+    task,
+)
+from utils.config import to_dict
+from utils.errors import ConfigError, UserError
+from utils.media import to_float
+from utils.rng import SampleRng
+from utils.weights import write_export
+
+
+@pytest.fixture(scope="module")
+def ae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_autoencoder(tmp_path_factory.mktemp("hvdm") / "ae")
+
+
+def moving(count: int) -> Batch:
+    """Pixels of clips that differ in how much moves: the k-th by k."""
+    samples = batch(count)
+    generator = torch.Generator().manual_seed(1)
+    still = torch.randint(100, 156, (count, 3, 1, SIDE, SIDE), generator=generator)
+    flicker = torch.randint(-1, 2, (count, 3, 2 * FRAMES, SIDE, SIDE), generator=generator) * torch.arange(count).reshape(-1, 1, 1, 1, 1)
+    samples["video"] = (still + flicker).clamp(0, 255).to(torch.uint8)
+    return samples
+
+
+# ---- motion
+
+
+def test_motion_is_that_of_the_bands_high_in_time() -> None:
+    """Of two frames a and b, (a - b) / sqrt 2, then averaged or differenced over four pixels."""
+    video = torch.rand(2, 3, 4, 6, 8, dtype=torch.float64) * 2 - 1
+    step = (video[:, :, ::2] - video[:, :, 1::2]) / 2**0.5
+    corners = [step[..., i::2, j::2] for i in (0, 1) for j in (0, 1)]
+    signs = [(1, 1, 1, 1), (1, -1, 1, -1), (1, 1, -1, -1), (1, -1, -1, 1)]
+    bands = [sum(sign * corner for sign, corner in zip(row, corners, strict=True)) / 2 for row in signs]
+    expected = torch.stack([band.abs().flatten(1).mean(dim=1) for band in bands]).mean(dim=0)  # type: ignore[union-attr]
+    found = motion_energy(video)
+    assert found.dtype == torch.float32 and found.shape == (2,)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_a_still_clip_has_none_and_contrast_scales_it() -> None:
+    video = torch.rand(3, 3, 4, 8, 8) * 2 - 1
+    assert (motion_energy(still_clip(video)) == 0).all()
+    for factor in (0.5, -0.25, 0.0):
+        torch.testing.assert_close(motion_energy(factor * video), abs(factor) * motion_energy(video))
+    assert motion_energy(video.bfloat16()).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(motion_energy(video), motion_energy(video.clone()), rtol=0, atol=0)
+
+
+def test_classes_have_equally_many_clips() -> None:
+    energies = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    edges = motion_edges(energies, 10)
+    assert edges.shape == (9,) and (edges.diff() > 0).all()
+    found = motion_class(energies, edges)
+    assert torch.bincount(found, minlength=10).tolist() == [100] * 10
+    assert (found[energies.argsort()].diff() >= 0).all()
+    many_still = motion_edges(torch.cat([torch.zeros(300), energies]), 10)
+    assert motion_class(torch.zeros(1), many_still).item() == 0, "whatever the edges"
+
+
+# ---- what a sample is
+
+
+def learnt(made: LatentTask, networks: dict[str, Any], samples: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    target, told = made.space.latents(networks, samples, rng(samples))
+    assert target.dtype == torch.float32 and target.shape[1:] == LATENT
+    return target, told
+
+
+def test_a_sample_starts_from_its_own_first_frame(ae: Path) -> None:
+    made, samples = task(ae, "--cond-prob", "0", "--img-prob", "1"), batch(16)
+    networks = built(made)
+    target, told = learnt(made, networks, samples)
+    assert told["task"].tolist() == [FROM_IMAGE] * 16
+    starts = rng(samples).integers("window", FRAMES + 1)
+    starts = torch.where(samples["has_previous"], starts, FRAMES)
+    assert len(set(starts.tolist())) > 2, "the clip begins anywhere"
+    video = to_float(samples["video"])
+    for row, start in enumerate(starts.tolist()):
+        clip = video[row : row + 1, :, start : start + FRAMES]
+        torch.testing.assert_close(target[row : row + 1], networks["ae"].encode(clip))
+        torch.testing.assert_close(told["previous"][row : row + 1], networks["ae"].encode(clip[:, :, :1].repeat(1, 1, FRAMES, 1, 1)))
+
+
+def test_samples_divide_into_three_kinds(ae: Path) -> None:
+    made = task(ae, "--cond-prob", "0.3", "--img-prob", "0.2", clips=latent_clips(ae))
+    halves = {name: torch.rand(1000, *shape) for name, shape in latent_clips(ae).latents.tensors.items()}  # type: ignore[union-attr]
+    samples = {**halves, "label": torch.zeros(1000, dtype=torch.int64), "index": torch.arange(1000)}
+    target, told = learnt(made, {}, samples)
+    kind = told["task"]
+    shares = torch.bincount(kind, minlength=3) / 1000
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.04, rtol=0)
+    alone = task(ae, "--cond-prob", "0.3", clips=latent_clips(ae))
+    _, without = learnt(alone, {}, samples)
+    assert without.keys() == {"previous"}, "nobody asked for more"
+    torch.testing.assert_close(without["previous"][kind == FROM_CLIP], told["previous"][kind == FROM_CLIP])
+    assert not without["previous"][kind != FROM_CLIP].any() and not told["previous"][kind == NO_TASK].any()
+    after, image = kind == FROM_CLIP, kind == FROM_IMAGE
+    assert torch.equal(target[after], halves["latent"][after]) and torch.equal(told["previous"][after], halves["previous"][after])
+    second = (target == halves["latent"]).flatten(1).all(dim=1)
+    assert torch.equal(target[~second], halves["previous"][~second]) and 0.3 < second[image].float().mean() < 0.7
+    for half, name in ((second, "still"), (~second, "previous_still")):
+        assert torch.equal(told["previous"][half & image], halves[name][half & image])
+
+
+def test_each_sample_is_the_same_in_any_batch(ae: Path) -> None:
+    made = task(ae, "--cond-prob", "0.3", "--img-prob", "0.4", "--dynamics-bins", "4")
+    networks, samples = built(made), moving(12)
+    target, told = learnt(made, networks, samples)
+    assert set(told["task"].tolist()) == {NO_TASK, FROM_CLIP, FROM_IMAGE}
+    for row in range(12):
+        one = {name: value[row : row + 1] for name, value in samples.items()}
+        alone, told_alone = learnt(made, networks, one)
+        torch.testing.assert_close(alone, target[row : row + 1])
+        for name, value in told_alone.items():
+            torch.testing.assert_close(value, told[name][row : row + 1])
+
+
+def test_a_sample_is_told_the_motion_of_what_it_learns(ae: Path) -> None:
+    made = task(ae, "--cond-prob", "0.3", "--dynamics-bins", "4", "--dynamics-dropout", "0")
+    networks, samples = built(made), moving(24)
+    target, told = learnt(made, networks, samples)
+    clips = to_float(samples["video"])
+    starts = torch.where(samples["has_previous"], rng(samples).integers("window", FRAMES + 1), FRAMES)
+    after = (rng(samples).uniform("previous") < 0.3) & samples["has_previous"]
+    starts = torch.where(after, FRAMES, starts)
+    energy = torch.cat([motion_energy(clips[row : row + 1, :, k : k + FRAMES]) for row, k in enumerate(starts.tolist())])
+    expected = torch.bucketize(energy.double(), torch.tensor([0.02, 0.04, 0.06], dtype=torch.float64))
+    assert torch.equal(told["dynamics"], expected) and len(set(expected.tolist())) == 4
+    torch.testing.assert_close(space_of(made).energy(samples, rng(samples)), energy)
+
+
+def test_a_share_is_told_of_no_motion(ae: Path) -> None:
+    """An addressed draw: the same whatever the motion is."""
+    dynamics, index = Dynamics(10, 0.15, [k / 10 for k in range(1, 10)]), torch.arange(2000)
+    found = dynamics.told(torch.rand(2000), SampleRng(0, index))
+    assert found.max() == 10 and found.min() == 0
+    dropped = found == 10
+    assert dropped.float().mean().item() == pytest.approx(0.15, abs=0.03)
+    assert torch.equal(dynamics.told(torch.zeros(2000), SampleRng(0, index)) == 10, dropped)
+    assert not (Dynamics(10, 0.0).told(torch.rand(2000), SampleRng(0, index)) == 10).any()
+
+
+def test_latents_and_pixels_give_the_same_loss(ae: Path) -> None:
+    """Where both define it: of clips that go on, and of single clips that begin or start from a picture."""
+    pipeline = HVDMPipeline.from_exports(ae=ae)
+    pipeline.stills = True
+    ways = ((True, ["--cond-prob", "1"]), (False, ["--cond-prob", "0", "--img-prob", "0.5"]))
+    for pairs, argv in ways:
+        argv = [*argv, "--dynamics-bins", "4", "--latent-scale", "2.5", "--latent-shift", "0.1"]
+        pixels = task(ae, *argv, clips=CLIPS if pairs else SINGLE)
+        latents = task(None, *argv, clips=latent_clips(ae, pairs))
+        networks, samples = built(pixels), moving(8)
+        if pairs:
+            samples["has_previous"][:] = True
+        else:
+            del samples["has_previous"]
+            samples["video"] = samples["video"][:, :, :FRAMES]
+        pipeline.pairs = pairs
+        held = pipeline.encode_latents(to_float(samples["video"]))
+        assert held.keys() == latent_clips(ae, pairs).latents.tensors.keys()  # type: ignore[union-attr]
+        held |= {name: samples[name] for name in ("label", "index")}
+        encoded = pixels.loss("model", networks, samples, rng(samples))
+        read = latents.loss("model", {"model": networks["model"]}, held, rng(samples))
+        assert read.total.item() == pytest.approx(encoded.total.item(), rel=1e-5)
+        assert latents.networks().keys() == {"model"}, "latents need no autoencoder"
+        seen = [Spy(), Spy()]
+        pixels.loss("model", {**networks, "model": seen[0]}, samples, rng(samples))
+        latents.loss("model", {"model": seen[1]}, held, rng(samples))
+        assert seen[0].calls[0].keys() == seen[1].calls[0].keys() >= {"previous", "dynamics"}
+        for name, value in seen[0].calls[0].items():
+            torch.testing.assert_close(value, seen[1].calls[0][name])
+
+
+def test_no_picture_and_no_clip_are_zero_whatever_the_normalisation(ae: Path) -> None:
+    made = task(ae, "--cond-prob", "1e-9", "--img-prob", "1e-9", "--latent-scale", "3", "--latent-shift", "0.5")
+    samples = batch()
+    _, told = learnt(made, built(made), samples)
+    assert not told["previous"].any() and not told["task"].any()
+
+
+# ---- settings
+
+RELEASE: dict[str, Any] = {
+    "optim.lr": 1e-4,
+    "optim.betas": (0.9, 0.999),
+    "optim.weight_decay": 0.01,
+    "optim.clip_norm": 0.0,
+    "optim.schedule": "constant",
+    "optim.warmup_steps": 0,
+    "ema.decay": 0.9999,
+    "ema.every": 25,
+    "ema.warmup": True,
+    "diffusion.steps": 1000,
+    "diffusion.schedule": "quad",
+    "diffusion.predict": "eps",
+    "diffusion.variance": "fixed_small",
+    "diffusion.loss": "mse",
+    "latent.scale": 1.0,
+    "model.name": "HVDM-L",
+    "model.tasks": False,
+    "model.dynamics_bins": 0,
+    "cond_prob": 0.3,
+    "img_prob": 0.0,
+    "frame_strides": (),
+    "data.frame_interval": 1,
+}
+
+
+def test_defaults_are_the_releases() -> None:
+    found = HVDMRunConfig()
+    for name, value in RELEASE.items():
+        at: Any = found
+        for part in name.split("."):
+            at = getattr(at, part)
+        assert at == value, name
+    size = found.denoiser_size(latent_res=(32, 32), latent_frames=16, in_channels=4)
+    assert (size.model_channels, size.channel_mult, size.num_res_blocks, size.conditional) == (192, (1, 2, 4, 4), 2, True)
+    assert not (size.tasks or size.dynamics_bins or size.strides)
+
+
+def test_pictures_bring_the_table_of_tasks() -> None:
+    assert config("--img-prob", "0.2").model.tasks and not config().model.tasks and config("--model.tasks").model.tasks
+
+
+OPTIONS: dict[str, tuple[list[str], list[str]]] = {
+    "as released": ([], UNET),
+    "classes": (["--num-classes", "2"], UNET),
+    "all go on": (["--cond-prob", "1"], UNET),
+    "none goes on": (["--cond-prob", "0"], UNET),
+    "not conditional": (["--cond-prob", "0", "--no-model.conditional"], UNET),
+    "pictures": (["--img-prob", "0.5"], UNET),
+    "pictures alone": (["--cond-prob", "0", "--img-prob", "0.9"], UNET),
+    "told of its task": (["--model.tasks"], UNET),
+    "motion": (["--dynamics-bins", "4"], UNET),
+    "motion, not conditional": (["--cond-prob", "0", "--no-model.conditional", "--dynamics-bins", "4"], UNET),
+    "all": (["--img-prob", "0.3", "--dynamics-bins", "10", "--num-classes", "2"], UNET),
+    "l1, x0": (["--diffusion.loss", "l1", "--diffusion.predict", "x0"], UNET),
+    "flow": (["--process", "flow", "--img-prob", "0.3"], UNET),
+    "strided convolutions": (["--no-model.resblock_updown"], UNET),
+    "no scale-shift": (["--no-model.use_scale_shift_norm"], UNET),
+    "transformer": ([], DIT),
+    "transformer, all": (["--img-prob", "0.3", "--dynamics-bins", "10", "--num-classes", "2", "--process", "flow"], DIT),
+    "transformer, learned variance": (["--diffusion.variance", "learned_range"], DIT),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_trains_and_shows(ae: Path, option: str) -> None:
+    """Also that of convolutions between the levels, with which the release fails on volumes."""
+    argv, model = OPTIONS[option]
+    made = task(ae, *argv, model=model)
+    networks, samples = built(made), moving(4)
+    assert isinstance(networks["model"], VolumeDiT if model is DIT else VolumeUNet)
+    out = made.loss("model", networks, samples, rng(samples))
+    assert out.total.isfinite() and out.count == 4
+    out.total.backward()
+    assert not [name for name, value in networks["model"].named_parameters() if value.grad is None]
+    assert all(value.grad is None for value in networks["ae"].parameters())
+    with torch.no_grad():
+        assert made.evaluate(networks, samples, rng(samples))["loss"][0].isfinite()
+        shown = made.preview(networks, samples, rng(samples))["samples"]
+        again = made.preview(networks, samples, rng(samples))["samples"]
+    frames = FRAMES if "0" in argv else 2 * FRAMES  # a clip, and the one that goes on after it
+    assert shown.shape == (2, 3, frames, SIDE, SIDE) and shown.abs().max() <= 1 and torch.equal(shown, again)
+
+
+def test_other_sizes_are_the_autoencoders(tmp_path: Path) -> None:
+    """Not square, of another number of frames and channels; the release knows one size."""
+    sizes = dataclasses.replace(AE, image_size=(16, 24), n_frames=6, embed_dim=3)
+    where = export_autoencoder(tmp_path / "ae", sizes)
+    made = task(where, "--cond-prob", "1", clips=dataclasses.replace(CLIPS, n_frames=6, image_size=(16, 24)))
+    networks = built(made)
+    assert space_of(made).shape == (3, 6, 4, 6) == networks["model"].config.latent_shape
+    samples = {"video": torch.zeros(2, 3, 12, 16, 24, dtype=torch.uint8), "label": torch.zeros(2, dtype=torch.int64)}
+    samples |= {"index": torch.arange(2), "has_previous": torch.ones(2, dtype=torch.bool)}
+    assert made.loss("model", networks, samples, rng(samples)).total.isfinite()
+
+
+def test_a_batch_spec_runs_on_the_meta_device(ae: Path) -> None:
+    argv = ["--img-prob", "0.5", "--dynamics-bins", "4"]
+    for made in (
+        task(ae),
+        task(ae, *argv),
+        task(ae, "--cond-prob", "0", clips=SINGLE),
+        task(None, *argv, clips=latent_clips(ae)),
+        task(ae, *argv, "--frame-strides", "1", "2", clips=dataclasses.replace(CLIPS, strides=(1, 2))),
+    ):
+        networks = {name: network.module.to("meta") for name, network in made.networks().items()}
+        spec = made.batch_spec(3)
+        out = made.loss("model", networks, spec, SampleRng(0, spec["index"], "meta"))
+        assert out.total.is_meta and out.count == 3
+
+
+def test_frames_at_drawn_distances_are_told(ae: Path) -> None:
+    """But for a share, so that samples of no distance in particular can be asked for."""
+    clips = dataclasses.replace(CLIPS, strides=(1, 2, 4))
+    made, samples = task(ae, "--frame-strides", "1", "2", "4", clips=clips), batch(200)
+    samples["stride"] = torch.arange(200) % 3
+    networks = {"ae": built(made)["ae"], "model": Spy()}
+    made.loss("model", networks, samples, rng(samples))
+    found = networks["model"].calls[0]["stride"]
+    dropped = found == 3
+    assert torch.equal(found[~dropped], samples["stride"][~dropped]) and dropped.float().mean().item() == pytest.approx(0.15, abs=0.08)
+    assert made.denoiser.config.strides == 3 and made.card()["data"]["frame_strides"] == [1, 2, 4]
+
+
+# ---- what it is tied to
+
+
+def test_edges_are_kept_with_the_run_and_its_export(ae: Path) -> None:
+    began, made = task(ae, "--dynamics-bins", "3"), task(ae, "--dynamics-bins", "3")
+    dynamics = space_of(began).told.dynamics
+    assert dynamics is not None
+    dynamics.edges = (0.125, 0.3)
+    made.load_state(began.state())
+    assert made.card()["dynamics"] == {"edges": [0.125, 0.3]} and made.card() == began.card()
+    assert all(isinstance(value, int | float) for value in began.state().values())
+    plain = task(ae).card()
+    assert "dynamics" not in plain and "img_prob" not in plain and task(ae, "--img-prob", "0.2").card()["img_prob"] == 0.2
+
+
+def test_a_run_does_not_go_on_with_another_autoencoder(ae: Path, tmp_path: Path) -> None:
+    other = export_autoencoder(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match=r"began with other weights .*--resume none$"):
+        task(other).load_state(task(ae).state())
+
+
+def test_what_does_not_fit_is_refused_in_one_line(ae: Path) -> None:
+    def refused(message: str, *argv: str, ae: Path | None = ae, clips: Any = CLIPS) -> None:
+        with pytest.raises(ConfigError, match=message) as error:
+            task(ae, *argv, clips=clips)
+        assert "\n" not in str(error.value)
+
+    refused(r"which autoencoder\? give --ae RUN \(an HVDM autoencoder", ae=None)
+    refused(r"takes clips of 4x16x16 .*these are 4x16x32", clips=dataclasses.replace(CLIPS, image_size=(16, 32)))
+    refused(r"--cond-prob 0.3: toy holds single clips.*--pairs.*--cond-prob 0$", clips=latent_clips(ae, pairs=False))
+    refused(r"--img-prob 0.2: toy holds no latents 'still'; run .* --stills", "--img-prob", "0.2", clips=latent_clips(ae, stills=False))
+    held = latent_clips(ae)
+    assert held.latents is not None
+    tensors = {name: shape for name, shape in held.latents.tensors.items() if "dynamics" not in name}
+    refused("--dynamics-bins: toy holds no latents 'dynamics'", "--dynamics-bins", "4", clips=latent_clips(ae, tensors=tensors))
+    pvdm = {"system": "pvdm", "sha256": "f" * 64}
+    refused("latents of the system 'pvdm'; this stage takes those of HVDM's", clips=latent_clips(ae, autoencoder=pvdm))
+    refused("not latents of 4x4x4x4", clips=latent_clips(ae, tensors={"latent": (4, 48)}))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--img-prob", "1.5"], "--img-prob 1.5: a share"),
+        (["--cond-prob", "0.7", "--img-prob", "0.4"], "together at most 1"),
+        (["--cond-prob", "0", "--img-prob", "0.4", "--no-model.conditional"], "no clip starts from a picture"),
+        (["--no-model.conditional"], "with model.conditional off"),
+        (["--cond-prob", "0", "--model.tasks", "--no-model.conditional"], "no condition to tell the kind of"),
+        (["--dynamics-bins", "1"], "2 or more, or 0"),
+        (["--dynamics-bins", "-1"], "2 or more, or 0"),
+        (["--dynamics-bins", "10", "--dynamics-clips", "5"], "at least one for each of the 10"),
+        (["--dynamics-dropout", "1"], "a share"),
+        (["--frame-strides", "1", "0"], "1 or more"),
+        (["--frame-strides", "2", "2"], "different"),
+        (["--frame-strides", "1", "2", "--frame-interval", "2"], "give one of them"),
+        (["--diffusion.variance", "learned_range"], "the UNet HVDM-S has no channels for it; use fixed_small, or a VolumeDiT"),
+        (["--model", "HVDM-XL"], "HVDM-L"),
+        (["--model.hidden_size", "32"], "has no setting 'hidden_size'"),
+        (["--use-text-embed"], "HVDM's denoisers take class labels, no vectors"),
+    ],
+)
+def test_impossible_settings_are_refused_in_one_line(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        config(*argv)
+    assert "\n" not in str(error.value)
+
+
+# ---- where it starts
+
+
+def test_it_starts_from_one_without_tables(ae: Path, tmp_path: Path) -> None:
+    """What the tables add is zero, so it is the same network."""
+    plain = task(ae)
+    first = built(plain)["model"]
+    write_export(tmp_path / "export", {"model": first.state_dict()}, plain.card() | {"model": to_dict(first.config)})
+    made = task(ae, "--img-prob", "0.2", "--dynamics-bins", "4", "--init-from", str(tmp_path))
+    second = made.networks()["model"].module
+    x, t = torch.randn(2, *LATENT), torch.tensor([3, 500])
+    told = {"task": torch.tensor([1, 2]), "dynamics": torch.tensor([0, 3])}
+    torch.testing.assert_close(second(x, t, previous=-x, **told), first(x, t, previous=-x), rtol=0, atol=0)
+    with pytest.raises(UserError, match=r"its model_channels is 32, that of the run 64") as error:
+        task(ae, "--model.model_channels", "64", "--init-from", str(tmp_path)).networks()
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"it is a VolumeUNet, the run trains a VolumeDiT$"):
+        task(ae, "--init-from", str(tmp_path), model=DIT).networks()
