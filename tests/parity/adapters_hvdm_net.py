@@ -1,5 +1,7 @@
 """Checks of HVDM's autoencoder: the wavelet transform, the network, its cross-attention."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -34,8 +36,7 @@ def check_dwt3d(case: Case) -> None:
 
 @adapter("hvdm", "autoencoder")
 def check_autoencoder(case: Case) -> None:
-    model = HVDMAutoencoder(_config(case)).eval()
-    _load(model, case)
+    model = case_autoencoder(case, case.fields)
     video = case.input("video")
     tokens = model.tokens(video)
     case.expect("encoder_tokens", _clip_major(tokens), 0.0, ABSOLUTE)
@@ -59,21 +60,28 @@ def check_autoencoder(case: Case) -> None:
     case.expect_grad_norms(export_autoencoder(_gradients(model), model.config), **GRADIENTS)
 
 
-def _config(case: Case) -> HVDMAEConfig:
+def case_autoencoder(case: Case, fields: Any, network: str = "") -> HVDMAutoencoder:
+    """The network of a case. What its weights tell of its config must be what the fields say, and writing must give them back."""
+    model = HVDMAutoencoder(_config(fields)).eval()
+    _load(model, case, network)
+    return model
+
+
+def _config(fields: Any) -> HVDMAEConfig:
     names = {"head_dim": "dim_head", "n_frames": "frames", "patch_size": "patch", "plane_mlp_dim": "q_mlp"}
     names |= {"plane_depth": "q_depth", "plane_heads": "q_heads", "plane_head_dim": "q_dim_head"}
     names |= {name: name for name in ("dim", "embed_dim", "channels", "depth", "fusion_depth", "heads")}
-    fields = {ours: case.config(theirs) for ours, theirs in names.items() if theirs in case.fields}
-    size = (case.config("height"), case.config("width"))
-    return HVDMAEConfig(image_size=size, freq_widths=tuple(case.config("freq_widths", (64, 192, 384, 768))), **fields, **RELEASE)
+    known = {ours: fields[theirs] for ours, theirs in names.items() if theirs in fields}
+    size = (fields["height"], fields["width"])
+    return HVDMAEConfig(image_size=size, freq_widths=tuple(fields.get("freq_widths", (64, 192, 384, 768))), **known, **RELEASE)
 
 
-def _load(model: HVDMAutoencoder, case: Case) -> None:
+def _load(model: HVDMAutoencoder, case: Case, network: str) -> None:
     config = model.config
     fresh = export_autoencoder(model.state_dict(), config)
     saved = case.state()
     tables = {name for name in fresh if "rot_emb" in name or name == "coords"}
-    official = case_weights(case, {name: value.shape for name, value in fresh.items() if name not in tables}) | saved
+    official = case_weights(case, {name: value.shape for name, value in fresh.items() if name not in tables}, network) | saved
     model.load_state_dict(import_autoencoder(official))
     back = export_autoencoder(model.state_dict(), config)
     assert back.keys() == (official | {name: fresh[name] for name in tables}).keys()
