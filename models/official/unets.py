@@ -73,8 +73,8 @@ def settings(state: State, zeros: Tensor | None, export: Rules) -> dict[str, Any
     """What the tensors, under our names, tell of the stages. Averages leave `zeros` out, and so do networks of one input."""
     ends = ("input_blocks.0.layers.0.weight", "out.conv.weight", "t_embedder.mlp.0.weight")
     if any(name not in state for name in ends):
-        *others, last = (renamed(name, export) for name in ends)
-        raise ValueError(f"the state dict does not fit: it lacks {', '.join(others)} or {last}")
+        *others, end = (renamed(name, export) for name in ends)
+        raise ValueError(f"the state dict does not fit: it lacks {', '.join(others)} or {end}")
     first, last, step = (state[name] for name in ends)
     stages = depth_of(state, "output_blocks.")
     ups = [j for j in range(stages) if any(f"output_blocks.{j}.layers.{k}.{what}" in state for k in (1, 2) for what in _UP)]
