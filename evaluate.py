@@ -1,6 +1,7 @@
 """Figures of a trained system, each printed with the protocol that it was measured by.
 
 evaluate.py reconstruct --ae EXPORT --data-path SHARDS    PSNR, SSIM and LPIPS of an autoencoder
+evaluate.py motion --samples FOLDER [FOLDER ...]          motion in folders of videos, beside each other
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from losses import perceptual
 from metrics.frames import SSIM_WINDOW, lpips, psnr, quantise, ssim
 from pipelines.encoders import ENCODERS, EncoderOptions, FrameEncoder, system_of
 from pipelines.loading import SD_SCALE
+from pipelines.motion import measure_motion
 from utils.config import dump_yaml, load_config, to_dict
 from utils.errors import ConfigError
 from utils.files import atomic_write_text
@@ -37,7 +39,7 @@ class ReconstructConfig:
     """Measures how well an autoencoder gives clips back."""
 
     system: str = ""
-    """Whose official checkpoint it is: cmd, latte or pvdm; empty: as the names in it say. An export says it itself."""
+    """Whose official checkpoint it is: cmd, hvdm, latte or pvdm; empty: as the names in it say. An export says it itself."""
     ae: str = ""
     """The autoencoder: an export or run folder, or an official checkpoint (.pt, .pth)."""
     data_path: str = ""
@@ -221,7 +223,44 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
 
 
-COMMANDS: dict[str, Callable[[Launch], None]] = {"reconstruct": reconstruct}
+@dataclasses.dataclass(frozen=True)
+class MotionConfig:
+    """Measures how much motion there is in generated videos."""
+
+    system: str = ""
+    """Not read: videos of any system are measured."""
+    samples: tuple[str, ...] = ()
+    """Folders of mp4 videos, as sample.py writes them. The figures of each are also left in it, in motion.json, for the report."""
+    clip_frames: int = 0
+    """Frames of a clip, an even number; 0: as many as the model made at a time, 16 where the folder does not say."""
+    out: str = ""
+    """JSON file to write the figures of all folders to."""
+
+    def validate(self) -> None:
+        """Raises ConfigError on settings that cannot work."""
+        if not self.samples:
+            raise ConfigError("motion of what? give --samples FOLDER [FOLDER ...], the --out of sample.py")
+        if missing := [folder for folder in self.samples if not Path(folder).is_dir()]:
+            raise ConfigError(f"--samples {missing[0]}: no such folder")
+        if self.clip_frames < 0 or self.clip_frames % 2:
+            raise ConfigError(f"--clip-frames {self.clip_frames}: an even number, the transform takes pairs of frames")
+
+
+def motion(launch: Launch) -> None:
+    """The subcommand of that name."""
+    config = load_config({"": MotionConfig}, launch.argv, prog="evaluate.py motion", description=launch.about)
+    config.validate()
+    figures: dict[str, Any] = {}
+    for folder in config.samples:
+        figures[folder] = measure_motion(Path(folder), config.clip_frames)
+        atomic_write_text(Path(folder) / "motion.json", json.dumps(figures[folder], indent=2) + "\n")
+        print("{motion:.5f} +- {motion_std:.5f} over {videos} videos: ".format(**figures[folder]) + folder, flush=True)
+    print(table({"protocol": figures[config.samples[-1]]["protocol"]}), flush=True)
+    if config.out:
+        atomic_write_text(Path(config.out), json.dumps(figures, indent=2) + "\n")
+
+
+COMMANDS: dict[str, Callable[[Launch], None]] = {"reconstruct": reconstruct, "motion": motion}
 
 
 def main() -> None:

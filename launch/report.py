@@ -19,11 +19,12 @@ from utils.files import atomic_write_bytes
 
 STAGES = {
     "cmd": (("autoencoder", "Autoencoder"), ("content", "Content model"), ("motion", "Motion model")),
+    "hvdm": (("autoencoder", "Hybrid autoencoder"), ("denoiser", "Denoiser")),
     "latte": (("autoencoder", "Frame VAE"), ("denoiser", "Denoiser")),
     "pvdm": (("autoencoder", "Triplane autoencoder"), ("denoiser", "Denoiser")),
 }
 """System -> its stages and their titles."""
-OPTIONAL = {("latte", "autoencoder"), ("pvdm", "autoencoder")}
+OPTIONAL = {("hvdm", "autoencoder"), ("latte", "autoencoder"), ("pvdm", "autoencoder")}
 """Stages that somebody else may have trained."""
 CAPTIONS = {
     "reconstruction": "held-out clips or frames, each above its reconstruction",
@@ -32,10 +33,23 @@ CAPTIONS = {
     "motion_samples": "held-out clips, each above a generated motion of its content frame",
     "samples": "generated clips",
 }
+SETTINGS = "settings.json"
+"""What sample.py writes beside its samples."""
 SHOWN = 64
 """Clips of a folder that the page shows, at most."""
 STRIP = "how the first clips came about: their first frames, estimated at several steps of the sampling"
 FILM = "how the first videos go on: frames at even distances"
+PICTURES = "the pictures, what the autoencoder alone makes of them, and the first frames of the videos"
+TITLES = {
+    "short": "Generated clips",
+    "long": "Long videos: {num_frames} frames, clip after clip",
+    "i2v": "Videos that begin at a picture: {num_frames} frames",
+}
+FIGURES = {
+    "first_frame_psnr": "PSNR of first frames against their pictures, dB",
+    "autoencoder_psnr": "PSNR of what the autoencoder alone makes of the pictures, dB",
+    "motion": "motion of the videos",
+}
 MEDIA_TYPES = {".gif": "image/gif", ".png": "image/png", ".mp4": "video/mp4"}
 PREVIEWS = (".gif", ".png")
 STYLE = """
@@ -136,8 +150,9 @@ def stage_section(title: str, run: Path) -> str:
 
 def samples_section(folder: Path) -> str:
     """The generated clips as they play, with the settings that made them."""
-    settings = _settings(folder)
-    long = settings.get("mode") == "long"
+    settings = _json(folder / SETTINGS)
+    mode = settings.get("mode", "short")
+    long = mode != "short"
     patterns = ("[0-9]*.mp4",) if long else ("[0-9]*.gif", "sample_output_*.gif")
     clips = sorted(path for pattern in patterns for path in folder.glob(pattern))
     if not clips:
@@ -146,16 +161,17 @@ def samples_section(folder: Path) -> str:
         )
     plain = [(name, value) for name, value in settings.items() if isinstance(value, str | int | float)]
     shown = "".join(picture(path, path.stem, 128) for path in clips[:SHOWN])
-    for name, caption in (("strip.png", STRIP), ("film.png", FILM)):
+    for name, caption in (("pictures.png", PICTURES), ("strip.png", STRIP), ("film.png", FILM)):
         if (folder / name).is_file():
             shown += f"<div>{picture(folder / name, caption, 320)}</div>"
-    title = f"Long videos: {settings['num_frames']} frames, clip after clip" if long else "Generated clips"
-    return f"<h2>{title}</h2>{shown}<details><summary>Settings</summary>{table(plain)}</details>"
+    title = TITLES[mode].format(**settings) + (f", class {settings['dynamics']} of motion" if "dynamics" in settings else "")
+    found = settings.get("figures", {}) | _json(folder / "motion.json")
+    measured = [(told, found[name]) for name, told in FIGURES.items() if name in found]
+    return f"<h2>{title}</h2>{shown}{table(measured) if measured else ''}<details><summary>Settings</summary>{table(plain)}</details>"
 
 
-def _settings(samples: Path) -> dict[str, Any]:
-    """What sample.py wrote beside its samples; empty where it is not there."""
-    place = samples / "settings.json"
+def _json(place: Path) -> dict[str, Any]:
+    """What sample.py or evaluate.py wrote beside samples; empty where it is not there."""
     return dict(json.loads(place.read_text())) if place.is_file() else {}
 
 
@@ -194,7 +210,7 @@ def _started_from(run: Path) -> Path | None:
 
 def _system(samples: Path, runs: Mapping[tuple[str, str], Path]) -> str:
     """The system of the samples; where they do not say, that of the newest run."""
-    settings = _settings(samples)
+    settings = _json(samples / SETTINGS)
     known = [system for system, _ in runs if system in STAGES]
     return settings["system"] if settings.get("system") in STAGES else known[-1] if known else next(iter(STAGES))
 
@@ -208,7 +224,7 @@ def main() -> None:
         nargs="+",
         action="extend",
         required=True,
-        help="folders that sample.py wrote: of clips with GIFs, of long videos",
+        help="folders that sample.py wrote: of clips with GIFs, of long videos, of videos that begin at pictures",
     )
     parser.add_argument("--figures", type=Path, help="JSON that evaluate.py reconstruct wrote")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")

@@ -1,0 +1,73 @@
+"""How much motion there is in folders of videos: what sampling with a chosen amount of it is measured by (spec, hvdm.md section 8)."""
+
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from av.error import FFmpegError
+
+from datasets.stored_video import iterate_frames
+from models.layers.motion import motion_energy
+from utils.errors import UserError
+from utils.media import to_float
+
+CLIP_FRAMES = 16
+"""Frames of a clip where nobody says them."""
+_OVERVIEWS = ("grid.mp4", "strip.mp4")
+"""Files beside samples that show several of them."""
+
+
+def measure_motion(folder: Path, clip_frames: int = 0) -> dict[str, Any]:
+    """Mean and standard deviation over the videos of a folder of their motion, each the mean over its clips; and how it was measured.
+
+    Clips follow one another; what is left at the end of a video is left out. `clip_frames` 0: as many as the model makes at a time, by the
+    settings beside the videos. Raises UserError for a folder without videos, and for a file that is none.
+    """
+    settings = _settings(folder)
+    frames = clip_frames or settings.get("model", {}).get("latent_frames") or settings.get("n_frames") or CLIP_FRAMES
+    frames = max(2, frames - frames % 2)  # the transform takes pairs
+    videos = [folder / sample["file"] for sample in settings.get("samples", [])]
+    videos = videos or sorted(path for path in folder.glob("*.mp4") if path.name not in _OVERVIEWS)
+    if not videos:
+        raise UserError(f"{folder} holds no videos (*.mp4): give the --out of sample.py, or any folder of mp4 files")
+    found = [list(_energies(path, frames)) for path in videos]
+    if short := [path for path, energies in zip(videos, found, strict=True) if not energies]:
+        raise UserError(f"{short[0]} has fewer than {frames} frames: give --clip-frames")
+    means = [statistics.fmean(energies) for energies in found]
+    return {
+        "motion": statistics.fmean(means),
+        "motion_std": statistics.pstdev(means),
+        "videos": len(videos),
+        "protocol": {
+            "motion": "mean |coefficient| of the four subbands of the Haar transform that are high in time, frames in [-1, 1]",
+            "clips": sum(map(len, found)),
+            "clip_frames": frames,
+            "frames": "as stored, H.264",
+        },
+    }
+
+
+def _energies(path: Path, frames: int) -> Iterator[float]:
+    """Motion of the clips of a video, one after the other. Raises UserError for a file that is no video."""
+    clip: list[np.ndarray] = []
+    try:
+        for frame in iterate_frames(path):
+            clip.append(frame)
+            if len(clip) == frames:
+                yield motion_energy(to_float(torch.from_numpy(np.stack(clip)).permute(3, 0, 1, 2)[None])).item()
+                clip = []
+    except (FFmpegError, OSError, LookupError) as error:
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What sample.py wrote beside its samples; empty where it is not there."""
+    place = folder / "settings.json"
+    try:
+        return dict(json.loads(place.read_text(encoding="utf-8"))) if place.is_file() else {}
+    except (ValueError, TypeError):
+        raise UserError(f"{place} is damaged") from None
