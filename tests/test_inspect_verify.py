@@ -17,7 +17,8 @@ from safetensors.numpy import save
 from datasets.prepare.check import check_set, read_set
 from datasets.prepare.stored import decode_clip
 from datasets.prepare.writer import Sample, ShardWriter, dump_json, shard_entry
-from datasets.shards import FORMAT, SCHEMA, frame_sums
+from datasets.reader import ClipReader
+from datasets.shards import FORMAT, SCHEMA, ShardSet, frame_sums
 from datasets.sources.base import hash16
 from tests.preprocessing import call, run
 from tests.videos import write_tree
@@ -268,6 +269,20 @@ def test_inspect_needs_no_report(copy: Path) -> None:
     assert "there is no report.json" in printed and "clips of a class\n  cat " in printed and "motion of a clip" in printed, printed
     (copy / "report.json").write_text("{")
     assert "report.json is damaged" in call("inspect", copy, code=1)
+
+
+def test_pictures_are_first_frames_the_classes_in_turn(copy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pictures"
+    assert "first frames" in call("inspect", copy, "--pictures", out, "--num-pictures", "5")
+    shards = ShardSet.open(copy)
+    names = sorted(path.name for path in out.iterdir())
+    assert names == [f"{place:06d}-class{place % 2:03d}.png" for place in range(5)], "two classes, in turn"
+    reader = ClipReader(shards, 8)
+    for place, name in enumerate(names):
+        sample = np.flatnonzero(shards.label == place % 2)[place // 2]
+        with Image.open(out / name) as image:
+            assert np.array_equal(np.asarray(image), reader.read(np.array([sample]), np.array([0]))[0, 0])
+    assert "cannot draw" in call("inspect", copy, "--pictures", "/proc/x", code=1)
 
 
 def test_the_sheet_shows_the_clips(copy: Path, tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from datasets.commands.parser import local_folder
+from datasets.commands.parser import local_folder, whole
 from datasets.conditions import CondFormat
 from datasets.prepare.check import read_set
 from datasets.prepare.report import read_report, summary
-from datasets.prepare.sheet import SHEET, write_sheet
+from datasets.prepare.sheet import SHEET, write_pictures, write_sheet
 from datasets.prepare.survey import survey
 from datasets.prepare.windows import ClipRules
 from datasets.shards import ShardSet
@@ -23,26 +23,38 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sheet", type=Path, metavar="FILE", help=f"draw the contact sheet into this picture (the set holds one as {SHEET})"
     )
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="write first frames of clips into this folder, the classes in turn")
+    parser.add_argument("--num-pictures", type=whole(1), default=10, metavar="N", help="how many of them (default 10)")
 
 
 def run_inspect(args: argparse.Namespace) -> None:
     """`preprocess.py inspect`: prints what the set is, and its report, or what its shards show where there is no report."""
     index = read_set(args.shards)
-    if args.sheet and index["codec"]["name"] == "latent":
-        raise ConfigError(f"--sheet: {args.shards} holds latents, which are no pictures; draw the sheet of the pixel set")
+    drawn = "--sheet" if args.sheet else "--pictures" if args.pictures else ""
+    if drawn and index["codec"]["name"] == "latent":
+        raise ConfigError(f"{drawn}: {args.shards} holds latents, which are no pictures; draw those of the pixel set")
     print(describe(args.shards, index))
     report = read_report(args.shards)
     if report is None:
         report = survey(ShardSet.open(args.shards))
         print("there is no report.json: counted from the offset indices, and from the cards of some hundred clips")
     print(summary(report))
-    if args.sheet:
-        try:
-            print(f"contact sheet: {write_sheet(args.shards, index['shards'], index['codec']['name'], index['classes'], args.sheet)}")
-        except OSError as error:
-            raise UserError(f"cannot draw {args.sheet}: {error}") from None
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise UserError(f"{args.shards} is damaged ({error}): preprocess.py verify {args.shards} lists every fault") from None
+    if drawn:
+        _draw(args, index)
+
+
+def _draw(args: argparse.Namespace, index: Mapping[str, Any]) -> None:
+    """The pictures that are asked for. Raises UserError."""
+    shards, codec = index["shards"], index["codec"]["name"]
+    try:
+        if args.sheet:
+            print(f"contact sheet: {write_sheet(args.shards, shards, codec, index['classes'], args.sheet)}")
+        if args.pictures:
+            print(f"{len(write_pictures(args.shards, shards, codec, args.num_pictures, args.pictures))} first frames: {args.pictures}")
+    except OSError as error:
+        raise UserError(f"cannot draw {args.sheet or args.pictures}: {error}") from None
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise UserError(f"{args.shards} is damaged ({error}): preprocess.py verify {args.shards} lists every fault") from None
 
 
 def describe(folder: Path, index: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The contact sheet of a shard set: clips spread over the whole set, each as a strip of frames with its key and class under it."""
+"""Pictures of a shard set: the contact sheet, clips spread over the whole set as strips of frames with key and class; first frames."""
 
 import io
 import json
@@ -35,6 +35,28 @@ def _clips(folder: Path, entries: list[dict[str, Any]], codec: str, count: int) 
             for row in (wanted[shards == shard] - (ends[shard] - entry["samples"])).tolist():
                 payload = os.pread(file.fileno(), table["nbytes"][row], table["offset"][row])
                 yield table["key"][row], table["label"][row], decode_clip(payload, codec, table["frames"][row])
+
+
+def write_pictures(folder: Path, entries: list[dict[str, Any]], codec: str, count: int, out: Path) -> list[Path]:
+    """The first frames of `count` clips as PNGs, the classes in turn: what videos can begin at. Fewer where the set has fewer clips."""
+    tables = [json.loads((folder / sidecar_name(entry["name"])).read_bytes()) for entry in entries]
+    turns: dict[int, int] = {}
+    order = []
+    for shard, table in enumerate(tables):
+        for row, label in enumerate(table["label"]):
+            order.append((turns.get(label, 0), label, shard, row))
+            turns[label] = turns.get(label, 0) + 1
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for place, (_, label, shard, row) in enumerate(sorted(order)[:count]):
+        table = tables[shard]
+        with (folder / entries[shard]["name"]).open("rb") as file:
+            payload = os.pread(file.fileno(), table["nbytes"][row], table["offset"][row])
+        buffer = io.BytesIO()
+        Image.fromarray(decode_clip(payload, codec, table["frames"][row])[0]).save(buffer, format="PNG")
+        paths.append(out / f"{place:06d}-class{label:03d}.png")
+        atomic_write_bytes(paths[-1], buffer.getvalue())
+    return paths
 
 
 def _strip(clip: np.ndarray, size: tuple[int, int], text: str) -> Image.Image:
