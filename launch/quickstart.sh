@@ -2,7 +2,7 @@
 # From videos to generated clips on a CPU: shards -> autoencoder -> latents -> generators -> clips -> report.html.
 #   launch/quickstart.sh                 moving digits, made on the spot
 #   DATA=folder launch/quickstart.sh     your own videos
-#   SYSTEM=latte ...                     which system: cmd (default), latte or pvdm
+#   SYSTEM=latte ...                     which system: cmd (default), hvdm, latte or pvdm
 #   OUT=folder ...                       where everything goes (default: quickstart, or quickstart/<system>)
 # Stop it at any time (Ctrl-C); the same command goes on where it was.
 set -euo pipefail
@@ -40,14 +40,14 @@ train() { # script, training set, validation set, further flags
 run_of() { # newest run folder of a stage
   ls -d "$RUNS"/[0-9]*-"$1" | tail -n 1
 }
-encode_sets() { # SHARDS and HELD_OUT by the autoencoder AE -> LATENTS and HELD_OUT_LATENTS
+encode_sets() { # SHARDS and HELD_OUT by the autoencoder AE, with further flags -> LATENTS and HELD_OUT_LATENTS
   say "Clips -> latents: the generators need not encode each clip again and again"
   LATENTS=$RUNS/latents/train
   HELD_OUT_LATENTS=$LATENTS
-  torchrun preprocess.py latents "$SHARDS" --ae "$AE" --out "$LATENTS"
+  torchrun preprocess.py latents "$SHARDS" --ae "$AE" --out "$LATENTS" "$@"
   if [ "$HELD_OUT" != "$SHARDS" ]; then
     HELD_OUT_LATENTS=$RUNS/latents/held-out
-    torchrun preprocess.py latents "$HELD_OUT" --ae "$AE" --out "$HELD_OUT_LATENTS"
+    torchrun preprocess.py latents "$HELD_OUT" --ae "$AE" --out "$HELD_OUT_LATENTS" "$@"
   fi
 }
 
