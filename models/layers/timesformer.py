@@ -145,7 +145,7 @@ class PatchHead(nn.ConvTranspose2d):
         bias = None if self.bias is None else self.bias.repeat_interleave(p * p)
         # Half precision has steps of a grey level near -1 and 1.
         out = (F.linear(x, self.weight.flatten(1).t(), bias).float() * 0.5).tanh()
-        return rearrange(out, "t b (h w) (c p q) -> b c t (h p) (w q)", h=grid[0], p=p, q=p)
+        return rearrange(out, "t b (h w) (c p q) -> b c t (h p) (w q)", h=grid[0], p=p, q=p).contiguous()
 
 
 def patch_vectors(x: Tensor, patch: int) -> Tensor:
