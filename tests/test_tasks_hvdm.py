@@ -155,7 +155,7 @@ def test_each_sample_is_the_same_in_any_batch(ae: Path) -> None:
 def test_a_sample_is_told_the_motion_of_what_it_learns(ae: Path) -> None:
     made = task(ae, "--cond-prob", "0.3", "--dynamics-bins", "4", "--dynamics-dropout", "0")
     networks, samples = built(made), moving(24)
-    target, told = learnt(made, networks, samples)
+    _, told = learnt(made, networks, samples)
     clips = to_float(samples["video"])
     starts = torch.where(samples["has_previous"], rng(samples).integers("window", FRAMES + 1), FRAMES)
     after = (rng(samples).uniform("previous") < 0.3) & samples["has_previous"]
