@@ -62,11 +62,7 @@ def add_latents_arguments(parser: argparse.ArgumentParser) -> None:
         help="encoders of PVDM and HVDM: samples are a clip and the one before it, to learn to go on (default: where stored clips are "
         "long enough)",
     )
-    add(
-        "--stills",
-        action="store_true",
-        help="encoders of HVDM: also the first frame of each clip as a still clip, to learn to start from pictures; it doubles the work",
-    )
+    add("--stills", action="store_true", help="encoders of HVDM: also each first frame as a still clip, to learn to start from pictures")
     add("--dtype", choices=["float16", "float32"], default="float16", help="stored numbers (default float16)")
     add("--on-bad-sample", choices=["fail", "skip"], default="fail", help="damaged clips: stop (default), or leave them out and say so")
     speed = parser.add_argument_group("speed").add_argument

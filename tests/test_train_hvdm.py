@@ -39,7 +39,7 @@ def flickering(number: int, count: int, size: tuple[int, int] = (SIDE, SIDE)) ->
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12 clips of 16 x 16 in each of `pixels` (16 or 5 frames), `single` (4), `pairs` (8), `long` (16); an autoencoder of 4 frames in `ae`."""
+    """12 clips of 16 x 16 in each of `pixels` (16 or 5 frames), `single` (4), `pairs` (8), `long` (16); an autoencoder of 4 in `ae`."""
     folder = tmp_path_factory.mktemp("hvdm")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shard_sets, "frames_of", flickering)
