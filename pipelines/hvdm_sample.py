@@ -1,7 +1,7 @@
 """What `sample.py` needs to know of HVDM: its settings and its exports, how a video begins at a picture, and how its motion is chosen."""
 
 import dataclasses
-import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,6 +16,7 @@ from pipelines.pictures import find_pictures, read_picture
 from pipelines.runs import find_family
 from utils.config import flag
 from utils.errors import ConfigError, UserError
+from utils.files import sha256_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,8 @@ class HVDMSampleConfig(ClipSampleConfig):
             raise ConfigError(f"--dynamics {self.dynamics} and --dynamics-percentile {self.dynamics_percentile:g}: give one of them")
         if self.dynamics_percentile is not None and not 0 <= self.dynamics_percentile <= 100:
             raise ConfigError(f"--dynamics-percentile {self.dynamics_percentile:g}: from 0 (the stillest clips) to 100")
+        if not math.isfinite(self.dynamics_guidance):
+            raise ConfigError(f"--dynamics-guidance {self.dynamics_guidance}: a number, 1 for none")
         if self.dynamics_guidance != 1 and self.dynamics is None and self.dynamics_percentile is None:
             raise ConfigError(f"--dynamics-guidance {self.dynamics_guidance:g}: towards which motion? give --dynamics N")
 
@@ -78,11 +81,9 @@ class HVDMSampleJob(ClipSampleJob):
         super().__init__(config, pipeline)
         self.told = self._told()
         self.fps = config.fps or pipeline.fps / (config.frame_stride or 1)
-        # As clips are cut and resized: those of the release without smoothing.
-        size = (pipeline.clip_shape[1], pipeline.clip_shape[2])
-        smooth = not is_official(pipeline.ae.path)
-        self.pictures = [read_picture(path, size, antialias=smooth).to(device) for path in find_pictures(config.image)]
-        self.stills = [pipeline.encode_still(picture[None])[0] for picture in self.pictures]
+        self.pictures = find_pictures(config.image)
+        for index in range(min(len(self.pictures), config.num_samples)):
+            self.picture(index)  # what cannot be read is told before anything is made
 
     def check_goes_on(self, denoiser: Loaded) -> None:
         """Raises UserError for a denoiser that makes no clip after another, or after a picture."""
@@ -104,9 +105,9 @@ class HVDMSampleJob(ClipSampleJob):
 
     def sample_clip(self, indices: Sequence[int], clip: int, previous: Tensor | None) -> Tensor:
         """Latents b e S R_h R_w of clip number `clip` of these samples, after the one with the latents `previous`, or the picture."""
-        exact, image = self.config.exact, bool(self.stills) and clip == 0
+        exact, image = self.config.exact, bool(self.pictures) and clip == 0
         if image:
-            previous = torch.stack([self.stills[i % len(self.stills)] for i in indices])
+            previous = torch.cat([self.pipeline.encode_still(self.picture(index)[None]) for index in indices])
         elif previous is not None and self.config.condition == "reencoded":
             previous = self.pipeline.encode_each(self.pipeline.decode_each(previous, exact), exact)
         return self.pipeline.generate_latents(
@@ -125,20 +126,22 @@ class HVDMSampleJob(ClipSampleJob):
 
     def picture(self, index: int) -> Tensor:
         """The picture 3 h w in [-1, 1] at which a sample begins."""
-        return self.pictures[index % len(self.pictures)]
+        height, width = self.pipeline.clip_shape[1:]
+        # As clips are cut and resized, those of the release without smoothing.
+        smooth = not is_official(self.pipeline.ae.path)
+        return read_picture(self.pictures[index % len(self.pictures)], (height, width), antialias=smooth).to(self.pipeline.device)
 
     def seen_picture(self, index: int) -> Tensor:
         """The same through the autoencoder: the first frame of a still clip of it."""
-        return self.pipeline.decode(self.stills[index % len(self.stills)][None])[0, :, 0]
+        return self.pipeline.decode(self.pipeline.encode_still(self.picture(index)[None]))[0, :, 0]
 
     def settings(self) -> dict[str, Any]:
         """Plain values: everything that a sample depends on."""
         config = self.config
-        pictures = [hashlib.sha256(picture.cpu().numpy().tobytes()).hexdigest() for picture in self.pictures]
         return {
             **super().settings(),
             **({"condition": config.condition} if config.long else {}),
-            **({"images_sha256": pictures} if pictures else {}),
+            **({"images_sha256": list(map(sha256_file, self.pictures))} if self.pictures else {}),
             **({"frame_stride": config.frame_stride} if config.frame_stride is not None else {}),
             **({"dynamics": self.told["dynamics"], "dynamics_guidance": config.dynamics_guidance} if "dynamics" in self.told else {}),
         }

@@ -29,7 +29,7 @@ def read_picture(path: Path, size: tuple[int, int], *, antialias: bool = True) -
     """A picture of any size -> its centre 3 h w float32 in [-1, 1] of `size`, upright as its camera says. Raises UserError."""
     try:
         with Image.open(path) as image:
-            frame = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            frame = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0][:200]
         raise UserError(f"--image {path} cannot be read: {reason}") from None
