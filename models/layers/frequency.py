@@ -44,7 +44,8 @@ class FrequencyStem(nn.Module):
         x = x.transpose(1, 2).flatten(0, 1).to(self.dtype, memory_format=torch.channels_last)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = norm(conv(x), clips)
-        return x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, (clips, frames)).transpose(0, 1)
+        rows = x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, (clips, frames)).transpose(0, 1)
+        return rows.clone(memory_format=torch.contiguous_format)  # a copy: sharding warns of units that return views
 
     @property
     def dtype(self) -> torch.dtype:
