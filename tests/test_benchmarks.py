@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checkpoint, formats, latte_step, long_video, preprocess, pvdm_step, stream, train_step
+from benchmarks import (
+    checkpoint,
+    formats,
+    hvdm_step,
+    latte_step,
+    long_video,
+    plain_tokens,
+    preprocess,
+    pvdm_step,
+    stream,
+    train_step,
+    wavelet,
+)
 from datasets.prepare.clips import ClipRules
 from engine.checkpoint import latest
 from engine.config import EmaConfig, OptimConfig, ParallelConfig
@@ -69,11 +81,31 @@ def test_pvdm_step_compares_equal_networks(output: Callable[..., str], monkeypat
     text = output(pvdm_step.main, *tiny)
     assert text.count("ms/step") == 4 and text.count("1.00 times as fast as plain bf16") == 2
     assert "planes 4x4, 4x4, 4x4" in text
-    for name in ("plain_block", "plain_feed_forward"):
+    for module, name in ((pvdm_step, "plain_block"), (plain_tokens, "plain_feed_forward")):
         with monkeypatch.context() as broken:
-            broken.setattr(pvdm_step, name, lambda layer, x: x)
+            broken.setattr(module, name, lambda layer, x: x)
             with pytest.raises(AssertionError, match="not the same"):
                 output(pvdm_step.main, *tiny)
+
+
+def test_hvdm_step_compares_equal_networks(output: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = ("--device", "cpu", "--size", "16", "--frames", "4", "--rounds", "1", "--variants", "plain bf16", "eager bf16")
+    tiny += ("--dim", "32", "--depth", "1", "--freq-widths", "4", "4", "4", "4")
+    text = output(hvdm_step.main, *tiny)
+    assert text.count("ms/step") == 2 and "1.00 times as fast as plain bf16" in text
+    assert "autoencoder, 1 clip(s) of 4x16x16, width 32, depth 1" in text
+    monkeypatch.setattr(plain_tokens, "plain_cross", lambda layer, x, keys, values, tables: x)
+    with pytest.raises(AssertionError, match="not the same"):
+        output(hvdm_step.main, *tiny)
+
+
+def test_wavelet_forms_are_the_same(output: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = ("--device", "cpu", "--shape", "1", "2", "4", "8", "8", "--rounds", "1")
+    text = output(wavelet.main, *tiny)
+    assert text.count(" ms ") == 2 * len(wavelet.FORMS) - 1 and text.count("1.00 times the time of ours") >= 2
+    monkeypatch.setitem(wavelet.FORMS, "strided corners", lambda x: wavelet.corners(x.flip(2)))
+    with pytest.raises(AssertionError, match="not the same"):
+        output(wavelet.main, *tiny)
 
 
 @pytest.mark.slow

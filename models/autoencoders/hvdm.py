@@ -53,9 +53,10 @@ class HVDMAEConfig(TokenAEConfig):
 class HVDMAutoencoder(TokenAutoencoder):
     """Clip (b, c, T, h, w) <-> latent (b, e, T, R_h, R_w) in (-1, 1)."""
 
+    config: HVDMAEConfig
+
     def __init__(self, config: HVDMAEConfig) -> None:
         super().__init__(config)
-        self.config = config
         c, d = config, config.dim
         strides = stem_strides(c.patch_size, len(c.freq_widths))
         self.low_bands = FrequencyStem(c.channels, c.freq_widths, strides, d)

@@ -48,9 +48,10 @@ class PVDMAEConfig(TokenAEConfig):
 class PVDMAutoencoder(TokenAutoencoder):
     """Clip (b, c, S, h, w) <-> latent (b, e, L) in (-1, 1)."""
 
+    config: PVDMAEConfig
+
     def __init__(self, config: PVDMAEConfig) -> None:
         super().__init__(config)
-        self.config = config
         self.to_latent = nn.ModuleDict({axis: nn.Linear(config.dim, config.embed_dim) for axis in PLANES})
         self.from_latent = nn.ModuleDict({axis: nn.Linear(config.embed_dim, config.dim) for axis in PLANES})
         self.build_decoder()

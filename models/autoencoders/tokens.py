@@ -76,25 +76,27 @@ class TokenAEConfig:
 class TokenAutoencoder(nn.Module):
     """The way in, from pixels to tokens and planes, and the stacks of layers; what the latent is, a subclass says."""
 
+    config: TokenAEConfig
+
     def __init__(self, config: TokenAEConfig) -> None:
         super().__init__()
         c, d = config, config.dim
         plane = (d, c.plane_depth, c.plane_heads, c.plane_head_dim or d // 8, c.plane_mlp_dim, c.readout)
         lengths = {"xy": c.clip_frames, "yt": c.grid[0], "xt": c.grid[1]}
-        self._config = config
+        self.config = config
         self.patch_in = nn.Linear(c.channels * c.patch_size**2, d)
         self.encoder = nn.ModuleList(Layer(d, c.heads, c.head_dim, qkv_bias=False) for _ in range(c.depth))
         self.projections = nn.ModuleDict({axis: PlaneProjection(axis, lengths[axis], *plane) for axis in PLANES})
 
     def build_decoder(self) -> None:
         """Adds the way out; after the layers of the latent, which come before it in the order of the weights."""
-        c = self._config
+        c = self.config
         self.decoder = nn.ModuleList(Layer(c.dim, c.heads, c.head_dim, qkv_bias=False) for _ in range(c.depth))
         self.to_pixels = PatchHead(c.dim, c.channels, c.patch_size)
 
     def tokens(self, video: Tensor) -> Tensor:
         """Encoder output of (b, c, n S, h, w): (S, b n, R_h R_w, d). Raises ValueError for sizes the model is not built for."""
-        c = self._config
+        c = self.config
         frames = (c.clip_frames,) if c.clip_frames == c.n_frames else (c.clip_frames, c.n_frames)
         if video.dim() != 5 or video.shape[1] != c.channels or video.shape[2] not in frames or video.shape[3:] != c.image_size:
             want = f"(b, {c.channels}, {' or '.join(map(str, frames))}, {c.image_size[0]}, {c.image_size[1]})"
@@ -104,15 +106,15 @@ class TokenAutoencoder(nn.Module):
 
     def project(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """(S, b, R_h R_w, d) -> planes of features: xy (b, R_h, R_w, d), yt (b, S, R_w, d), xt (b, S, R_h, d)."""
-        return tuple(self.projections[axis](tokens, self._config.grid) for axis in PLANES)
+        return tuple(self.projections[axis](tokens, self.config.grid) for axis in PLANES)
 
     def pixels(self, features: Tensor) -> Tensor:
         """Decoder input (S, b, R_h R_w, d) -> clips (b, c, S, h, w) in (-1, 1), float32."""
-        return self.to_pixels.pixels(self.run_layers(self.decoder, features), self._config.grid)
+        return self.to_pixels.pixels(self.run_layers(self.decoder, features), self.config.grid)
 
     def run_layers(self, layers: nn.ModuleList, x: Tensor, *context: Tensor) -> Tensor:
         """(S, b, R_h R_w, d) -> (S, b, R_h R_w, d); `context` goes to each layer as it is."""
-        c = self._config
+        c = self.config
         layout: TimeLayout = "halves" if c.frame_rotary == "release" else "pairs"
         time_rope = time_tables(c.clip_frames, c.head_dim, x.device, layout)
         space_rope = grid_tables(*c.grid, c.head_dim, x.device)
