@@ -58,7 +58,10 @@ class _FrameSet(ABC):
 
 
 class SkyTimelapseSource(_FrameSet):
-    """SkyTimelapse: split/video/frames, or as released split/recording/video/frames; splits train and test, or train and val."""
+    """SkyTimelapse: split/video/frames, or as released split/recording/video/frames; splits train and test, or train and val.
+
+    Pictures directly in a split's folder are taken too, as TaiChi's.
+    """
 
     name = "SkyTimelapse"
     summary = "train and test (or val) folders of picture folders, video/frame or recording/video/frame"
@@ -68,7 +71,7 @@ class SkyTimelapseSource(_FrameSet):
     def matches(self, root: Path, options: SourceOptions) -> bool:
         """Called sky or with sky_train inside; or two levels where each video is named after its recording."""
         places = [split_and_parts(folder, root) for folder in by_folder(peek_frames(root, options.exclude))]
-        if not places or not all(len(parts) in self.levels for _, parts in places):
+        if not places or not all(len(parts) in self.levels or (split and not parts) for split, parts in places):
             return False
         named = re.fullmatch(r"sky(?:[ _-]?time[ _-]?lapse)?", root.resolve().name, re.IGNORECASE)
         inside = any((root / f"sky_{split}").is_dir() for split in ("train", "test", "val"))
