@@ -202,10 +202,27 @@ class ClipSpace(TiedLatents):
 
     def after(self, latents: Tensor) -> dict[str, Tensor] | None:
         """The latents as the clips before the next ones."""
-        if not self.told.cond_prob:
-            return None
-        kind = torch.full((len(latents),), FROM_CLIP, device=latents.device)
-        return {"previous": latents, "task": kind} if self.told.tasks else {"previous": latents}
+        return self._from(latents, FROM_CLIP) if self.told.cond_prob else None
+
+    @torch.no_grad()
+    def starts(self, networks: Networks, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """`from_pictures`: from the first frames of the batch's clips; `by_motion`: of each class of motion, the stillest first."""
+        found, count = dict[str, dict[str, Tensor]](), len(batch["label"])
+        if self.told.img_prob:
+            clips = batch.get("video")
+            stills = (
+                batch["still"] if clips is None else networks["ae"].encode(still_clip(to_float(clips[:, :, -self.config.clip_frames :])))
+            )
+            found["from_pictures"] = self._from(self._normalised(stills), FROM_IMAGE)
+        if self.told.dynamics is not None:
+            found["by_motion"] = {
+                "dynamics": torch.linspace(0, self.told.dynamics.bins - 1, count, device=batch["label"].device).round().long()
+            }
+        return found
+
+    def _from(self, latents: Tensor, kind: int) -> dict[str, Tensor]:
+        """What the denoiser is told of normalised latents that clips go on from."""
+        return {"previous": latents} | ({"task": torch.full((len(latents),), kind, device=latents.device)} if self.told.tasks else {})
 
     def state(self) -> dict[str, int | float]:
         """As of any latents, and the edges of the classes of motion."""

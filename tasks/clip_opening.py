@@ -1,7 +1,7 @@
 """Opens the latent space of a run whose autoencoder makes one latent tensor of a clip, and measures what nobody knows of it."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from datasets.config import open_shards, resolve
 from datasets.loader import ClipSource
+from engine.task import Batch
 from launch.env import Env
 from models.layers.motion import motion_edges
 from pipelines.loading import Loaded
@@ -143,7 +144,8 @@ def measure(config: ClipRunConfig, space: ClipSpace, env: Env) -> tuple[float, f
 @torch.no_grad()
 def measure_motion(config: ClipRunConfig, space: ClipSpace, clips: int, classes: int, env: Env) -> tuple[float, ...]:
     """The edges between so many classes of motion of equal size, of the first `clips` clips of the stream."""
-    energies = torch.cat([space.energy(batch, rng).double().cpu() for batch, rng in _first_clips(config, env, clips)])
+    stream = _first_clips(config, env, clips, config.data.num_workers)
+    energies = torch.cat([space.energy(batch, rng).double().cpu() for batch, rng in stream])
     edges = tuple(motion_edges(energies, classes).tolist())
     if edges[0] == edges[-1]:
         _log.warning("all %d clips that were measured have the same motion, %.4g: its classes say nothing", len(energies), edges[0])
@@ -157,9 +159,9 @@ def measure_motion(config: ClipRunConfig, space: ClipSpace, clips: int, classes:
     return edges
 
 
-def _first_clips(config: ClipRunConfig, env: Env, count: int) -> Any:
+def _first_clips(config: ClipRunConfig, env: Env, count: int, workers: int = 0) -> Iterator[tuple[Batch, SampleRng]]:
     """(batch, its draws) of the first clips of the stream, one by one."""
-    data = replace(config.data, flip=False, num_workers=0, weights=())
+    data = replace(config.data, flip=False, num_workers=workers, weights=())
     shards = open_shards(data)
     source = ClipSource(shards, resolve(data, shards), seed=config.train.seed, global_batch_size=1, strides=config.strides)
     for _, batch in zip(range(min(count, shards.num_samples)), source.batches(0), strict=False):

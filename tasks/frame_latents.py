@@ -65,6 +65,10 @@ class FrameSpace(TiedLatents):
     def after(self, latents: Tensor) -> None:
         """Frames are not generated after others."""
 
+    def starts(self, networks: Networks, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """None."""
+        return {}
+
     @torch.no_grad()
     def show(self, networks: Networks, latents: Tensor) -> Tensor:
         """Decoded, b 3 t h w; without an autoencoder three channels of the latents themselves, three deviations wide."""

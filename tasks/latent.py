@@ -34,6 +34,9 @@ class LatentSpace(Protocol):
     def after(self, latents: Tensor) -> dict[str, Tensor] | None:
         """What the denoiser is told where samples go on after these; None where they cannot."""
 
+    def starts(self, networks: Networks, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """Other ways to begin clips that are worth looking at: name -> what the denoiser is told for as many as the batch has, of them."""
+
     def show(self, networks: Networks, latents: Tensor) -> Tensor:
         """Latents (b, *shape) as clips b 3 t h w in [-1, 1]."""
 
@@ -105,19 +108,27 @@ class LatentTask:
         return measured(denoising_loss(self.process, networks["model"], latents, rng, self.condition.given(batch) | told))
 
     def preview(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
-        """Clips of a few classes, always from the same noise; each goes on for a second clip where the space knows how."""
+        """Clips of a few classes, always from the same noise; each goes on for a second clip where the space knows how. And clips that
+        begin in the other ways that it knows."""
         setting, device, model = self.config.preview, batch["label"].device, networks["model"]
         own = SampleRng(self.config.train.seed, torch.arange(setting.samples), device)
         guidance = setting.guidance if self.condition.dropout > 0 else 1.0
         sampling = dataclasses.replace(self.sampling, steps=setting.steps, guidance=guidance)
         given = self.condition.grid(setting.samples, batch)
-        latents = sample(model, self.config.diffusion, self.space.shape, own, "preview", sampling, condition=given)
+
+        def drawn(stream: str, given: dict[str, Tensor], told: dict[str, Tensor] | None = None) -> Tensor:
+            return sample(model, self.config.diffusion, self.space.shape, own, stream, sampling, condition=given, always=told)
+
+        latents = drawn("preview", given)
         clips = [self.space.show(networks, latents)]
         after = self.space.after(latents)
         if after is not None:
-            latents = sample(model, self.config.diffusion, self.space.shape, own, "preview/next", sampling, condition=given, always=after)
-            clips.append(self.space.show(networks, latents))
-        return {"samples": torch.cat(clips, dim=2).clamp(-1, 1)}
+            clips.append(self.space.show(networks, drawn("preview/next", given, after)))
+        found = {"samples": torch.cat(clips, dim=2).clamp(-1, 1)}
+        some = {name: value[own.index.to(value.device) % len(value)] for name, value in batch.items()}
+        for name, told in self.space.starts(networks, some).items():
+            found[name] = self.space.show(networks, drawn(f"preview/{name}", self.condition.given(some), told)).clamp(-1, 1)
+        return found
 
     def state(self) -> dict[str, int | float]:
         """What the space has measured."""

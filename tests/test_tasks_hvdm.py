@@ -295,10 +295,31 @@ def test_every_option_trains_and_shows(ae: Path, option: str) -> None:
     assert all(value.grad is None for value in networks["ae"].parameters())
     with torch.no_grad():
         assert made.evaluate(networks, samples, rng(samples))["loss"][0].isfinite()
-        shown = made.preview(networks, samples, rng(samples))["samples"]
-        again = made.preview(networks, samples, rng(samples))["samples"]
+        shown = made.preview(networks, samples, rng(samples))
+        again = made.preview(networks, samples, rng(samples))
     frames = FRAMES if "0" in argv else 2 * FRAMES  # a clip, and the one that goes on after it
-    assert shown.shape == (2, 3, frames, SIDE, SIDE) and shown.abs().max() <= 1 and torch.equal(shown, again)
+    assert ("from_pictures" in shown) == ("--img-prob" in argv) and ("by_motion" in shown) == ("--dynamics-bins" in argv)
+    assert all(clips.shape == (2, 3, FRAMES, SIDE, SIDE) for name, clips in shown.items() if name != "samples")
+    assert all(clips.abs().max() <= 1 and torch.equal(clips, again[name]) for name, clips in shown.items())
+    assert shown["samples"].shape == (2, 3, frames, SIDE, SIDE)
+
+
+def test_previews_begin_at_pictures_and_show_the_classes_of_motion(ae: Path) -> None:
+    argv = ["--img-prob", "0.3", "--dynamics-bins", "5", "--preview.samples", "5", "--num-classes", "2"]
+    pipeline = HVDMPipeline.from_exports(ae=ae, pairs=True)
+    pipeline.stills = True
+    samples = moving(3)
+    held = pipeline.encode_latents(to_float(samples["video"])) | {name: samples[name] for name in ("label", "index")}
+    for made, given in ((task(ae, *argv), samples), (task(None, *argv, clips=latent_clips(ae)), held)):
+        spy = Spy()
+        made.preview({**({"ae": built(made)["ae"]} if "video" in given else {}), "model": spy}, given, rng(given))
+        calls = {call["task"][0].item() if "task" in call else NO_TASK: call for call in spy.calls if "dynamics" not in call}
+        assert calls.keys() == {NO_TASK, FROM_CLIP, FROM_IMAGE}
+        expected = held["still"][[0, 1, 2, 0, 1]]
+        torch.testing.assert_close(calls[FROM_IMAGE]["previous"], expected)
+        assert torch.equal(calls[FROM_IMAGE]["y"], samples["label"][[0, 1, 2, 0, 1]]), "pictures of their classes"
+        assert [call["dynamics"].tolist() for call in spy.calls if "dynamics" in call] == [[0, 1, 2, 3, 4]] * 2
+        assert "previous" not in next(call for call in spy.calls if "dynamics" in call)
 
 
 def test_other_sizes_are_the_autoencoders(tmp_path: Path) -> None:

@@ -358,6 +358,9 @@ class Planes:
     def after(self, latents: Tensor) -> dict[str, Tensor]:
         return {"before": latents}
 
+    def starts(self, networks: Networks, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        return {}
+
     def show(self, networks: Networks, latents: Tensor) -> Tensor:
         return latents[:, :3, None, None].clamp(-1, 1)
 
