@@ -1,6 +1,7 @@
 """Settings that the autoencoders of whole clips share (PVDM's planes, HVDM's volumes)."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, Self, TypeVar
 
 from datasets.config import DataConfig
@@ -100,7 +101,7 @@ class ClipAutoencoderRunConfig(RunConfig):
             raise ConfigError(f"--best-metric {self.best.metric}: evaluations measure {', '.join(measured)}")
 
 
-def network_config(kind: type[T], model: Any, clips: ClipInfo) -> T:
+def network_config(kind: Callable[..., T], model: Any, clips: ClipInfo) -> T:
     """The network of config class `kind` for such clips, of the settings `model` (a dataclass: its sizes, and `init_from`).
 
     Raises ConfigError for sizes that cannot be.

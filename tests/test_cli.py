@@ -58,7 +58,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(("script", "system"), [*((script, "cmd") for script in STAGES), *((script, "latte") for script in LATTE)])
+HELPED = [*((script, "cmd") for script in STAGES), *((script, system) for script in LATTE for system in ("latte", "hvdm"))]
+
+
+@pytest.mark.parametrize(("script", "system"), HELPED)
 def test_help_documents_every_flag(script: str, system: str) -> None:
     done = command(script, "--system", system, "--help")
     assert done.returncode == 0, done.stderr

@@ -116,6 +116,8 @@ def test_evaluation_and_previews_take_clips_alone() -> None:
     assert (card["system"], card["stage"], made.name) == ("hvdm", "autoencoder", "hvdm-autoencoder")
     again = HVDMAutoencoder(from_dict(HVDMAEConfig, card["model"], "card"))
     assert again.config == made.model_config
+    assert "frame_interval" not in card["data"]
+    assert task(clips=dataclasses.replace(CLIPS, frame_interval=4)).card()["data"]["frame_interval"] == 4
 
 
 @pytest.mark.parametrize(("frames", "size", "patch"), [(2, (128, 128), 8), (10, (32, 48), 8), (4, (16, 32), 2)])
