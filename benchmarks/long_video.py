@@ -1,4 +1,4 @@
-"""Peak memory of making one long video with PVDM at several lengths: it does not grow with the length.
+"""Peak memory of making one long video with PVDM or HVDM at several lengths: it does not grow with the length.
 
 Each length runs in a process of its own, through the same code as `sample.py --mode long`: clips one after the other, their latents
 kept on the disk, frames written as they come. Networks have random weights, which need as much memory as trained ones. A process that
@@ -12,27 +12,45 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.common import machine
 from models import resolve
+from models.autoencoders.hvdm import HVDMAEConfig, HVDMAutoencoder
 from models.autoencoders.pvdm import PVDMAEConfig, PVDMAutoencoder
 from models.unets.plane_unet import PlaneUNet
+from models.unets.volume_unet import VolumeUNet
+from pipelines.hvdm_sample import HVDMSampleConfig, HVDMSampleJob
+from pipelines.loading import RELEASED_CLIPS
 from pipelines.long import write_videos
 from pipelines.pvdm_sample import PVDMSampleConfig, PVDMSampleJob
 from utils.config import to_dict
 from utils.weights import read_export, write_export
 
 MIB = 2**20
-SIZES = {"tiny": (64, 1, "PVDM-S", 32), "paper": (384, 8, "PVDM-L", 256)}
+SYSTEMS: dict[str, tuple[type, type, type, Any, Any]] = {
+    "pvdm": (PVDMAEConfig, PVDMAutoencoder, PlaneUNet, PVDMSampleConfig, PVDMSampleJob),
+    "hvdm": (HVDMAEConfig, HVDMAutoencoder, VolumeUNet, HVDMSampleConfig, HVDMSampleJob),
+}
+"""Config of the autoencoder, both networks, settings of sampling and what samples."""
+SIZES = {
+    ("pvdm", "tiny"): (64, 1, "PVDM-S", 32),
+    ("pvdm", "paper"): (384, 8, "PVDM-L", 256),
+    ("hvdm", "tiny"): (64, 1, "HVDM-S", 32),
+    ("hvdm", "paper"): (384, 5, "HVDM-L", 192),
+}
 """Width and depth of the autoencoder; denoiser and its first width."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, nargs="+", default=[64, 128, 256, 512], help="lengths of the video")
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="networks: the paper's, or narrow ones over clips as large")
+    parser.add_argument("--system", choices=SYSTEMS, default="pvdm")
+    parser.add_argument(
+        "--size", choices=["tiny", "paper"], default="tiny", help="networks: the paper's, or narrow ones over clips as large"
+    )
     parser.add_argument("--image-size", type=int, default=256, help="side of the frames")
     parser.add_argument("--clip-frames", type=int, default=16, help="frames of a clip")
     parser.add_argument("--steps", type=int, nargs=2, default=[2, 2], help="denoising steps of the first clip and of the others")
@@ -42,7 +60,8 @@ def main() -> None:
     if args.run:
         print(json.dumps(measure(args)))
         return
-    print(f"{machine(torch.device(args.device))}\n{args.size} networks, frames of {args.image_size}x{args.image_size}, steps {args.steps}")
+    sizes = f"frames of {args.image_size}x{args.image_size}, steps {args.steps}"
+    print(f"{machine(torch.device(args.device))}\n{args.size} networks of {args.system}, {sizes}")
     with tempfile.TemporaryDirectory() as folder:
         export(Path(folder), args)
         peaks = [report(frames, Path(folder), args) for frames in args.frames]
@@ -51,20 +70,21 @@ def main() -> None:
 
 def export(root: Path, args: argparse.Namespace) -> None:
     """Both networks with random weights, as training leaves them."""
-    width, depth, name, channels = SIZES[args.size]
-    ae = PVDMAEConfig(dim=width, image_size=(args.image_size,) * 2, n_frames=args.clip_frames, depth=depth)
+    width, depth, name, channels = SIZES[args.system, args.size]
+    ae_config, autoencoder, unet, _, _ = SYSTEMS[args.system]
+    ae = ae_config(dim=width, image_size=(args.image_size,) * 2, n_frames=args.clip_frames, depth=depth)
     model = resolve(name, latent_res=ae.grid, latent_frames=ae.clip_frames, model_channels=channels)
-    card = {"system": "pvdm", "stage": "autoencoder", "model": to_dict(ae)}
-    write_export(root / "000-ae" / "export", {"model": PVDMAutoencoder(ae).state_dict()}, card)
+    card = {"system": args.system, "stage": "autoencoder", "model": to_dict(ae)}
+    write_export(root / "000-ae" / "export", {"model": autoencoder(ae).state_dict()}, card)
     first = {"sha256": read_export(root / "000-ae")[2], "weights": "ema", "path": str(root / "000-ae")}
-    process = {"diffusion": {"schedule": "quad", "variance": "fixed_small"}, "latent": {"scale": 1.0, "shift": 0.0}}
-    card = {"system": "pvdm", "stage": "denoiser", "model": to_dict(model), "ae": first, **process}
-    write_export(root / "001-denoiser" / "export", {"model": PlaneUNet(model).state_dict()}, card)
+    card = {"system": args.system, "stage": "denoiser", "model": to_dict(model), "ae": first, **RELEASED_CLIPS}
+    write_export(root / "001-denoiser" / "export", {"model": unet(model).state_dict()}, card)
 
 
 def report(frames: int, root: Path, args: argparse.Namespace) -> float:
     """One line of one length, made in a new process; its peak of memory in bytes."""
     line = [sys.executable, "-m", "benchmarks.long_video", "--run", root, "--frames", frames, "--device", args.device]
+    line += ["--system", args.system]
     done = subprocess.run([*map(str, line), "--steps", *map(str, args.steps)], check=True, stdout=subprocess.PIPE, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
     held = frames * 3 * args.image_size**2 * 4
@@ -78,8 +98,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     """Peak memory of this process after making one video."""
     device, (frames,) = torch.device(args.device), args.frames
     steps, following = args.steps
-    config = PVDMSampleConfig(run=str(args.run), mode="long", num_frames=frames, steps=steps, next_steps=following)
-    job = PVDMSampleJob(config, device)
+    settings, job_of = SYSTEMS[args.system][3:]
+    job = job_of(settings(run=str(args.run), mode="long", num_frames=frames, steps=steps, next_steps=following), device)
     started = time.perf_counter()
     write_videos(job, [0], args.run / f"out-{frames}", frames, device, lambda: None)
     taken = time.perf_counter() - started

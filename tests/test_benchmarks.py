@@ -200,8 +200,9 @@ def test_make_bench_runs_every_benchmark() -> None:
     assert scripts == set(re.findall(r"for name in ([\w ]+);", line)[0].split())
 
 
-def test_long_video_measures_each_length_in_its_own_process(output: Callable[..., str]) -> None:
-    tiny = ("--device", "cpu", "--image-size", "64", "--clip-frames", "8", "--steps", "1", "1")
+@pytest.mark.parametrize("system", ["pvdm", "hvdm"])
+def test_long_video_measures_each_length_in_its_own_process(output: Callable[..., str], system: str) -> None:
+    tiny = ("--system", system, "--device", "cpu", "--image-size", "64", "--clip-frames", "8", "--steps", "1", "1")
     text = output(long_video.main, *tiny, "--frames", "9", "17")
     assert [int(number) for number in re.findall(r"(\d+) frames: +[\d.]+ MiB at most", text)] == [9, 17]
     assert "17 frames need" in text and "all frames as numbers: 0.8 MiB" in text
