@@ -82,6 +82,7 @@ class HVDMSampleJob(ClipSampleJob):
         self.told = self._told()
         self.fps = config.fps or pipeline.fps / (config.frame_stride or 1)
         self.pictures = find_pictures(config.image)
+        self.images_sha256 = list(map(sha256_file, self.pictures))
         for index in range(min(len(self.pictures), config.num_samples)):
             self.picture(index)  # what cannot be read is told before anything is made
 
@@ -141,29 +142,44 @@ class HVDMSampleJob(ClipSampleJob):
         return {
             **super().settings(),
             **({"condition": config.condition} if config.long else {}),
-            **({"images_sha256": list(map(sha256_file, self.pictures))} if self.pictures else {}),
+            **({"images_sha256": self.images_sha256} if self.pictures else {}),
             **({"frame_stride": config.frame_stride} if config.frame_stride is not None else {}),
             **({"dynamics": self.told["dynamics"], "dynamics_guidance": config.dynamics_guidance} if "dynamics" in self.told else {}),
         }
 
     def _told(self) -> dict[str, int]:
         """Classes that the denoiser is told, by the names of its inputs. Raises UserError or ConfigError in one line."""
+        found = {"dynamics": self._class_of_motion(), "stride": self._stride()}
+        return {name: number for name, number in found.items() if number is not None}
+
+    def _class_of_motion(self) -> int | None:
+        """The class that is asked for, by number or by place."""
         config, denoiser = self.config, self.pipeline.denoiser
         assert denoiser is not None
-        bins, told = denoiser.config.dynamics_bins, {}
-        if config.dynamics is not None or config.dynamics_percentile is not None:
-            if not bins:
-                flag_name = "--dynamics" if config.dynamics is not None else "--dynamics-percentile"
-                raise UserError(f"{flag_name}: the denoiser {denoiser.path} was trained without classes of motion (--dynamics-bins)")
-            if config.dynamics is not None and not 0 <= config.dynamics < bins:
-                raise ConfigError(f"--dynamics {config.dynamics}: the denoiser knows 0 (the stillest) to {bins - 1}")
-            # Classes are of equally many training clips each.
-            place = min(int((config.dynamics_percentile or 0) / 100 * bins), bins - 1)
-            told["dynamics"] = place if config.dynamics is None else config.dynamics
-        if config.frame_stride is not None:
-            known = list(denoiser.card.get("data", {}).get("frame_strides", []))
-            if config.frame_stride not in known:
-                what = f"the denoiser knows {', '.join(map(str, known))}" if known else "the denoiser was trained with one only"
-                raise UserError(f"--frame-stride {config.frame_stride}: {what} (--frame-strides)")
-            told["stride"] = known.index(config.frame_stride)
-        return told
+        chosen, bins = config.dynamics, denoiser.config.dynamics_bins
+        if chosen is None and config.dynamics_percentile is None:
+            return None
+        if not bins:
+            name = "--dynamics" if chosen is not None else "--dynamics-percentile"
+            raise UserError(f"{name}: the denoiser {denoiser.path} was trained without classes of motion (--dynamics-bins)")
+        if chosen is None:
+            assert config.dynamics_percentile is not None
+            chosen = min(int(config.dynamics_percentile / 100 * bins), bins - 1)  # classes are of equally many training clips each
+        if not 0 <= chosen < bins:
+            raise ConfigError(f"--dynamics {chosen}: the denoiser knows 0 (the stillest) to {bins - 1}")
+        edges = denoiser.card.get("dynamics", {}).get("edges", [])
+        if edges:
+            low = f"above {edges[chosen - 1]:.4g}" if chosen else ""
+            high = f"up to {edges[chosen]:.4g}" if chosen < len(edges) else ""
+            self.notes.append(f"note: class {chosen} of motion are training clips of {' and '.join(filter(None, (low, high)))}")
+        return chosen
+
+    def _stride(self) -> int | None:
+        """Which of the distances between frames is asked for."""
+        asked, denoiser = self.config.frame_stride, self.pipeline.denoiser
+        assert denoiser is not None
+        known = list(denoiser.card.get("data", {}).get("frame_strides", []))
+        if asked is None or asked in known:
+            return None if asked is None else known.index(asked)
+        what = f"the denoiser knows {', '.join(map(str, known))}" if known else "the denoiser was trained with one only"
+        raise UserError(f"--frame-stride {asked}: {what} (--frame-strides)")

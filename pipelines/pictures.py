@@ -18,6 +18,8 @@ def find_pictures(paths: Sequence[str]) -> list[Path]:
     """The files that are named, and those of the folders that are named, by name. Raises UserError for a place without any."""
     found: list[Path] = []
     for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"--image {path} cannot be read: no such file")
         inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
         if not inside:
             raise UserError(f"--image {path}: no picture in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
@@ -31,7 +33,6 @@ def read_picture(path: Path, size: tuple[int, int], *, antialias: bool = True) -
         with Image.open(path) as image:
             frame = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0][:200]
-        raise UserError(f"--image {path} cannot be read: {reason}") from None
+        raise UserError(f"--image {path} cannot be read: {str(error).splitlines()[0][:200]}") from None
     resized = resize_clip(frame[None], size, "crop", antialias=antialias)[0]
     return to_float(torch.from_numpy(resized).permute(2, 0, 1))

@@ -29,9 +29,9 @@ class System(NamedTuple):
 
 SYSTEMS: dict[str, System] = {
     "cmd": System(CMDSampleConfig, CMDSampleJob),
-    "hvdm": System(HVDMSampleConfig, HVDMSampleJob),
     "latte": System(LatteSampleConfig, LatteSampleJob),
     "pvdm": System(PVDMSampleConfig, PVDMSampleJob),
+    "hvdm": System(HVDMSampleConfig, HVDMSampleJob),
 }
 
 

@@ -255,6 +255,8 @@ def test_motion_is_asked_for_by_class_or_place(results: Path) -> None:
     assert torch.equal(made.sample_clip([0], 0, None), expected)
     record = made.settings()
     assert (record["dynamics"], record["dynamics_guidance"]) == (2, 2.0)
+    assert made.notes == ["note: class 2 of motion are training clips of above 0.2"]
+    assert job("--run", results, "--dynamics", 1).notes == ["note: class 1 of motion are training clips of above 0.1 and up to 0.2"]
     places = [(0, 0), (33, 0), (34, 1), (66, 1), (67, 2), (100, 2)]
     assert [job("--run", results, "--dynamics-percentile", percent).told["dynamics"] for percent, _ in places] == [b for _, b in places]
 
