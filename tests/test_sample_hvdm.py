@@ -343,6 +343,12 @@ def test_steps_are_the_releases_or_those_of_a_flow(results: Path, tmp_path: Path
     assert (flow.first.sampler, flow.first.steps, flow.following.steps) == ("euler", 50, 7)
 
 
+def test_flags_say_which_system(results: Path) -> None:
+    assert load_sampling(["--run", str(results)], "sample.py", "").system == "hvdm"
+    assert load_sampling(["--denoiser", "x.pth", "--ae", "y", "--image", "z"], "sample.py", "").system == "hvdm"
+    assert load_sampling(["--second-model", "x.pth", "--first-model", "y"], "sample.py", "").system == "pvdm", "who had them first"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
