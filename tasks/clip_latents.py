@@ -121,7 +121,7 @@ class ClipSpace(TiedLatents):
             learnt = self._stored(batch, task, rng)
         given = {} if learnt.before is None else {"previous": learnt.before}
         if self.told.tasks:
-            given["task"] = on_device(task, learnt.target.device)
+            given["task"] = self._known(task, batch, learnt.target.device)
         if self.told.dynamics is not None and learnt.energy is not None:
             given["dynamics"] = self.told.dynamics.told(learnt.energy, rng)
         if self.told.strides:
@@ -135,6 +135,13 @@ class ClipSpace(TiedLatents):
         which samples are the other's."""
         draw, told = rng.uniform("previous"), self.told
         return torch.where(draw < told.cond_prob, FROM_CLIP, torch.where(draw < told.cond_prob + told.img_prob, FROM_IMAGE, NO_TASK))
+
+    def _known(self, task: Tensor, batch: Batch, device: torch.device) -> Tensor:
+        """`tasks` as the denoiser is told them: a sample without a clip before it goes on from nothing."""
+        known = on_device(task, device)
+        if "has_previous" not in batch:
+            return known
+        return torch.where((known == FROM_CLIP) & ~batch["has_previous"], NO_TASK, known)
 
     def energy(self, batch: Batch, rng: SampleRng) -> Tensor:
         """Motion (b,) of the clips that the samples learn."""

@@ -10,6 +10,7 @@ import torch
 from engine.task import Batch
 from models.layers.motion import motion_class, motion_edges, motion_energy, still_clip
 from models.layers.tables import FROM_CLIP, FROM_IMAGE, NO_TASK
+from models.layers.wavelet import haar3d
 from models.transformers.volume_dit import VolumeDiT
 from models.unets.volume_unet import VolumeUNet
 from pipelines.hvdm import HVDMPipeline
@@ -61,8 +62,9 @@ def moving(count: int) -> Batch:
 
 
 def test_motion_is_that_of_the_bands_high_in_time() -> None:
-    """Of two frames a and b, (a - b) / sqrt 2, then averaged or differenced over four pixels."""
+    """Of two frames a and b (a - b) / sqrt 2, then sums and differences over four pixels."""
     video = torch.rand(2, 3, 4, 6, 8, dtype=torch.float64) * 2 - 1
+    torch.testing.assert_close(motion_energy(video).double(), haar3d(video)[:, 4:].abs().flatten(1).mean(dim=1), rtol=1e-5, atol=0)
     step = (video[:, :, ::2] - video[:, :, 1::2]) / 2**0.5
     corners = [step[..., i::2, j::2] for i in (0, 1) for j in (0, 1)]
     signs = [(1, 1, 1, 1), (1, -1, 1, -1), (1, 1, -1, -1), (1, -1, -1, 1)]
@@ -71,6 +73,9 @@ def test_motion_is_that_of_the_bands_high_in_time() -> None:
     found = motion_energy(video)
     assert found.dtype == torch.float32 and found.shape == (2,)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    for odd in ((3, 6, 8), (4, 5, 8), (4, 6, 7)):
+        with pytest.raises(ValueError, match="not all even"):
+            motion_energy(torch.zeros(1, 3, *odd))
 
 
 def test_a_still_clip_has_none_and_contrast_scales_it() -> None:
@@ -116,6 +121,13 @@ def test_a_sample_starts_from_its_own_first_frame(ae: Path) -> None:
         clip = video[row : row + 1, :, start : start + FRAMES]
         torch.testing.assert_close(target[row : row + 1], networks["ae"].encode(clip))
         torch.testing.assert_close(told["previous"][row : row + 1], networks["ae"].encode(clip[:, :, :1].repeat(1, 1, FRAMES, 1, 1)))
+
+
+def test_a_sample_that_goes_on_after_nothing_is_told_so(ae: Path) -> None:
+    made, samples = task(ae, "--cond-prob", "1", "--model.tasks"), batch(12)
+    _, told = learnt(made, built(made), samples)
+    assert torch.equal(told["task"], torch.where(samples["has_previous"], FROM_CLIP, NO_TASK))
+    assert not told["previous"][~samples["has_previous"]].any()
 
 
 def test_samples_divide_into_three_kinds(ae: Path) -> None:

@@ -3,20 +3,25 @@
 import torch
 from torch import Tensor
 
-from models.layers.wavelet import haar3d
-
 
 def motion_energy(video: Tensor) -> Tensor:
-    """Clips b c t h w in [-1, 1] -> (b,) float32: mean |coefficient| of the four subbands that are high in time.
+    """Clips b c t h w in [-1, 1] -> (b,) float32: mean |coefficient| of the four Haar subbands that are high in time
+    (`models.layers.wavelet`).
 
-    Exactly 0 for a still clip; grows in proportion to the contrast. Raises ValueError for odd sizes.
+    Exactly 0 for a still clip, which a product with the transform's matrix would leave its rounding; grows in proportion to the contrast.
+    Raises ValueError for odd sizes.
     """
-    if video.shape[2] % 2:
-        raise ValueError(f"{video.shape[2]} frames: motion is that of pairs, so their number is even")
-    pairs = video.float().unflatten(2, (-1, 2))
-    # (a - b, 0) has the bands high in time of (a, b), and none where a = b: a transform of both would leave what it rounds.
-    moved = torch.stack((pairs[:, :, :, 0] - pairs[:, :, :, 1], torch.zeros_like(pairs[:, :, :, 0])), dim=3)
-    return haar3d(moved.flatten(2, 3))[:, 4:].abs().flatten(1).mean(dim=1)
+    if any(size % 2 for size in video.shape[2:]):
+        raise ValueError(f"motion is that of pairs of frames, rows and columns: sizes {tuple(video.shape[2:])} are not all even")
+    _, moved = _pairs(video.float(), 2)
+    bands = [band for rows in _pairs(moved, 3) for band in _pairs(rows, 4)]
+    return torch.stack([band.abs().flatten(1).mean(dim=1) for band in bands]).mean(dim=0) * 8**-0.5
+
+
+def _pairs(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Sums and differences of neighbours along an axis."""
+    first, second = x.unflatten(axis, (-1, 2)).unbind(axis + 1)
+    return first + second, first - second
 
 
 def still_clip(video: Tensor) -> Tensor:
