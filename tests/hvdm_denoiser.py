@@ -6,47 +6,23 @@ from typing import Any
 
 import torch
 
-from models.autoencoders.hvdm import HVDMAEConfig, HVDMAutoencoder
 from pipelines.hvdm_loading import load_hvdm_autoencoder
 from tasks.clip_latents import ClipSpace
 from tasks.clips import ClipInfo, StoredLatents
 from tasks.hvdm import hvdm_task
 from tasks.hvdm_config import HVDMRunConfig
 from tasks.latent import LatentTask
-from tests.latte_exports import randomised
 from tests.pvdm_denoiser import CLIPS, ENV, FRAMES, SIDE, SINGLE, Spy, batch, built, rng
-from utils.config import load_config, to_dict
-from utils.weights import read_card, write_export
+from utils.config import load_config
+from utils.weights import read_card
 
 __all__ = ["CLIPS", "ENV", "FRAMES", "SIDE", "SINGLE", "Spy", "batch", "built", "rng"]
 
-AE = HVDMAEConfig(
-    dim=32,
-    image_size=(SIDE, SIDE),
-    patch_size=4,
-    n_frames=FRAMES,
-    depth=1,
-    heads=2,
-    head_dim=16,
-    plane_depth=1,
-    plane_heads=2,
-    plane_head_dim=16,
-    plane_mlp_dim=32,
-    fusion_depth=1,
-    freq_widths=(8, 8, 8, 8),
-)
 LATENT = (4, FRAMES, 4, 4)
 UNET = ["--model", "HVDM-S", "--model.model_channels", "32", "--model.channel_mult", "1", "2", "--model.num_res_blocks", "1"]
 UNET += ["--preview.steps", "2", "--preview.samples", "2"]
 DIT = ["--model", "VolumeDiT-S/2", "--model.hidden_size", "32", "--model.depth", "2", "--model.num_heads", "2", "--preview.steps", "2"]
 DIT += ["--preview.samples", "2"]
-
-
-def export_autoencoder(run: Path, config: HVDMAEConfig = AE, seed: int = 0) -> Path:
-    """A run folder with the export of an autoencoder."""
-    card = {"system": "hvdm", "stage": "autoencoder", "model": to_dict(config)}
-    write_export(run / "export", {"model": randomised(HVDMAutoencoder(config), seed).state_dict()}, card)
-    return run
 
 
 def config(*argv: str, model: list[str] = UNET) -> HVDMRunConfig:

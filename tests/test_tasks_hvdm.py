@@ -18,7 +18,6 @@ from tasks.dynamics import Dynamics
 from tasks.hvdm_config import HVDMRunConfig
 from tasks.latent import LatentTask
 from tests.hvdm_denoiser import (
-    AE,
     CLIPS,
     DIT,
     FRAMES,
@@ -30,12 +29,12 @@ from tests.hvdm_denoiser import (
     batch,
     built,
     config,
-    export_autoencoder,
     latent_clips,
     rng,
     space_of,
     task,
 )
+from tests.hvdm_exports import AE, export_autoencoder
 from utils.config import to_dict
 from utils.errors import ConfigError, UserError
 from utils.media import to_float

@@ -16,7 +16,8 @@ from launch.env import Env, distributed
 from tasks.hvdm import build
 from tests import pvdm_exports, shard_sets
 from tests.distributed import run
-from tests.hvdm_denoiser import DIT, ENV, SIDE, UNET, config, export_autoencoder, space_of
+from tests.hvdm_denoiser import DIT, ENV, SIDE, UNET, config, space_of
+from tests.hvdm_exports import export_autoencoder
 from tests.latent_sets import make
 from tests.shard_sets import write_set
 from tests.test_cli import command, complaint
