@@ -34,7 +34,7 @@ from tests.hvdm_denoiser import (
     space_of,
     task,
 )
-from tests.hvdm_exports import AE, export_autoencoder
+from tests.hvdm_exports import AE, export_autoencoder, official
 from utils.config import to_dict
 from utils.errors import ConfigError, UserError
 from utils.media import to_float
@@ -458,3 +458,14 @@ def test_it_starts_from_one_without_tables(ae: Path, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"it is a VolumeUNet, the run trains a VolumeDiT$"):
         task(ae, "--init-from", str(tmp_path), model=DIT).networks()
+
+
+def test_it_starts_from_a_released_one(ae: Path, tmp_path: Path) -> None:
+    """Which knows neither pictures nor motion."""
+    released = official(tmp_path)["denoiser"]
+    expected = HVDMPipeline.from_exports(denoiser=released, ae=ae).denoiser
+    found = task(ae, "--img-prob", "0.2", "--dynamics-bins", "4", "--init-from", str(released)).networks()["model"].module.state_dict()
+    assert expected is not None
+    for name, value in expected.module.state_dict().items():
+        assert torch.equal(found.pop(name), value), name
+    assert found.keys() == {"task_emb.weight", "dynamics_emb.weight"} and not any(value.any() for value in found.values())
