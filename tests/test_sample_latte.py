@@ -304,7 +304,7 @@ def test_reconstruction_figures_of_frame_vaes(results: Path, tmp_path: Path, mon
     assert isinstance(short["protocol"], dict) and short["protocol"]["frames"] == 2 and short["psnr"] != own["psnr"]
     other = tmp_path / "other"
     write_export(other, {"model": {"w": torch.zeros(1)}}, {"system": "toy", "stage": "autoencoder"})
-    with pytest.raises(ConfigError, match="autoencoders of cmd, latte, pvdm are measured, not of 'toy'"):
+    with pytest.raises(ConfigError, match="autoencoders of cmd, latte, pvdm, hvdm are measured, not of 'toy'"):
         figures("--ae", other)
 
 
