@@ -39,7 +39,7 @@ class ReconstructConfig:
     """Measures how well an autoencoder gives clips back."""
 
     system: str = ""
-    """Whose official checkpoint it is: cmd, hvdm, latte or pvdm; empty: as the names in it say. An export says it itself."""
+    """Whose official checkpoint it is: cmd, latte, pvdm or hvdm; empty: as the names in it say. An export says it itself."""
     ae: str = ""
     """The autoencoder: an export or run folder, or an official checkpoint (.pt, .pth)."""
     data_path: str = ""
