@@ -17,7 +17,7 @@ from engine.recorder import Recorder
 from engine.runs import open_run
 from engine.shard import samples_per_rank
 from engine.tally import Guard, Tally, name_samples
-from engine.task import BatchSource, Task
+from engine.task import BatchSource, Measuring, Task
 from engine.team import Team
 from launch.env import Env, Stopped
 from utils.errors import ConfigError
@@ -58,6 +58,8 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
     if run.resume_from is not None:
         checkpointer.load(run.resume_from, state)
         task.load_state(state["task"])
+    elif isinstance(task, Measuring):
+        task.measure()
     checkpointer.reserve(state)
     first, seen = progress["step"], shown_step(run.folder, progress["step"], env)
     best = Best(run.folder, config, env)

@@ -96,6 +96,14 @@ class BatchSource(Protocol):
 
 
 @runtime_checkable
+class Measuring(Protocol):
+    """A Task that measures samples before it is trained may have this too."""
+
+    def measure(self) -> None:
+        """Every rank calls it, in a run that has no checkpoint to go on from: others take what was measured from there."""
+
+
+@runtime_checkable
 class Counting(Protocol):
     """A BatchSource that counts something may have this too."""
 

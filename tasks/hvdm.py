@@ -22,15 +22,19 @@ from tasks.latent import LatentTask
 
 
 def build(config: HVDMRunConfig, env: Env) -> tuple[LatentTask, ClipSource, ClipSource | None]:
-    """Task, training clips and (with `data.val_path`) validation clips. Where the denoiser is told of motion, first clips are measured."""
+    """Task, training clips and (with `data.val_path`) validation clips. The task measures motion where the denoiser is told of it."""
     task, source, valid = build_stage(HVDM, config, told_of(config), env)
-    space = task.space
+    space, seen = task.space, dataclasses.replace(config, data=source.data)
     assert isinstance(space, ClipSpace)
-    dynamics, clips = space.told.dynamics, config.dynamics.measure_clips
-    if dynamics is not None and clips:
-        seen = dataclasses.replace(config, data=source.data)
-        dynamics.edges = on_main(env, functools.partial(measure_motion, seen, space, clips, dynamics.bins, env))
+    dynamics = space.told.dynamics
+    if dynamics is not None:
+        task.measures.append(functools.partial(_measure_edges, dynamics, seen, space, env))
     return task, source, valid
+
+
+def _measure_edges(dynamics: Dynamics, config: HVDMRunConfig, space: ClipSpace, env: Env) -> None:
+    """Gives the classes of motion their edges, on every rank."""
+    dynamics.edges = on_main(env, functools.partial(measure_motion, config, space, config.dynamics.measure_clips, dynamics.bins, env))
 
 
 def hvdm_task(config: HVDMRunConfig, ae: Loaded | None, clips: ClipInfo, env: Env) -> LatentTask:

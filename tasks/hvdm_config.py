@@ -25,7 +25,7 @@ class DynamicsConfig:
     """How much motion there is in a clip, as the network is told it where model.dynamics_bins is above 0."""
 
     measure_clips: int = flag(256, "dynamics-clips")
-    """Clips that are measured at the start to divide them into classes of equal size."""
+    """Clips that are measured when a run begins, to divide them into classes of equal size."""
     dropout: float = flag(0.15, "dynamics-dropout")
     """Share of samples whose motion the network is not told, and of those whose frame stride it is not, which sampling without needs."""
 
@@ -55,12 +55,6 @@ class HVDMRunConfig(ClipRunConfig):
     def strides(self) -> tuple[int, ...]:
         """Distances of frames that samples draw from; none: that of `data`."""
         return self.frame_strides
-
-    def for_planning(self) -> "HVDMRunConfig":
-        """The same for a dry run, which measures nothing."""
-        planned = super().for_planning()
-        assert isinstance(planned, HVDMRunConfig)
-        return dataclasses.replace(planned, dynamics=dataclasses.replace(self.dynamics, measure_clips=0))
 
     def validate(self) -> None:
         """Raises ConfigError on settings and combinations that cannot work."""

@@ -82,6 +82,8 @@ class LatentTask:
         self.condition = condition
         self.denoiser = denoiser
         self.sampling = sampling
+        self.measures: list[Callable[[], None]] = []
+        """What `measure` calls."""
         self.process = build_process(config.diffusion)
 
     def networks(self) -> dict[str, Network]:
@@ -129,6 +131,11 @@ class LatentTask:
         for name, told in self.space.starts(networks, some).items():
             found[name] = self.space.show(networks, drawn(f"preview/{name}", self.condition.given(some), told)).clamp(-1, 1)
         return found
+
+    def measure(self) -> None:
+        """Measures, on every rank, what a run keeps as it began."""
+        for measure in self.measures:
+            measure()
 
     def state(self) -> dict[str, int | float]:
         """What the space has measured."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from engine.loop import fit
 from launch.env import Env, distributed
+from tasks import hvdm
 from tasks.hvdm import build
 from tests import pvdm_exports, shard_sets
 from tests.distributed import run
@@ -101,8 +102,11 @@ def test_it_goes_on_where_it_stopped(root: Path, tmp_path: Path) -> None:
     """With the optimiser, the average and the classes of motion that it began with: the release's denoiser cannot go on at all."""
     whole = alone(arguments(root, *ALL), tmp_path / "whole")
     alone(arguments(root, *ALL, "--max-steps", "3"), tmp_path / "parts")
-    parts = alone(arguments(root, *ALL), tmp_path / "parts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hvdm, "measure_motion", lambda *_: pytest.fail("they are measured when a run begins, once"))
+        parts = alone(arguments(root, *ALL), tmp_path / "parts")
     assert losses(parts) == losses(whole)
+    assert read_card(parts)["dynamics"] == read_card(whole)["dynamics"]
     for which in ("model", "ema"):
         one, two = ((folder / "export" / f"{which}.safetensors").read_bytes() for folder in (whole, parts))
         assert one == two
@@ -115,6 +119,7 @@ def test_motion_is_measured_on_the_first_clips(root: Path, tmp_path: Path) -> No
     low, high = card["dynamics"]["edges"]
     task, _, _ = build(config(*arguments(root, *argv, data="single")), ENV)
     space = space_of(task)
+    task.measure()
     assert 0 < low < high and space.told.dynamics is not None and list(space.told.dynamics.edges) == [low, high]
     counts = torch.zeros(3)
     for number in range(12):
@@ -123,7 +128,9 @@ def test_motion_is_measured_on_the_first_clips(root: Path, tmp_path: Path) -> No
         counts[torch.bucketize(energy.double(), torch.tensor([low, high], dtype=torch.float64))] += 1
     assert counts.tolist() == [4, 4, 4], "each class has as many clips"
     few = config(*arguments(root, *argv, "--dynamics-clips", "3", data="single"))
-    other = space_of(build(few, ENV)[0]).told.dynamics
+    task, _, _ = build(few, ENV)
+    task.measure()
+    other = space_of(task).told.dynamics
     assert other is not None and list(other.edges) != [low, high]
     assert card["model"]["dynamics_bins"] == 3 and card["cond_prob"] == 0
 
@@ -165,7 +172,9 @@ def test_half_precision_keeps_the_classes(root: Path, tmp_path: Path) -> None:
     for dtype in ("float16", "float32"):
         held = make(root / "single", root / "ae", tmp_path / dtype, "--dtype", dtype)
         setting = config(*SHORT, "--cond-prob", "0", "--dynamics-bins", "3", "--data-path", str(held))
-        dynamics = space_of(build(setting, ENV)[0]).told.dynamics
+        task, _, _ = build(setting, ENV)
+        task.measure()
+        dynamics = space_of(task).told.dynamics
         assert dynamics is not None
         edges.append(list(dynamics.edges))
     assert edges[0] == pytest.approx(edges[1], rel=2e-3)
