@@ -55,11 +55,7 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
     }
     progress = state["progress"]
     checkpointer = Checkpointer(run.folder, env, config)
-    if run.resume_from is not None:
-        checkpointer.load(run.resume_from, state)
-        task.load_state(state["task"])
-    elif isinstance(task, Measuring):
-        task.measure()
+    _take_up(task, state, checkpointer, run.resume_from)
     checkpointer.reserve(state)
     first, seen = progress["step"], shown_step(run.folder, progress["step"], env)
     best = Best(run.folder, config, env)
@@ -146,6 +142,15 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
         checkpointer.wait()
         recorder.say(finish(run.folder, task, team, progress, config, env, best, min(first, seen)))
     return run.folder
+
+
+def _take_up(task: Task, state: State, checkpointer: Checkpointer, checkpoint: Path | None) -> None:
+    """Fills the state from a checkpoint; without one the task measures what it starts with."""
+    if checkpoint is not None:
+        checkpointer.load(checkpoint, state)
+        task.load_state(state["task"])
+    elif isinstance(task, Measuring):
+        task.measure()
 
 
 def _due(done: int, every: int) -> bool:

@@ -66,6 +66,8 @@ class HVDMRunConfig(ClipRunConfig):
             raise ConfigError(f"--cond-prob {self.cond_prob} --img-prob {self.img_prob}: shares of the same samples, together at most 1")
         if self.model.tasks and not self.model.conditional:
             raise ConfigError("model.tasks: with model.conditional off there is no condition to tell the kind of; drop one of them")
+        if self.model.tasks and not self.cond_prob + self.img_prob:
+            raise ConfigError("model.tasks: with --cond-prob 0 and --img-prob 0 there is no condition to tell the kind of; drop it")
         self._check_tables()
         super().validate()
 

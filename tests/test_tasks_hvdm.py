@@ -421,6 +421,7 @@ def test_what_does_not_fit_is_refused_in_one_line(ae: Path) -> None:
         (["--cond-prob", "0", "--img-prob", "0.4", "--no-model.conditional"], "no clip starts from a picture"),
         (["--no-model.conditional"], "with model.conditional off"),
         (["--cond-prob", "0", "--model.tasks", "--no-model.conditional"], "no condition to tell the kind of"),
+        (["--cond-prob", "0", "--model.tasks"], "no condition to tell the kind of; drop it"),
         (["--dynamics-bins", "1"], "2 or more, or 0"),
         (["--dynamics-bins", "-1"], "2 or more, or 0"),
         (["--dynamics-bins", "10", "--dynamics-clips", "5"], "at least one for each of the 10"),
