@@ -85,8 +85,9 @@ class ClipPipeline(ABC):
 
     @property
     def fps(self) -> float:
-        """Frame rate of the training clips."""
-        return float(self._data().get("fps", 8.0))
+        """Frame rate of what the networks were trained on: that of the stored clips, or of every n-th frame of them."""
+        data = self._data()
+        return float(data.get("fps", 8.0)) / data.get("frame_interval", 1)
 
     def identity(self) -> dict[str, Any]:
         """What ties stored latents to their autoencoder: plain values."""

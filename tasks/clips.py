@@ -140,18 +140,21 @@ def open_clips(
     *,
     latents: bool = True,
     pairs: bool = False,
+    images: bool = False,
     strides: tuple[int, ...] = (),
     no_pixels: str = "",
 ) -> tuple[ClipInfo, ClipSource, ClipSource | None]:
     """The training clips, and the validation clips when `data.val_path` is set; where `latents` is False they must be pixels.
     `no_pixels`: why they must be latents, where they must.
 
-    `pairs`: pixels come with what was before them, as with `data.previous`; latents say themselves whether they do. `strides`: as of
-    ClipSource.
+    `pairs`: pixels come with what was before them, as with `data.previous`; latents say themselves whether they do. `images`:
+    the stage learns from images beside them, too. `strides`: as of ClipSource.
     Raises ConfigError or UserError naming the path.
     """
     if data.previous and not pairs:
         raise ConfigError("--previous: nothing here goes on after the clip before; drop the flag")
+    if data.images and not images:
+        raise ConfigError(f"--num-images {data.images}: nothing here learns from images beside the clips; drop the flag")
     shards = _open(data, env)
     if shards.is_latent and not latents:
         raise ConfigError(f"--data-path {shards.location} holds latents: an autoencoder is trained on the clips they were made of")

@@ -51,7 +51,7 @@ class JointCondition(Condition):
 
 def build(config: LatteRunConfig, env: Env) -> tuple[LatentTask, ClipSource, ClipSource | None]:
     """Task, training clips and (with `data.val_path`) validation clips."""
-    clips, source, valid = open_clips(config, config.data, env)
+    clips, source, valid = open_clips(config, config.data, env, images=True)
     check_held_out(clips, valid, labels=config.condition.num_classes != 0, vectors=config.condition.use_text_embed)
     return latte_task(config, clips, env), source, valid
 

@@ -30,7 +30,7 @@ from pipelines.motion import measure_motion
 from pipelines.pictures import find_pictures, read_picture
 from pipelines.systems import load_sampling
 from tests.distributed import ROOT, environment
-from tests.hvdm_exports import DIT, TOLD, UNET, export_denoiser, family, official, told_family
+from tests.hvdm_exports import DATA, DIT, TOLD, UNET, export_denoiser, family, official, told_family
 from utils.errors import ConfigError, UserError
 from utils.media import write_gif, write_mp4
 
@@ -265,6 +265,12 @@ def test_frame_strides_are_asked_for_by_their_frames(results: Path) -> None:
     made = job("--run", results, *STEPS, "--frame-stride", 4)
     assert (made.told, made.fps, made.settings()["frame_stride"]) == ({"stride": 1}, 2.0, 4)
     assert torch.equal(made.sample_clip([0], 0, None), made.pipeline.generate_latents([0], seed=3, sampling=made.first, stride=1))
+
+
+def test_videos_of_every_other_frame_play_at_half_the_rate(tmp_path: Path) -> None:
+    family(tmp_path, data=DATA | {"frame_interval": 2})
+    assert job("--run", tmp_path, *STEPS).fps == 4.0
+    assert job("--run", tmp_path, *STEPS, "--fps", 25).fps == 25.0
 
 
 def clips(folder: Path, amounts: list[float], frames: int = 8) -> Path:

@@ -206,6 +206,12 @@ def test_clips_that_nothing_comes_before_are_refused(root: Path) -> None:
     assert not source.data.previous, "a picture needs nothing before it"
 
 
+def test_images_beside_the_clips_are_refused(root: Path) -> None:
+    """They would be read and never looked at."""
+    with pytest.raises(ConfigError, match=r"^--num-images 2: nothing here learns from images beside the clips; drop the flag$"):
+        build(config(*arguments(root, "--cond-prob", "0", "--num-images", "2")), ENV)
+
+
 def test_a_mistake_is_one_line_and_a_plan_measures_nothing(root: Path) -> None:
     argv = ["--system", "hvdm", *UNET]
     assert "--cond-prob 0" in complaint(command("train_dit.py", *argv, *arguments(root, data="single")))
