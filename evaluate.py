@@ -227,8 +227,6 @@ def table(figures: dict[str, Any]) -> str:
 class MotionConfig:
     """Measures how much motion there is in generated videos."""
 
-    system: str = ""
-    """Not read: videos of any system are measured."""
     samples: tuple[str, ...] = ()
     """Folders of mp4 videos, as sample.py writes them. The figures of each are also left in it, in motion.json, for the report."""
     clip_frames: int = 0
@@ -250,6 +248,9 @@ def motion(launch: Launch) -> None:
     """The subcommand of that name."""
     config = load_config({"": MotionConfig}, launch.argv, prog="evaluate.py motion", description=launch.about)
     config.validate()
+    if launch.print_config or launch.dry_run:
+        print(dump_yaml(to_dict(config)), end="")
+        return
     figures: dict[str, Any] = {}
     for folder in config.samples:
         figures[folder] = measure_motion(Path(folder), config.clip_frames)

@@ -12,11 +12,10 @@ from torch import Tensor
 from pipelines.clip_sample import ClipSampleConfig, ClipSampleJob
 from pipelines.hvdm import HVDMPipeline
 from pipelines.loading import Loaded, is_official
-from pipelines.pictures import find_pictures, read_picture
+from pipelines.pictures import find_pictures, hash_picture, read_picture
 from pipelines.runs import find_family
 from utils.config import flag
 from utils.errors import ConfigError, UserError
-from utils.files import sha256_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +50,8 @@ class HVDMSampleConfig(ClipSampleConfig):
             raise ConfigError("--mode i2v: which picture? give --image FILE")
         if self.image and self.mode != "i2v":
             raise ConfigError("--image goes with --mode i2v: other videos begin at no picture")
+        if self.condition != "reencoded" and self.mode == "short":
+            raise ConfigError(f"--condition {self.condition}: only --mode long has a clip that goes on after another")
         if self.dynamics is not None and self.dynamics_percentile is not None:
             raise ConfigError(f"--dynamics {self.dynamics} and --dynamics-percentile {self.dynamics_percentile:g}: give one of them")
         if self.dynamics_percentile is not None and not 0 <= self.dynamics_percentile <= 100:
@@ -82,7 +83,7 @@ class HVDMSampleJob(ClipSampleJob):
         self.told = self._told()
         self.fps = config.fps or pipeline.fps / (config.frame_stride or 1)
         self.pictures = find_pictures(config.image)
-        self.images_sha256 = list(map(sha256_file, self.pictures))
+        self.images_sha256 = list(map(hash_picture, self.pictures))
         for index in range(min(len(self.pictures), config.num_samples)):
             self.picture(index)  # what cannot be read is told before anything is made
 

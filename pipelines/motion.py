@@ -24,8 +24,8 @@ _OVERVIEWS = ("grid.mp4", "strip.mp4")
 def measure_motion(folder: Path, clip_frames: int = 0) -> dict[str, Any]:
     """Mean and standard deviation over the videos of a folder of their motion, each the mean over its clips; and how it was measured.
 
-    Clips follow one another; what is left at the end of a video is left out. `clip_frames` 0: as many as the model makes at a time, by the
-    settings beside the videos. Raises UserError for a folder without videos, and for a file that is none.
+    Clips follow one another; what is left at the end of a video is left out, and an odd last row or column. `clip_frames` 0: as many as
+    the model makes at a time, by the settings beside the videos. Raises UserError for a folder without videos, and for a file that is none.
     """
     settings = _settings(folder)
     frames = clip_frames or settings.get("model", {}).get("latent_frames") or settings.get("n_frames") or CLIP_FRAMES
@@ -58,7 +58,9 @@ def _energies(path: Path, frames: int) -> Iterator[float]:
         for frame in iterate_frames(path):
             clip.append(frame)
             if len(clip) == frames:
-                yield motion_energy(to_float(torch.from_numpy(np.stack(clip)).permute(3, 0, 1, 2)[None])).item()
+                video = torch.from_numpy(np.stack(clip)).permute(3, 0, 1, 2)[None]
+                height, width = video.shape[3:]
+                yield motion_energy(to_float(video[..., : height - height % 2, : width - width % 2])).item()
                 clip = []
     except (FFmpegError, OSError, LookupError) as error:
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None

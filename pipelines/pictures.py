@@ -11,6 +11,7 @@ from torch import Tensor
 from datasets.shards import IMAGE_SUFFIXES
 from datasets.transforms import resize_clip
 from utils.errors import UserError
+from utils.files import sha256_file
 from utils.media import to_float
 
 
@@ -20,19 +21,36 @@ def find_pictures(paths: Sequence[str]) -> list[Path]:
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"--image {path} cannot be read: no such file")
-        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
+        inside = [path] if not path.is_dir() else sorted(file for file in path.iterdir() if _is_picture(file))
         if not inside:
             raise UserError(f"--image {path}: no picture in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
         found += inside
     return found
 
 
+def hash_picture(path: Path) -> str:
+    """Hexadecimal SHA-256 of the file. Raises UserError."""
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise UserError(f"--image {path} cannot be read: {error.strerror}") from None
+
+
+def _is_picture(file: Path) -> bool:
+    return file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES
+
+
 def read_picture(path: Path, size: tuple[int, int], *, antialias: bool = True) -> Tensor:
     """A picture of any size -> its centre 3 h w float32 in [-1, 1] of `size`, upright as its camera says. Raises UserError."""
     try:
         with Image.open(path) as image:
-            frame = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            frame = np.array(_eight_bits(ImageOps.exif_transpose(image)).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"--image {path} cannot be read: {str(error).splitlines()[0][:200]}") from None
     resized = resize_clip(frame[None], size, "crop", antialias=antialias)[0]
     return to_float(torch.from_numpy(resized).permute(2, 0, 1))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey pictures of 16 bits as those of 8, which Pillow would cut off at 255; others as they are."""
+    return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)) if image.mode.startswith("I;16") else image

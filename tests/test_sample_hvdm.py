@@ -372,6 +372,7 @@ def test_flags_say_which_system(results: Path) -> None:
         (["--dynamics", "1", "--dynamics-guidance", "nan"], "--dynamics-guidance nan: a number"),
         (["--frame-stride", "2"], r"--frame-stride 2: the denoiser knows 1, 4 \(--frame-strides\)"),
         (["--condition", "pixels"], "--condition"),
+        (["--condition", "latent"], "--condition latent: only --mode long"),
         (["--mode", "long"], "how long"),
         (["--preset", "100/20"], "--preset"),
     ],

@@ -54,8 +54,9 @@ def flag(default: Any, *aliases: str, bare: Any = None) -> Any:
 def load_config(schemas: Mapping[str, type[T]], argv: Sequence[str] | None = None, *, prog: str, description: str = "") -> T:
     """The config of a script: dataclass defaults < each `--config FILE` in order < the other flags.
 
-    `schemas` maps the name of each system that the script knows to its dataclass; the first is the default. `--help` prints
-    every flag and exits. Raises ConfigError with one line for anything that is not understood.
+    `schemas` maps the name of each system that the script knows to its dataclass; the first is the default. A script to which systems
+    are all the same gives one schema, named "". `--help` prints every flag and exits.
+    Raises ConfigError with one line for anything that is not understood.
     """
     tokens, files, wants_help = _split_argv(sys.argv[1:] if argv is None else argv)
     recipes = [(load_yaml(path), path) for path in files]
@@ -104,6 +105,8 @@ def _split_argv(argv: Sequence[str]) -> tuple[list[str], list[str], bool]:
 
 def _choose_system(schemas: Mapping[str, type], recipes: list[tuple[dict[str, Any], str]], tokens: list[str], prog: str) -> str:
     chosen, where = next(iter(schemas)), ""
+    if not chosen:
+        return chosen
     for recipe, path in recipes:
         if "system" in recipe:
             chosen, where = recipe["system"], f"{path}: "
