@@ -251,3 +251,4 @@ def test_reduced_precision_keeps_latents_and_pixels_in_float32():
     for ours, latent in results:
         assert ours.dtype == latent.dtype == torch.float32
         assert (ours - recon).abs().max() < 0.1 and (latent - z).abs().max() < 0.1
+        assert not torch.equal(latent.bfloat16().float(), latent), "the last step to a latent is made in float32"

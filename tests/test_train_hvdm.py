@@ -200,6 +200,8 @@ def test_clips_that_nothing_comes_before_are_refused(root: Path) -> None:
     with pytest.raises(ConfigError, match=r"at most 4 frames, a clip and the one before it take 8; .*--cond-prob 0$") as error:
         build(config(*arguments(root, data="single")), ENV)
     assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match=r"at most 8 frames, a clip and the one before it take 15; "):
+        build(config(*arguments(root, "--frame-strides", "2", data="pairs")), ENV)
     task, source, _ = build(config(*arguments(root)), ENV)
     assert source.data.previous and source.data.n_frames == 4 and task.name == "hvdm-denoiser"
     _, source, _ = build(config(*arguments(root, "--cond-prob", "0", "--img-prob", "0.5")), ENV)
