@@ -42,6 +42,13 @@ def resize_clip(
     return fit(trim(frames, size, mode, centre), size, mode, antialias=antialias, centre=centre)
 
 
+def rgb_pixels(image: Image.Image) -> np.ndarray:
+    """A picture as RGB (h, w, 3) uint8. Grey of 16 bits keeps its upper eight; Pillow alone would cut it off at 255."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    return np.array(image.convert("RGB"))
+
+
 def trim(frames: np.ndarray, size: Size, mode: ResizeMode, centre: Centre) -> np.ndarray:
     """First step of `resize_clip`: the part of frames (..., h, w, c) that pictures are made of, a view."""
     if mode not in ("crop", "square"):

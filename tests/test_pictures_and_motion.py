@@ -17,11 +17,13 @@ from utils.errors import ConfigError, UserError
 
 
 def test_a_folder_gives_its_files_alone(tmp_path: Path) -> None:
-    """Neither folders that are called like pictures nor links to nothing."""
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    """In the order of their numbers; neither folders that are called like pictures nor links to nothing."""
+    files = [tmp_path / name for name in ("a2.png", "a10.png")]
+    for file in files:
+        Image.new("RGB", (4, 4)).save(file)
     (tmp_path / "b.png").mkdir()
     (tmp_path / "c.png").symlink_to(tmp_path / "gone.png")
-    assert find_pictures([str(tmp_path)]) == [tmp_path / "a.png"]
+    assert find_pictures([str(tmp_path)]) == files
 
 
 def test_a_file_that_went_away_is_told_in_one_line(tmp_path: Path) -> None:

@@ -47,6 +47,16 @@ def test_pictures_are_clips_of_one_frame(tmp_path: Path) -> None:
         assert batch["label"][error.argmin()] == int(name.startswith("dog"))
 
 
+def test_grey_pictures_of_16_bits_are_those_of_8(tmp_path: Path) -> None:
+    ramp = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "in" / "1.png")
+    run(tmp_path / "in", "--dataset-name", "images", "--out", tmp_path / "set", "--image-size", 8, 8)
+    data = DataConfig(path=(str(tmp_path / "set"),), num_workers=0)
+    video = next(ClipSource(ShardSet.open(tmp_path / "set"), data, seed=0, global_batch_size=1).batches(0))["video"]
+    assert (video.numpy() == ramp).all()
+
+
 def test_pictures_that_are_damaged_are_named_and_changed_ones_make_another_set(tmp_path: Path) -> None:
     pictures(tmp_path / "in", ["1.png", "2.png"])
     (tmp_path / "in" / "3.png").write_bytes((tmp_path / "in" / "2.png").read_bytes()[:200])

@@ -13,6 +13,7 @@ from PIL import Image
 from datasets.prepare.scenes import shrink, small_frames
 from datasets.prepare.windows import ClipRules
 from datasets.sources.base import Video
+from datasets.transforms import rgb_pixels
 from datasets.video import VideoError, VideoInfo, decode, probe
 
 COPY_BYTES = 1 << 22
@@ -67,7 +68,7 @@ class PictureReel:
         """See Reel."""
         for number, path in enumerate(self.paths):
             if wanted(number):
-                yield self._open(path, lambda image: np.asarray(image.convert("RGB")))
+                yield self._open(path, rgb_pixels)
             else:
                 self._open(path, lambda image: image.size)
 
