@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import models
 from datasets.config import DataConfig
@@ -62,7 +62,7 @@ class LatentRunConfig(RunConfig):
     diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
     preview: PreviewConfig = dataclasses.field(default_factory=PreviewConfig)
 
-    def for_planning(self) -> "LatentRunConfig":
+    def for_planning(self) -> Self:
         """The same for a dry run, which measures nothing."""
         known = dataclasses.replace(self.latent, scale=self.latent.scale or 1.0)
         return dataclasses.replace(self, latent=known)
