@@ -12,7 +12,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from diffusion import build
 from diffusion.guidance import ClassifierFreeGuidance
+from diffusion.replacement import Replacement
 from pipelines.loading import Loaded, Weights, diffusion_of, is_official, understood
 from pipelines.sampling import Sampling, in_groups, sample
 from utils.config import to_dict
@@ -166,9 +168,10 @@ class ClipPipeline(ABC):
         previous: Tensor | None,
         told: Mapping[str, int] | None = None,
         guides: Mapping[str, tuple[float, float]] | None = None,
+        known: Tensor | None = None,
     ) -> Tensor:
         """As `generate_latents`. `told`: further inputs of the denoiser, the same for all samples. `guides`: those among them that have a
-        guidance of their own, (scale, value without)."""
+        guidance of their own, (scale, value without). `known`: latents b e k ... of the first frames, at which they are held."""
         if self.denoiser is None:
             raise UserError("generation needs a denoiser, not the autoencoder alone")
         if previous is not None and not self.denoiser.config.conditional:
@@ -181,11 +184,12 @@ class ClipPipeline(ABC):
         sampling = sampling or self.usual
         made = []
         for group, rng, given in in_groups(indices, labels, None, seed=seed, num_classes=self.num_classes, exact=exact, device=self.device):
-            known = {name: torch.full((len(group),), value, device=self.device) for name, value in (told or {}).items()}
+            always = {name: torch.full((len(group),), value, device=self.device) for name, value in (told or {}).items()}
             if previous is not None:
-                known["previous"] = previous[group].to(self.device)
-            taken = understood(self.denoiser, given, sampling.guidance) | {name: known.pop(name) for name in self.null if name in known}
-            made.append(self._sample(model, rng, f"denoiser/clip-{clip}" if clip else "denoiser", sampling, taken, known))
+                always["previous"] = previous[group].to(self.device)
+            taken = understood(self.denoiser, given, sampling.guidance) | {name: always.pop(name) for name in self.null if name in always}
+            stream = f"denoiser/clip-{clip}" if clip else "denoiser"
+            made.append(self._sample(model, rng, stream, sampling, taken, always, None if known is None else known[group]))
         return torch.cat(made)
 
     def _sample(
@@ -196,11 +200,15 @@ class ClipPipeline(ABC):
         sampling: Sampling,
         condition: Mapping[str, Tensor],
         always: Mapping[str, Tensor],
+        known: Tensor | None = None,
     ) -> Tensor:
         assert self.denoiser is not None
         process = diffusion_of(self.denoiser)
+        if known is not None:
+            model = Replacement(model, build(process), known, rng.normal(f"{stream}/known", tuple(known.shape[1:])))
         with self._autocast():
-            return sample(model, process, self.latent_shape, rng, stream, sampling, condition=condition, always=always, null=self.null)
+            made = sample(model, process, self.latent_shape, rng, stream, sampling, condition=condition, always=always, null=self.null)
+        return made if known is None else torch.cat([known.to(made), made[:, :, known.shape[2] :]], dim=2)
 
     @torch.no_grad()
     def raw(self, video: Tensor) -> Tensor:

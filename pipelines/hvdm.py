@@ -97,15 +97,18 @@ class HVDMPipeline(ClipPipeline):
         clip: int = 0,
         previous: Tensor | None = None,
         image: bool = False,
+        anchor: bool = True,
         dynamics: int | None = None,
         dynamics_guidance: float = 1.0,
         stride: int | None = None,
     ) -> Tensor:
         """The latents b e S R_h R_w of clips number `clip` of videos, after the clips with the latents `previous` (None: none before).
 
-        `image`: `previous` are those of stills (`encode_still`), at which the clips begin. `dynamics`: the class of motion to make, and
-        `dynamics_guidance` how far to go from any motion towards it (1: not further than the network does by itself; else it doubles the
-        cost). `stride`: which of the distances between frames. Raises UserError for what the denoiser was not made for.
+        `image`: `previous` are those of stills (`encode_still`), at which the clips begin; with `anchor` their first frame is held at the
+        still's latent, which is that of any clip with this first frame as far as the autoencoder sees frames apart.
+        `dynamics`: the class of motion to make, and `dynamics_guidance` how far to go from any motion towards it (1: not further than the
+        network does by itself; else it doubles the cost). `stride`: which of the distances between frames.
+        Raises UserError for what the denoiser was not made for.
         """
         told = {} if dynamics is None else {"dynamics": self._row("dynamics_bins", dynamics)}
         if stride is not None:
@@ -125,6 +128,7 @@ class HVDMPipeline(ClipPipeline):
             previous=previous,
             told=told,
             guides=guides,
+            known=previous[:, :, :1].to(self.device) if image and anchor and previous is not None else None,
         )
 
     def _rows(self, table: Literal["tasks", "dynamics_bins", "strides"]) -> int:

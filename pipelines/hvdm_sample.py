@@ -33,6 +33,9 @@ class HVDMSampleConfig(ClipSampleConfig):
     image: tuple[str, ...] = ()
     """--mode i2v: pictures (PNG, JPEG, ...) at which the videos begin, of any size (the centre is cut out and resized), or folders of
     them; sample number i takes picture i, again from the first when there are no more."""
+    anchor: bool = True
+    """--mode i2v: hold the latent of the first frame at the picture's while the others are sampled. Off: the picture is only the
+    condition, and the first frame as near to it as the denoiser has learnt."""
     dynamics: int | None = None
     """How much motion: a class from 0 (the stillest training clips) to the last (the liveliest). Of models that were trained with
     --dynamics-bins; none: they are not told."""
@@ -50,6 +53,8 @@ class HVDMSampleConfig(ClipSampleConfig):
             raise ConfigError("--mode i2v: which picture? give --image FILE")
         if self.image and self.mode != "i2v":
             raise ConfigError("--image goes with --mode i2v: other videos begin at no picture")
+        if not self.anchor and self.mode != "i2v":
+            raise ConfigError("--no-anchor goes with --mode i2v: other videos begin at no picture")
         if self.condition != "reencoded" and self.mode == "short":
             raise ConfigError(f"--condition {self.condition}: only --mode long has a clip that goes on after another")
         if self.dynamics is not None and self.dynamics_percentile is not None:
@@ -121,6 +126,7 @@ class HVDMSampleJob(ClipSampleJob):
             clip=clip,
             previous=previous,
             image=image,
+            anchor=self.config.anchor,
             dynamics=self.told.get("dynamics"),
             dynamics_guidance=self.config.dynamics_guidance,
             stride=self.told.get("stride"),
@@ -143,7 +149,7 @@ class HVDMSampleJob(ClipSampleJob):
         return {
             **super().settings(),
             **({"condition": config.condition} if config.long else {}),
-            **({"images_sha256": self.images_sha256} if self.pictures else {}),
+            **({"images_sha256": self.images_sha256, "anchor": config.anchor} if self.pictures else {}),
             **({"frame_stride": config.frame_stride} if config.frame_stride is not None else {}),
             **({"dynamics": self.told["dynamics"], "dynamics_guidance": config.dynamics_guidance} if "dynamics" in self.told else {}),
         }

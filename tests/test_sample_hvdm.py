@@ -183,6 +183,18 @@ def test_videos_begin_at_pictures(begun: Path, results: Path, pictures: Path) ->
     assert not torch.equal(latents(begun, "000000")[0], latents(begun, "000003")[0]), "another sample of the same picture"
 
 
+def test_the_first_frame_is_held_unless_it_is_left_free(begun: Path, results: Path, pictures: Path, tmp_path: Path) -> None:
+    line = ["--run", results, "--mode", "i2v", "--image", pictures / "0.png", "--num-samples", 1, *STEPS]
+    pipeline = job(*line).pipeline
+    still = pipeline.encode_still(read_picture(pictures / "0.png", (16, 16))[None])
+    assert torch.equal(latents(begun)[0][:, :, :1], still[:, :, :1])
+    free = latents(make(tmp_path / "free", *line, "--no-anchor"))[0]
+    assert torch.equal(free, pipeline.generate_latents([0], seed=3, sampling=job(*line).first, previous=still, image=True, anchor=False))
+    assert not torch.equal(free[:, :, :1], still[:, :, :1])
+    with pytest.raises(UserError, match="anchor differ"):
+        make(begun, *line, "--no-anchor", "--num-samples", 4, "--image", pictures)
+
+
 def test_how_close_videos_begin_is_measured(begun: Path, results: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads((begun / "settings.json").read_text())
     assert (record["mode"], record["num_frames"], len(record["images_sha256"])) == ("i2v", 4, 3)
@@ -240,7 +252,7 @@ def test_an_official_checkpoint_begins_at_a_picture_untrained(tmp_path: Path, pi
     made = job(*line, "--steps", 2)
     assert "was not trained to begin at a picture" in capsys.readouterr().err and len(made.notes) == 1
     still = made.pipeline.encode_still(read_picture(pictures / "0.png", (16, 16), antialias=False)[None])
-    assert torch.equal(latents(out)[0], made.pipeline.generate_latents([0], sampling=made.first, previous=still))
+    assert torch.equal(latents(out)[0], made.pipeline.generate_latents([0], sampling=made.first, previous=still, image=True))
     assert load_sampling(["--denoiser", str(paths["denoiser"])], "sample.py", "").system == "hvdm"
 
 
@@ -360,6 +372,7 @@ def test_flags_say_which_system(results: Path) -> None:
     [
         (["--mode", "i2v"], "--mode i2v: which picture"),
         (["--image", "x.png"], "--image goes with --mode i2v"),
+        (["--no-anchor"], "--no-anchor goes with --mode i2v"),
         (["--mode", "i2v", "--image", "x.png"], "--image x.png cannot be read: no such file"),
         (["--mode", "i2v", "--image", __file__], "cannot be read: cannot identify image"),
         (["--mode", "i2v", "--image", "."], "--image .: no picture in it"),

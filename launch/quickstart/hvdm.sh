@@ -5,11 +5,11 @@ SAMPLES=(--num-samples 20)
 
 stages() {
   say "Autoencoder: a clip to a volume of latents, and back"
-  train train_ae.py "$SHARDS" "$HELD_OUT" --n-frames 8 --max-steps 1000
+  train train_ae.py "$SHARDS" "$HELD_OUT" --n-frames 8 --max-steps 800
   AE=$(run_of hvdm-autoencoder)/export
   encode_sets --stills
   say "Denoiser: the latents of a clip, alone, after another or after its own first frame"
-  train train_dit.py "$LATENTS" "$HELD_OUT_LATENTS" --ae "$AE" --max-steps 1500
+  train train_dit.py "$LATENTS" "$HELD_OUT_LATENTS" --ae "$AE" --max-steps 2000
   SAMPLING=(--steps 50)
   say "Long videos: 64 frames, clip after clip"
   torchrun sample.py --run "$RUNS" --mode long --num-frames 64 --num-samples 4 --gif --out "$OUT/long" "${SAMPLING[@]}"
