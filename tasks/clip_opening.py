@@ -161,7 +161,7 @@ def measure_motion(config: ClipRunConfig, space: ClipSpace, clips: int, classes:
 
 def _first_clips(config: ClipRunConfig, env: Env, count: int, workers: int = 0) -> Iterator[tuple[Batch, SampleRng]]:
     """(batch, its draws) of the first clips of the stream, one by one."""
-    data = replace(config.data, flip=False, num_workers=workers, weights=())
+    data = replace(config.data, flip=False, num_workers=workers)
     shards = open_shards(data)
     source = ClipSource(shards, resolve(data, shards), seed=config.train.seed, global_batch_size=1, strides=config.strides)
     for _, batch in zip(range(min(count, shards.num_samples)), source.batches(0), strict=False):
