@@ -29,6 +29,7 @@ from datasets.picks import Picker, Picks, places
 from datasets.reader import ClipReader
 from datasets.shards import ShardSet
 from datasets.strides import StrideReader, open_strides
+from datasets.triples import Take, open_frames
 from utils.errors import UserError
 from utils.rng import SampleRng
 
@@ -48,8 +49,10 @@ class ClipSource(Dataset[Item]):
     (b, *shape) in the stored type; `label` int64 (b,), 0 when unlabelled; `index` int64 (b,), position in the endless sequence;
     `cond` float32 (b, numbers) where condition vectors are stored.
     With `data.previous` twice as many frames, of which the clip is the second half, and `has_previous` bool (b,): false where the
-    first half is black for want of frames. With `strides` also `stride` int64 (b,), which of them its frames are apart. With
-    `data.images` also `images`, as many frames of other clips in place of t, and `image_label` int64 (b, images).
+    first half is black for want of frames. With `strides` also `stride` int64 (b,), which of them its frames are apart. With `take`
+    "first" the first frame alone of a window of `data.n_frames`; with "triple" three frames of it, the first, the one before the r-th
+    and the r-th, and `frame` int64 (b,), which is r, any of 1 to n_frames - 1. With `data.images` also `images`, as many frames of
+    other clips in place of t, and `image_label` int64 (b, images).
     Rank r has the r-th contiguous part of each global batch, cut into `accumulation` contiguous micro-batches. Raises ConfigError
     when a global batch does not divide or exceeds the set. Bad samples are errors, or replaced, as `data.on_bad_sample` says.
     """
@@ -65,8 +68,9 @@ class ClipSource(Dataset[Item]):
         rank: int = 0,
         world_size: int = 1,
         strides: Sequence[int] = (),
+        take: Take = "window",
     ) -> None:
-        """`strides`: distances of frames, one of which each sample draws, in place of `data.frame_interval`."""
+        """`strides`: distances of frames, one of which each sample draws, in place of `data.frame_interval`; `take`: what of a window."""
         self.shards = shards = Collection.over(shards)
         self.data, self.seed = resolve(data, shards), seed
         window = self.data.shuffle_shards if self.data.shuffle == "block" else 0
@@ -81,7 +85,7 @@ class ClipSource(Dataset[Item]):
             world=world_size,
             shard=None if not window else shards.shard if single is None else shards.shard[single.sample],
         )
-        self.reader = _reader(shards, self.data, strides)
+        self.reader = _reader(shards, self.data, strides, take)
         self.image_reader = ClipReader(shards, 1, handles=self.reader.handles)
         self.picker = Picker(self.order, self.reader, seed, single)
         self.faults = FaultLog(shards, self.data.max_bad_share, rank=rank) if self.data.on_bad_sample == "skip" else None
@@ -252,8 +256,11 @@ class ClipSource(Dataset[Item]):
         )
 
 
-def _reader(shards: Collection, data: DataConfig, strides: Sequence[int]) -> Reader:
-    """What reads the clips of a stream. Raises ConfigError for distances that it cannot have."""
+def _reader(shards: Collection, data: DataConfig, strides: Sequence[int], take: Take) -> Reader:
+    """What reads the clips of a stream. Raises ConfigError for distances, or frames of windows, that it cannot have."""
+    if take != "window":
+        assert not strides
+        return open_frames(shards, data, take)
     if strides:
         return open_strides(shards, data, strides)
     if data.previous:

@@ -166,15 +166,21 @@ class ClipReader:
             return self._unreadable(sample, error)
         if zlib.crc32(payload) != shards.crc32[sample]:
             return self._fault(sample, "checksum", f"is damaged (crc32): {_AGAIN}")
-        frames = self._frames(np.array([sample]), np.array([start]))[0]
-        low, high = int(frames.min()), int(frames.max())
         height, width = shards.size
+        place = 0
         try:
-            clip = decode_window(payload, low, high - low + 1, shards.size)[frames - low, :height, :width]
-            row[:] = clip.reshape(row.shape)
+            for frames in self._spans(self._frames(np.array([sample]), np.array([start]))[0]):
+                low, high = int(frames.min()), int(frames.max())
+                clip = decode_window(payload, low, high - low + 1, shards.size)[frames - low, :height, :width]
+                row[place : place + len(frames)] = clip.reshape(len(frames), -1)
+                place += len(frames)
         except ValueError as error:
             return self._fault(sample, "decode", f"does not decode: {error}; rerun preprocess.py")
         return None
+
+    def _spans(self, frames: np.ndarray) -> list[np.ndarray]:
+        """The frames of a window, in parts that are decoded each by itself."""
+        return [frames]
 
     def _fault(self, sample: int, reason: str, trouble: str) -> Fault:
         return Fault(int(sample), int(self.shards.shard[sample]), reason, f"{self.shards.describe(int(sample))} {trouble}")

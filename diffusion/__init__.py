@@ -30,19 +30,26 @@ class DiffusionConfig:
     variance: Literal["learned_range", "fixed_small", "fixed_large"] = "learned_range"
     """learned_range: the network also predicts where the variance lies between its two bounds; fixed: at one of the bounds.
     A flow has no variance, and takes no notice."""
-    loss: Literal["mse", "rescaled_mse", "l1", "kl", "rescaled_kl"] = "mse"
-    """mse, or l1 in its place: plus the variational bound where the variance is learned; rescaled_mse: the bound times steps/1000;
-    kl: the bound alone; rescaled_kl: the bound times steps."""
+    loss: Literal["mse", "rescaled_mse", "l1", "robust", "kl", "rescaled_kl"] = "mse"
+    """mse, or l1 or robust in its place: plus the variational bound where the variance is learned; rescaled_mse: the bound times
+    steps/1000; robust: an error d counts sqrt(d^2 + robust_eta^2); kl: the bound alone; rescaled_kl: the bound times steps."""
+    robust_eta: float = 1e-8
+    """eta of robust, 1e-18 or more: far above it an error counts its size, about it and below its square."""
     respacing: str = ""
     """Steps kept: empty for all, "50" evenly, "10,15,20" per equal section, "ddim50" at one stride from 0, "trailing50" at one stride
     that ends in the noisiest step."""
     process: Literal["ddpm", "flow"] = flag("ddpm", "process")
     """ddpm: noise in steps, which all of the above describes; flow: the straight path to noise in continuous time (rectified flow),
     of which the network predicts the velocity."""
-    weighting: Literal["none", "min_snr"] = flag("none", "loss-weighting")
-    """Of the mse over the steps (ddpm). min_snr: min(SNR, gamma) on the clean sample's error, so that easy steps do not dominate."""
+    weighting: Literal["none", "min_snr", "p2"] = flag("none", "loss-weighting")
+    """Of the mse over the steps (ddpm), p2 of robust, too. min_snr: min(SNR, gamma) on the clean sample's error, so that easy steps do
+    not dominate; p2: 1 / (k + SNR)^gamma on the noise's error. The bound is not weighted."""
     min_snr_gamma: float = 5.0
     """gamma of min_snr."""
+    p2_gamma: float = 1.0
+    """gamma of p2."""
+    p2_k: float = 1.0
+    """k of p2."""
     time_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
     """Training times of a flow: the middle of the path more often than its ends, or all alike."""
     logit_mean: float = 0.0
@@ -53,20 +60,22 @@ class DiffusionConfig:
     """s of a flow: training and sampling times are moved to s t / (1 + (s - 1) t). Above 1 towards noise; 1: not at all."""
 
 
-NOT_OF = {
-    "ddpm": ("time_sampling", "logit_mean", "logit_std", "time_shift"),
-    "flow": ("steps", "schedule", "beta_start", "beta_end", "predict", "loss", "respacing", "weighting", "min_snr_gamma"),
-}
+OF_FLOW = ("time_sampling", "logit_mean", "logit_std", "time_shift")
+OF_LOSS = ("loss", "robust_eta", "weighting", "min_snr_gamma", "p2_gamma", "p2_k")
+NOT_OF = {"ddpm": OF_FLOW, "flow": ("steps", "schedule", "beta_start", "beta_end", "predict", "respacing", *OF_LOSS)}
 """Settings that mean nothing in a process."""
 
-NOT_WITH = {
-    "min_snr_gamma": ("weighting", "none"),
-    "logit_mean": ("time_sampling", "uniform"),
-    "logit_std": ("time_sampling", "uniform"),
-    "beta_start": ("schedule", "squaredcos_cap_v2"),
-    "beta_end": ("schedule", "squaredcos_cap_v2"),
+ONLY_WITH = {
+    "robust_eta": ("loss", ("robust",)),
+    "min_snr_gamma": ("weighting", ("min_snr",)),
+    "p2_gamma": ("weighting", ("p2",)),
+    "p2_k": ("weighting", ("p2",)),
+    "logit_mean": ("time_sampling", ("logit_normal",)),
+    "logit_std": ("time_sampling", ("logit_normal",)),
+    "beta_start": ("schedule", ("linear", "quad")),
+    "beta_end": ("schedule", ("linear", "quad")),
 }
-"""Setting -> (another one, the value of it with which it means nothing)."""
+"""Setting -> (another one, the values of it with which it means something)."""
 
 
 def build(config: DiffusionConfig, channel_dim: int = 1) -> Process:
@@ -91,9 +100,9 @@ def _check_effect(config: DiffusionConfig) -> None:
             continue
         if name in NOT_OF[config.process]:
             raise ConfigError(f"diffusion.{name} {value}: means nothing in the process {config.process}, leave it out")
-        other, without = NOT_WITH.get(name, ("process", None))
-        if getattr(config, other) == without:
-            raise ConfigError(f"diffusion.{name} {value}: means nothing with diffusion.{other} {without}, leave it out")
+        other, values = ONLY_WITH.get(name, ("process", (config.process,)))
+        if getattr(config, other) not in values:
+            raise ConfigError(f"diffusion.{name} {value}: means nothing with diffusion.{other} {getattr(config, other)}, leave it out")
 
 
 def _gaussian(config: DiffusionConfig, channel_dim: int) -> GaussianDiffusion:
@@ -106,8 +115,11 @@ def _gaussian(config: DiffusionConfig, channel_dim: int) -> GaussianDiffusion:
         predict=config.predict,
         variance=config.variance,
         loss=config.loss,
+        robust_eta=config.robust_eta,
         weighting=config.weighting,
         min_snr_gamma=config.min_snr_gamma,
+        p2_gamma=config.p2_gamma,
+        p2_k=config.p2_k,
         timestep_map=kept,
         channel_dim=channel_dim,
     )

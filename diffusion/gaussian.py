@@ -5,7 +5,7 @@ respaced) process. All arithmetic is float32 in the order of the published code,
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from utils.rng import SampleRng
 
 Predict = Literal["eps", "x0", "v"]
 Variance = Literal["learned_range", "fixed_small", "fixed_large"]
-Loss = Literal["mse", "rescaled_mse", "l1", "kl", "rescaled_kl"]
-Weighting = Literal["none", "min_snr"]
+Loss = Literal["mse", "rescaled_mse", "l1", "robust", "kl", "rescaled_kl"]
+Weighting = Literal["none", "min_snr", "p2"]
 Denoiser = Callable[..., Any]
 """(x, original timesteps (b,) int64, **conditions) -> output, or (output, anything)."""
 
@@ -26,6 +26,10 @@ FIXED_TABLES = {
     "fixed_small": ("posterior_variance", "posterior_log_variance_clipped"),
     "fixed_large": ("fixed_large_variance", "fixed_large_log_variance"),
 }
+
+SMALLEST_ETA = 1e-18
+WEIGHED = {"none": get_args(Loss), "min_snr": ("mse", "rescaled_mse"), "p2": ("mse", "rescaled_mse", "robust")}
+"""Weighting -> the losses that it weighs."""
 
 
 class Prediction(NamedTuple):
@@ -45,8 +49,9 @@ class GaussianDiffusion(ForwardProcess):
     """A diffusion process over T = len(betas) steps.
 
     `predict`: what the network's first C channels are (v: the velocity of `ForwardProcess`); `variance`: learned_range takes C more
-    channels, which interpolate the log variance between its bounds; `weighting`: of the mse over the timesteps, min_snr with gamma
-    `min_snr_gamma`; `timestep_map`: the index that the network is given for each step (default: the step itself).
+    channels, which interpolate the log variance between its bounds; `robust_eta`: of the loss robust; `weighting`: of the error over
+    the timesteps, min_snr with gamma `min_snr_gamma`, p2 with `p2_gamma` and `p2_k`; `timestep_map`: the index that the network is
+    given for each step (default: the step itself).
     """
 
     def __init__(
@@ -56,22 +61,32 @@ class GaussianDiffusion(ForwardProcess):
         predict: Predict = "eps",
         variance: Variance = "learned_range",
         loss: Loss = "mse",
+        robust_eta: float = 1e-8,
         weighting: Weighting = "none",
         min_snr_gamma: float = 5.0,
+        p2_gamma: float = 1.0,
+        p2_k: float = 1.0,
         timestep_map: Sequence[int] | None = None,
         channel_dim: int = 1,
     ) -> None:
-        _check_option("predict", predict, ("eps", "x0", "v"))
-        _check_option("variance", variance, ("learned_range", *FIXED_TABLES))
-        _check_option("loss", loss, ("mse", "rescaled_mse", "l1", "kl", "rescaled_kl"))
-        _check_option("weighting", weighting, ("none", "min_snr"))
-        if weighting == "min_snr" and loss not in ("mse", "rescaled_mse"):
-            raise ValueError(f"weighting min_snr weighs the mse, which loss {loss!r} does not have")
-        if not min_snr_gamma > 0:
-            raise ValueError(f"min_snr_gamma {min_snr_gamma}: above 0")
+        _check_option("predict", predict, get_args(Predict))
+        _check_option("variance", variance, get_args(Variance))
+        _check_option("loss", loss, get_args(Loss))
+        _check_option("weighting", weighting, get_args(Weighting))
+        if loss not in WEIGHED[weighting]:
+            kinds = " or ".join(kind for kind in WEIGHED[weighting] if kind != "rescaled_mse")
+            raise ValueError(f"weighting {weighting} weighs the {kinds}, which loss {loss!r} does not have")
+        if loss == "robust" and weighting != "none" and predict != "eps":
+            raise ValueError(f"weighting {weighting} of the loss robust is that of the noise's error: predict eps, not {predict}")
+        for name, value in (("min_snr_gamma", min_snr_gamma), ("p2_gamma", p2_gamma), ("p2_k", p2_k)):
+            if not value > 0:
+                raise ValueError(f"{name} {value}: above 0")
+        if not robust_eta >= SMALLEST_ETA:
+            raise ValueError(f"robust_eta {robust_eta}: {SMALLEST_ETA} or more, for its square is a number of float32")
         super().__init__(betas, timestep_map)
         self.predict, self.variance, self.loss, self.channel_dim = predict, variance, loss, channel_dim
-        self.weighting, self.min_snr_gamma = weighting, min_snr_gamma
+        self.weighting, self.min_snr_gamma, self.p2_gamma, self.p2_k = weighting, min_snr_gamma, p2_gamma, p2_k
+        self.robust_eta = robust_eta
 
     def sample_timesteps(self, rng: SampleRng) -> Tensor:
         """A step of this process for each sample, all alike, (b,) int64."""
@@ -156,11 +171,11 @@ class GaussianDiffusion(ForwardProcess):
     def training_losses(
         self, model: Denoiser, x0: Tensor, t: Tensor, noise: Tensor, model_kwargs: Mapping[str, Any] | None = None
     ) -> dict[str, Tensor]:
-        """Per-sample terms, each (b,) float32: `loss` always, `mse` for the mse losses (`l1` for l1), `vb` where the bound is part of
-        the loss.
+        """Per-sample terms, each (b,) float32: `loss` always, `mse` for the mse losses (`l1` for l1, `robust` for robust), `vb` where the
+        bound is part of the loss.
 
-        loss = w mse + vb for mse (rescaled_mse: vb is times T/1000 already), w being `mse_weight`; l1 + vb for l1; vb for kl, T vb for
-        rescaled_kl.
+        loss = w mse + vb for mse (rescaled_mse: vb is times T/1000 already), w being `error_weight`; w robust + vb for robust, whose
+        error d counts sqrt(d^2 + eta^2); l1 + vb for l1; vb for kl, T vb for rescaled_kl.
         """
         x0 = x0.float()
         x_t = self.q_sample(x0, t, noise)
@@ -184,6 +199,8 @@ class GaussianDiffusion(ForwardProcess):
     def _error(self, target: Tensor, estimate: Tensor) -> tuple[str, Tensor]:
         """Name and value (b,) of the distance that the network is trained on."""
         difference = target - estimate
+        if self.loss == "robust":
+            return "robust", mean_flat(torch.sqrt(difference**2 + self.robust_eta**2))
         return ("l1", mean_flat(difference.abs())) if self.loss == "l1" else ("mse", mean_flat(difference**2))
 
     def _target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -192,14 +209,20 @@ class GaussianDiffusion(ForwardProcess):
         return noise if self.predict == "eps" else x0
 
     def _weighted(self, error: Tensor, t: Tensor) -> Tensor:
-        return error if self.weighting == "none" else self.mse_weight(t) * error
+        return error if self.weighting == "none" else self.error_weight(t) * error
 
-    def mse_weight(self, t: Tensor) -> Tensor:
-        """Weight of each sample's mse, (b,): min(SNR, gamma) on x_0's error (Hang et al. 2023), the same in terms of eps
-        and v, whose errors are SNR and SNR + 1 times that of x_0. 1 without weighting."""
+    def error_weight(self, t: Tensor) -> Tensor:
+        """Weight of each sample's error, (b,); 1 without weighting.
+
+        min_snr: min(SNR, gamma) on the squared error of x_0 (Hang et al. 2023). p2: 1 / (k + SNR)^gamma on that of eps (Choi et al. 2022;
+        spec: VIDM section 6). In terms of what the network predicts: the squared errors of eps and v are SNR and SNR + 1 times that of x_0.
+        """
         if self.weighting == "none":
             return torch.ones(t.shape, device=t.device)
         snr = self._device_tables(t.device)["snr"][t]
+        if self.weighting == "p2":
+            weight = (self.p2_k + snr) ** -self.p2_gamma
+            return weight if self.predict == "eps" else weight * (snr / (snr + 1) if self.predict == "v" else snr)
         if self.predict == "eps":
             return (self.min_snr_gamma / snr).clamp(max=1.0)
         capped = snr.clamp(max=self.min_snr_gamma)

@@ -13,6 +13,7 @@ from datasets.config import DataConfig, open_shards, resolve
 from datasets.loader import ClipSource
 from datasets.mixture import Collection
 from datasets.statistics import pooled_statistics
+from datasets.triples import Take
 from engine.config import RunConfig
 from engine.task import Batch
 from launch.env import Env
@@ -100,9 +101,11 @@ class ClipInfo:
     """Distance of the frames in the stored clips."""
     strides: tuple[int, ...] = ()
     """Distances, one of which each sample draws in its place, and says which."""
+    take: Take = "window"
+    """What the stream gives of a window of `n_frames`."""
 
     @classmethod
-    def of(cls, shards: Collection, data: DataConfig, strides: tuple[int, ...] = ()) -> "ClipInfo":
+    def of(cls, shards: Collection, data: DataConfig, strides: tuple[int, ...] = (), take: Take = "window") -> "ClipInfo":
         """From open shard sets and their resolved settings."""
         return cls(
             n_frames=data.n_frames,
@@ -117,7 +120,15 @@ class ClipInfo:
             previous=data.previous,
             frame_interval=data.frame_interval,
             strides=strides,
+            take=take,
         )
+
+    @property
+    def frames(self) -> int:
+        """Frames that the stream gives of a sample."""
+        if self.take != "window":
+            return 3 if self.take == "triple" else 1
+        return self.n_frames * (2 if self.previous else 1)
 
     def card(self) -> dict[str, object]:
         """Plain values for an export's card."""
@@ -142,13 +153,14 @@ def open_clips(
     pairs: bool = False,
     images: bool = False,
     strides: tuple[int, ...] = (),
+    take: Take = "window",
     no_pixels: str = "",
 ) -> tuple[ClipInfo, ClipSource, ClipSource | None]:
     """The training clips, and the validation clips when `data.val_path` is set; where `latents` is False they must be pixels.
     `no_pixels`: why they must be latents, where they must.
 
     `pairs`: pixels come with what was before them, as with `data.previous`; latents say themselves whether they do. `images`:
-    the stage learns from images beside them, too. `strides`: as of ClipSource.
+    the stage learns from images beside them, too. `strides`, `take`: as of ClipSource.
     Raises ConfigError or UserError naming the path.
     """
     if data.previous and not pairs:
@@ -161,9 +173,9 @@ def open_clips(
     if no_pixels and not shards.is_latent:
         raise ConfigError(no_pixels)
     data = resolve(dataclasses.replace(data, previous=data.previous or (pairs and not shards.is_latent)), shards)
-    source = _source(config, data, shards, env, config.train.global_batch_size, strides)
+    source = _source(config, data, shards, env, config.train.global_batch_size, strides, take)
     if not data.val_path:
-        return ClipInfo.of(shards, data, strides), source, None
+        return ClipInfo.of(shards, data, strides, take), source, None
     held_out = dataclasses.replace(data, path=(data.val_path,), weights=(), flip=False, shuffle="auto", dataset_name="")
     others = _open(held_out, env).numbered_after(shards.classes)
     _check_same_kind(shards, others)
@@ -174,7 +186,7 @@ def open_clips(
     if batch == 0:
         kind = "kept frames" if share else "clips"
         raise ConfigError(f"--val-path {data.val_path}: {count} {kind} are fewer than ranks x accumulation = {whole}")
-    return ClipInfo.of(shards, data, strides), source, _source(config, held_out, others, env, batch, strides)
+    return ClipInfo.of(shards, data, strides, take), source, _source(config, held_out, others, env, batch, strides, take)
 
 
 def _open(data: DataConfig, env: Env) -> Collection:
@@ -229,7 +241,7 @@ def input_clips(networks: Networks, batch: Batch, rng: SampleRng) -> Tensor:
 
 def empty_batch(clips: ClipInfo, batch_size: int) -> Batch:
     """A micro-batch of the stream on the meta device (`index` on the CPU, as always)."""
-    batch = _empty_frames(clips, batch_size, clips.n_frames * (2 if clips.previous else 1)) | {
+    batch = _empty_frames(clips, batch_size, clips.frames) | {
         "label": torch.empty(batch_size, dtype=torch.int64, device="meta"),
         "index": torch.arange(batch_size),
     }
@@ -237,6 +249,8 @@ def empty_batch(clips: ClipInfo, batch_size: int) -> Batch:
         batch["has_previous"] = torch.empty(batch_size, dtype=torch.bool, device="meta")
     if clips.strides:
         batch["stride"] = torch.empty(batch_size, dtype=torch.int64, device="meta")
+    if clips.take == "triple":
+        batch["frame"] = torch.empty(batch_size, dtype=torch.int64, device="meta")
     if clips.images:
         (pictures,) = _empty_frames(clips, batch_size, clips.images).values()
         batch["images"] = pictures
@@ -256,7 +270,7 @@ def _empty_frames(clips: ClipInfo, batch_size: int, frames: int) -> Batch:
 
 
 def _source(
-    config: RunConfig, data: DataConfig, shards: Collection, env: Env, global_batch_size: int, strides: tuple[int, ...]
+    config: RunConfig, data: DataConfig, shards: Collection, env: Env, global_batch_size: int, strides: tuple[int, ...], take: Take
 ) -> ClipSource:
     return ClipSource(
         shards,
@@ -267,4 +281,5 @@ def _source(
         rank=env.rank,
         world_size=env.world_size,
         strides=strides,
+        take=take,
     )

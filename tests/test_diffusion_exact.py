@@ -264,7 +264,7 @@ def test_loss_of_the_exact_network_is_the_bayes_risk(predict, weighting):
         # No other function does better: a shifted one is worse by the square of the shift.
         shifted = process.training_losses(lambda x, t: exact_network(config)(x, t) + 1.0, x0, t, noise)
         assert float(shifted["mse"].mean()) == pytest.approx(risk + 1, abs=0.1)
-        weight = float(process.mse_weight(t)[0])
+        weight = float(process.error_weight(t)[0])
         torch.testing.assert_close(terms["loss"], weight * terms["mse"])
 
 

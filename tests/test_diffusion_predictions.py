@@ -73,9 +73,9 @@ def test_min_snr_weights_by_hand():
     expected = {"eps": [5 / 9, 1, 1], "x0": [5, 4, 0.25], "v": [0.5, 0.8, 0.2]}
     for predict, weights in expected.items():
         process = GaussianDiffusion(1 - levels / np.append(1, levels[:-1]), predict=predict, weighting="min_snr")
-        torch.testing.assert_close(process.mse_weight(torch.arange(3)), torch.tensor(weights))
+        torch.testing.assert_close(process.error_weight(torch.arange(3)), torch.tensor(weights))
     plain = GaussianDiffusion(1 - levels / np.append(1, levels[:-1]))
-    assert torch.equal(plain.mse_weight(torch.arange(3)), torch.ones(3))
+    assert torch.equal(plain.error_weight(torch.arange(3)), torch.ones(3))
 
 
 @settings(max_examples=40, deadline=None)
@@ -105,14 +105,14 @@ def test_min_snr_weighs_the_mse_alone(variance):
     ours = build(weighted).training_losses(network, x0, t, noise)
     before = build(plain).training_losses(network, x0, t, noise)
     assert torch.equal(ours["mse"], before["mse"]) and torch.equal(ours.get("vb", noise), before.get("vb", noise))
-    torch.testing.assert_close(ours["loss"], build(weighted).mse_weight(t) * before["mse"] + before.get("vb", torch.zeros(4)))
+    torch.testing.assert_close(ours["loss"], build(weighted).error_weight(t) * before["mse"] + before.get("vb", torch.zeros(4)))
     assert not torch.allclose(ours["loss"], before["loss"])
 
 
 def test_min_snr_of_a_process_that_ends_in_pure_noise():
     for predict, last in (("eps", 1.0), ("v", 0.0), ("x0", 0.0)):
         process = GaussianDiffusion([0.5, 1.0], predict=predict, weighting="min_snr")
-        assert process.mse_weight(torch.tensor([1])).item() == last
+        assert process.error_weight(torch.tensor([1])).item() == last
 
 
 # ---- the flow
