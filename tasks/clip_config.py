@@ -7,7 +7,7 @@ import models
 from diffusion import DiffusionConfig, learned_variance
 from engine.config import EmaConfig, OptimConfig
 from tasks.diffusion_task import PreviewConfig, check_settings
-from tasks.latent_config import LatentConfig, LatentRunConfig
+from tasks.latent_config import LatentConfig, LatentRunConfig, NamedSizeConfig
 from utils.config import flag
 from utils.errors import ConfigError
 
@@ -24,10 +24,9 @@ class ClipAutoencoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipModelConfig:
+class ClipModelConfig(NamedSizeConfig):
     """A named size, and changes to it: 0 or empty keeps what the size has. A system's own names its sizes."""
 
-    name: str = ""
     conditional: bool = True
     """The latent of the clip before is an input, so that videos can go on. Off: single clips only."""
     model_channels: int = 0
@@ -54,12 +53,6 @@ class ClipModelConfig:
     """Attention heads."""
     init_from: str = flag("", "init-from")
     """Export, run or released checkpoint (ema_model_<it>.pth) of a denoiser whose weights the run starts from; empty: a fresh start."""
-
-    def changes(self) -> dict[str, Any]:
-        """What differs from the named size."""
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in ("name", "init_from")}
-        default = type(self)()
-        return {name: value for name, value in own.items() if value != getattr(default, name)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,8 @@ from tasks.clip_opening import ClipSystem, open_autoencoder, open_clip_space
 from tasks.clips import ClipInfo, check_held_out, open_clips
 from tasks.diffusion_task import Condition
 from tasks.latent import Denoiser, LatentTask
-from utils.errors import ConfigError, UserError
+from tasks.starting import started
+from utils.errors import ConfigError
 
 TABLES = ("tasks", "dynamics_bins", "strides")
 """Settings of a network that only add to it what starts at zero: it may start from one without."""
@@ -80,17 +81,4 @@ def _network(system: ClipSystem, config: Any, start: str, first: ClipAEConfig) -
     network = system.networks[type(config)](config)
     if not start:
         return network
-    loaded = system.load_denoiser(start, first, config)
-    if type(loaded.module) is not type(network):
-        kinds = type(loaded.module).__name__, type(network).__name__
-        raise UserError(f"--init-from {start} cannot start this run: it is a {kinds[0]}, the run trains a {kinds[1]}")
-    for field in dataclasses.fields(config):
-        theirs, ours = getattr(loaded.config, field.name), getattr(config, field.name)
-        if theirs != ours and field.name not in FREE and not (field.name in TABLES and not theirs):
-            raise UserError(f"--init-from {start} cannot start this run: its {field.name} is {theirs}, that of the run {ours}")
-    device = next(network.parameters()).device  # a dry run builds it on the meta device
-    try:
-        network.load_state_dict({name: value.to(device) for name, value in loaded.module.state_dict().items()})
-    except RuntimeError as error:
-        raise UserError(f"--init-from {start} cannot start this run: {str(error).splitlines()[-1].strip()}") from None
-    return network
+    return started(network, config, system.load_denoiser(start, first, config), start, free=FREE, may_lack=TABLES)

@@ -51,11 +51,15 @@ class ConditionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class PreviewConfig:
+class DrawConfig:
     samples: int = 8
     """Samples drawn for a preview."""
     steps: int = 25
-    """DDIM steps of a preview."""
+    """Steps of the sampler of a preview."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PreviewConfig(DrawConfig):
     guidance: float = flag(4.0, "preview-guidance")
     """Guidance scale of a preview; 1: none."""
 
@@ -276,6 +280,11 @@ def check_settings(
         raise ConfigError(f"condition.dropout {condition.dropout}: a share in [0, 1) is wanted")
     if condition.num_classes < -1:
         raise ConfigError(f"--num-classes {condition.num_classes}: -1 (those of the shard set), 0 (no classes) or their number")
+    check_process(preview, diffusion)
+
+
+def check_process(preview: DrawConfig, diffusion: DiffusionConfig) -> None:
+    """Raises ConfigError on a process that cannot be drawn from, or not as previews do."""
     if preview.samples < 1:
         raise ConfigError(f"preview.samples {preview.samples}: at least 1")
     process = build_process(diffusion)

@@ -1,6 +1,7 @@
-"""Denoisers on the latents of a frozen first stage. A system brings its space (what a batch is in latents, and back) and its network."""
+"""Denoisers on the latents of a frozen first stage, or on frames. A system brings its space (what a batch is there) and its network."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,14 +13,14 @@ from diffusion import build as build_process
 from engine.task import Batch, LossOutput, Network
 from pipelines.sampling import Sampling, sample
 from tasks.clips import ClipInfo, Networks, empty_batch, units
-from tasks.diffusion_task import Condition, denoising_loss, measured
-from tasks.latent_config import LatentRunConfig
+from tasks.diffusion_task import Condition, PreviewConfig, denoising_loss, measured
+from tasks.latent_config import SpaceRunConfig
 from utils.config import to_dict
 from utils.rng import SampleRng
 
 
 class LatentSpace(Protocol):
-    """Where a denoiser works: the latents of a frozen first stage, at zero mean and unit variance."""
+    """Where a denoiser works: the latents of a frozen first stage, at zero mean and unit variance, or frames in [-1, 1]."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -38,7 +39,7 @@ class LatentSpace(Protocol):
         """Other ways to begin clips that are worth looking at: name -> what the denoiser is told for as many as the batch has, of them."""
 
     def show(self, networks: Networks, latents: Tensor) -> Tensor:
-        """Latents (b, *shape) as clips b 3 t h w in [-1, 1]."""
+        """Latents (b, *shape) as clips b 3 t h w in [-1, 1], or as pictures b 3 h w."""
 
     def state(self) -> dict[str, int | float]:
         """Numbers that must survive a restart."""
@@ -67,7 +68,7 @@ class LatentTask:
 
     def __init__(
         self,
-        config: LatentRunConfig,
+        config: SpaceRunConfig,
         clips: ClipInfo,
         space: LatentSpace,
         condition: Condition,
@@ -112,25 +113,34 @@ class LatentTask:
     def preview(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
         """Clips of a few classes, always from the same noise; each goes on for a second clip where the space knows how. And clips that
         begin in the other ways that it knows."""
-        setting, device, model = self.config.preview, batch["label"].device, networks["model"]
-        own = SampleRng(self.config.train.seed, torch.arange(setting.samples), device)
-        guidance = setting.guidance if self.condition.dropout > 0 else 1.0
-        sampling = dataclasses.replace(self.sampling, steps=setting.steps, guidance=guidance)
-        given = self.condition.grid(setting.samples, batch)
-
-        def drawn(stream: str, given: dict[str, Tensor], told: dict[str, Tensor] | None = None) -> Tensor:
-            return sample(model, self.config.diffusion, self.space.shape, own, stream, sampling, condition=given, always=told)
-
+        drawn = functools.partial(self.draw, networks["model"], batch["label"].device)
+        given = self.condition.grid(self.config.preview.samples, batch)
         latents = drawn("preview", given)
         clips = [self.space.show(networks, latents)]
         after = self.space.after(latents)
         if after is not None:
             clips.append(self.space.show(networks, drawn("preview/next", given, after)))
         found = {"samples": torch.cat(clips, dim=2).clamp(-1, 1)}
-        some = {name: value[own.index.to(value.device) % len(value)] for name, value in batch.items()}
+        some = self.shown(batch)
         for name, told in self.space.starts(networks, some).items():
             found[name] = self.space.show(networks, drawn(f"preview/{name}", self.condition.given(some), told)).clamp(-1, 1)
         return found
+
+    def shown(self, batch: Batch) -> Batch:
+        """As many samples of a batch as a preview has, in turn."""
+        turn = torch.arange(self.config.preview.samples)
+        return {name: value[turn.to(value.device) % len(value)] for name, value in batch.items()}
+
+    def draw(
+        self, model: nn.Module, device: torch.device, stream: str, given: dict[str, Tensor], told: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """The samples of a preview, (samples, *shape), from the noise that belongs to the stream. `given`, `told`: as `condition` and
+        `always` of `pipelines.sampling.sample`."""
+        setting = self.config.preview
+        own = SampleRng(self.config.train.seed, torch.arange(setting.samples), device)
+        guidance = setting.guidance if isinstance(setting, PreviewConfig) and self.condition.dropout > 0 else 1.0
+        sampling = dataclasses.replace(self.sampling, steps=setting.steps, guidance=guidance)
+        return sample(model, self.config.diffusion, self.space.shape, own, stream, sampling, condition=given, always=told)
 
     def measure(self) -> None:
         """Measures, on every rank, what a run keeps as it began."""

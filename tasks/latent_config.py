@@ -3,14 +3,14 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import models
 from datasets.config import DataConfig
 from diffusion import DiffusionConfig
 from engine.config import OptimConfig, RunConfig
 from models.transformers.latte import LatteConfig
-from tasks.diffusion_task import ConditionConfig, PreviewConfig, check_settings
+from tasks.diffusion_task import ConditionConfig, DrawConfig, PreviewConfig, check_settings
 from utils.config import flag
 from utils.errors import ConfigError
 
@@ -48,18 +48,41 @@ class LatentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentRunConfig(RunConfig):
-    """What the denoisers of all systems set. A system's own adds `ae` and `model`, and says its name."""
+class NamedSizeConfig:
+    """A named size, and changes to it: 0 or empty keeps what the size has. A system's own names its sizes."""
+
+    name: str = ""
+
+    apart: ClassVar[tuple[str, ...]] = ("name", "init_from")
+    """Settings that the network's config does not have, or not as they stand here."""
+
+    def changes(self) -> dict[str, Any]:
+        """What differs from the named size."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in self.apart}
+        default = type(self)()
+        return {name: value for name, value in own.items() if value != getattr(default, name)}
+
+
+@dataclasses.dataclass(frozen=True)
+class SpaceRunConfig(RunConfig):
+    """What the denoisers of all spaces set, of latents and of frames. A system's own adds `model`, and says its name."""
 
     system: str = ""
     """Which of the toolkit's systems."""
     stage: str = "denoiser"
     """Which of its stages."""
-    optim: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(clip_norm=1.0))
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
+    preview: DrawConfig = dataclasses.field(default_factory=DrawConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentRunConfig(SpaceRunConfig):
+    """What the denoisers of latents set. A system's own adds `ae` and `model`, and says its name."""
+
+    optim: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(clip_norm=1.0))
     latent: LatentConfig = dataclasses.field(default_factory=LatentConfig)
     condition: ConditionConfig = dataclasses.field(default_factory=lambda: ConditionConfig(num_classes=0))
-    diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
     preview: PreviewConfig = dataclasses.field(default_factory=PreviewConfig)
 
     def for_planning(self) -> Self:
