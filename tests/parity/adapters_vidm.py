@@ -1,6 +1,9 @@
 """Checks of VIDM: crop and resize of its data, and the frames that its evaluation keeps."""
 
 from datasets.frames import spread
+from tests.parity import (
+    adapters_vidm_diffusion,  # noqa: F401 - registers its checks
+)
 from tests.parity.case import Case, adapter
 from tests.parity.data_cases import numbers, resized
 
