@@ -12,6 +12,8 @@ from models.transformers.motion_dit import MotionDiT, MotionDiTConfig
 from models.transformers.plane_dit import PlaneDiT, PlaneDiTConfig
 from models.transformers.volume_dit import VolumeDiT, VolumeDiTConfig
 from models.unets.plane_unet import PlaneUNet, PlaneUNetConfig
+from models.unets.vidm_content import ContentUNet, ContentUNetConfig
+from models.unets.vidm_motion import MotionUNet, MotionUNetConfig
 from models.unets.volume_unet import VolumeUNet, VolumeUNetConfig
 
 
@@ -48,6 +50,8 @@ MODELS = {
     "PVDM-L": Model(PlaneUNet, PlaneUNetConfig(model_channels=256)),
     "HVDM-S": Model(VolumeUNet, VolumeUNetConfig(model_channels=96)),
     "HVDM-L": Model(VolumeUNet, VolumeUNetConfig(model_channels=192)),
+    "VIDM-content": Model(ContentUNet, ContentUNetConfig()),
+    "VIDM-motion": Model(MotionUNet, MotionUNetConfig()),
 }
 
 

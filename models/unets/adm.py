@@ -151,11 +151,13 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Norm and multi-head self-attention over all positions of a picture, around a skip."""
 
-    def __init__(self, channels: int, heads: int) -> None:
+    def __init__(self, channels: int, heads: int, new_order: bool = False) -> None:
+        """`new_order`: the outputs of `qkv` are all queries, then all keys and all values, instead of those of each head in turn."""
         super().__init__()
         if channels % heads:
             raise ValueError(f"{channels} channels cannot be cut into {heads} heads")
         self.heads = heads
+        self.new_order = new_order
         self.norm = group_norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj_out = zeroed(nn.Linear(channels, channels))
@@ -169,7 +171,8 @@ class AttentionBlock(nn.Module):
     def attend(self, tokens: Tensor, lengths: Rows = ()) -> Tensor:
         """(B, N, C) -> (B, N, C); `lengths`: several sequences one after the other that do not see each other."""
         h = norm_each(self.norm, tokens.transpose(1, 2).unsqueeze(3), lengths)  # (B, C, N, 1): the kernel knows it as channels last
-        qkv = self.qkv(h.squeeze(3).transpose(1, 2)).unflatten(2, (self.heads, 3, -1))  # heads first, then q, k, v
+        qkv = self.qkv(h.squeeze(3).transpose(1, 2))
+        qkv = qkv.unflatten(2, (3, self.heads, -1)).transpose(2, 3) if self.new_order else qkv.unflatten(2, (self.heads, 3, -1))
         parts = qkv.split(lengths, dim=1) if len(lengths) > 1 else (qkv,)
         heads = [sdpa(*part.permute(3, 0, 2, 1, 4).unbind(0)).transpose(1, 2).flatten(2) for part in parts]  # (B, n, C) each
         return tokens + self.proj_out(heads[0] if len(heads) == 1 else torch.cat(heads, dim=1))

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from models.layers.embeddings import LabelEmbedder, TimestepEmbedder
 from models.layers.planes import plane_shapes
 from models.layers.previous import with_previous
-from models.unets.adm import GROUPS, AttentionBlock, Rows, channels_last
+from models.unets.adm import AttentionBlock, Rows, channels_last
 from models.unets.plane_stages import PlaneHead, Sheets, Stage
-from models.unets.stages import Layers, Plan, check_halvings
+from models.unets.stages import Layers, Plan, check_halvings, check_rates, check_widths, steered
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,12 @@ class PlaneUNetConfig:
         if not self.channel_mult or min(self.channel_mult) < 1 or min(self.latent_res) < 1:
             raise ValueError(f"channel_mult {self.channel_mult} and latent_res {self.latent_res}: all at least 1")
         check_halvings({"latent_res": self.latent_res, "latent_frames": (self.latent_frames,)}, len(self.channel_mult))
+        check_widths(self.model_channels, self.channel_mult)
         for level, width in enumerate(self.widths):
-            if width % GROUPS:
-                raise ValueError(f"model_channels {self.model_channels} x {self.channel_mult[level]} is not a multiple of {GROUPS}")
             if width % (self.head_channels or self.num_heads):
                 what = f"head_channels {self.head_channels}" if self.head_channels else f"num_heads {self.num_heads}"
                 raise ValueError(f"the width {width} of level {level} is not a multiple of {what}")
-        if unknown := [times for times in self.attention_resolutions if times < 1 or times & (times - 1)]:
-            raise ValueError(f"attention_resolutions {unknown[0]}: the levels are 1, 2, 4, 8 ... times smaller")
+        check_rates(self.attention_resolutions)
 
     @property
     def plane_shapes(self) -> tuple[tuple[int, int], ...]:
@@ -113,8 +111,9 @@ class PlaneUNet(nn.Module):
         self.y_embedder = LabelEmbedder(config.num_classes, emb, config.class_dropout_prob > 0) if config.num_classes else None
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        plan = Plan(config, (2, 2), self._inside)  # in this order: it keeps count
-        self.input_blocks = nn.ModuleList(self._stage(layers, across=k > 0) for k, layers in enumerate(plan.down()))
+        plan = Plan(config, (2, 2), steered(config, (2, 2)), self._inside)  # in this order: it keeps count
+        channels = config.in_channels * (1 + config.conditional)
+        self.input_blocks = nn.ModuleList(self._stage(layers, across=k > 0) for k, layers in enumerate(plan.down(channels)))
         # The middle attends inside each plane whatever the level.
         self.middle_block = self._stage(plan.middle(between=[self._attention(len(config.widths) - 1)]))
         self.output_blocks = nn.ModuleList(self._stage(layers) for layers in plan.up())

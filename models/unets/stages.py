@@ -1,4 +1,4 @@
-"""What the UNets over latents share: the order of their stages, how a stage runs through its layers, the output.
+"""What the UNets share: the order of their stages, how a stage runs through its layers, the output.
 
 Letters: B batch, C channels, S the axes of a picture or a volume, E width of the steering vector. `rows` are the heights of the pictures
 on a sheet (see adm.py); a volume has none.
@@ -7,10 +7,12 @@ on a sheet (see adm.py); a volume has none.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.unets.adm import (
+    GROUPS,
     AttentionBlock,
     Downsample,
     Resample,
@@ -29,21 +31,37 @@ class UNetSettings(Protocol):
     """What a config says of the stages."""
 
     @property
-    def in_channels(self) -> int: ...
-    @property
-    def model_channels(self) -> int: ...
-    @property
     def widths(self) -> tuple[int, ...]: ...
     @property
     def num_res_blocks(self) -> int: ...
     @property
+    def resblock_updown(self) -> bool: ...
+
+
+class ResidualSettings(Protocol):
+    """What a config says of residual blocks that a vector steers."""
+
+    @property
+    def model_channels(self) -> int: ...
+    @property
     def use_scale_shift_norm(self) -> bool: ...
     @property
-    def resblock_updown(self) -> bool: ...
-    @property
-    def conditional(self) -> bool: ...
-    @property
     def dropout(self) -> float: ...
+
+
+Residual = Callable[[int, int, Resample], nn.Module]
+"""Makes a residual block: width before, width after, how it resamples."""
+
+
+def steered(config: ResidualSettings, factors: Sequence[int]) -> Residual:
+    """Residual blocks steered by a vector of width 4 model_channels."""
+
+    def residual(before: int, after: int, kind: Resample) -> nn.Module:
+        options = {"scale_shift": config.use_scale_shift_norm, "dropout": config.dropout}
+        emb = 4 * config.model_channels
+        return ResBlock(before, after, emb, len(factors), kind=kind, factors=factors, **options)  # type: ignore[arg-type]
+
+    return residual
 
 
 class Layers(NamedTuple):
@@ -56,23 +74,29 @@ class Layers(NamedTuple):
 class Plan:
     """Builds the layers of the stages in order, keeping count of widths: down, middle and up, each once."""
 
-    def __init__(self, config: UNetSettings, factors: Sequence[int], attention: Callable[[int], list[nn.Module]] | None = None) -> None:
+    def __init__(
+        self,
+        config: UNetSettings,
+        factors: Sequence[int],
+        residual: Residual,
+        attention: Callable[[int], list[nn.Module]] | None = None,
+    ) -> None:
         """`factors`: how much smaller the sides of the next level are, one for each axis. `attention`: what a level has of it."""
         self._config = config
         self._factors = tuple(factors)
+        self._residual = residual
         self._inside = attention or (lambda level: [])
         self._width = config.widths[0]
         self._skips: list[int] = []
 
-    def down(self) -> Iterator[Layers]:
-        """The input stages. The first is a convolution."""
+    def down(self, channels: int) -> Iterator[Layers]:
+        """The input stages, over pictures of that many channels. The first is a convolution."""
         config, dims = self._config, len(self._factors)
-        channels = config.in_channels * (2 if config.conditional else 1)
         yield self._stage([conv(dims, channels, self._width)], 0)
         self._skips.append(self._width)
         for level, width in enumerate(config.widths):
             for _ in range(config.num_res_blocks):
-                yield self._stage([self._residual(self._width, width), *self._inside(level)], level)
+                yield self._stage([self._residual(self._width, width, ""), *self._inside(level)], level)
                 self._skips.append(width)
             if level + 1 < len(config.widths):
                 updown = config.resblock_updown
@@ -82,14 +106,14 @@ class Plan:
     def middle(self, between: Sequence[nn.Module] = ()) -> Layers:
         """Two residual blocks with `between` between them."""
         width, last = self._width, len(self._config.widths) - 1
-        return self._stage([self._residual(width, width), *between, self._residual(width, width)], last)
+        return self._stage([self._residual(width, width, ""), *between, self._residual(width, width, "")], last)
 
     def up(self) -> Iterator[Layers]:
         """The output stages. The last of each level but the first has the sides of the next one at its end."""
         config, dims = self._config, len(self._factors)
         for level, width in reversed(list(enumerate(config.widths))):
             for k in range(config.num_res_blocks + 1):
-                layers = [self._residual(self._width + self._skips.pop(), width), *self._inside(level)]
+                layers = [self._residual(self._width + self._skips.pop(), width, ""), *self._inside(level)]
                 if level and k == config.num_res_blocks:
                     updown = config.resblock_updown
                     layers.append(self._residual(width, width, "up") if updown else Upsample(width, dims, self._factors))
@@ -98,11 +122,6 @@ class Plan:
     def _stage(self, modules: list[nn.Module], level: int) -> Layers:
         self._width = self._config.widths[level]
         return Layers(modules, level)
-
-    def _residual(self, before: int, after: int, kind: Resample = "") -> ResBlock:
-        config, dims = self._config, len(self._factors)
-        options = {"scale_shift": config.use_scale_shift_norm, "dropout": config.dropout}
-        return ResBlock(before, after, 4 * config.model_channels, dims, kind=kind, factors=self._factors, **options)  # type: ignore[arg-type]
 
 
 def run_layers(layers: Iterable[nn.Module], x: Tensor, emb: Tensor, rows: Rows = ()) -> Tensor:
@@ -117,6 +136,18 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor, emb: Tensor, rows: Rows =
         else:
             x = conv_each(layer, x, rows)
     return x
+
+
+class Stage(nn.Module):
+    """One block of a UNet over one picture or volume."""
+
+    def __init__(self, layers: Layers) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers.modules)
+
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        """x (B, C, *S), emb (B, E), what was skipped to put beside x -> (B, C', *S')."""
+        return run_layers(self.layers, x if skip is None else torch.cat([x, skip], dim=1), emb)
 
 
 class Head(nn.Module):
@@ -142,3 +173,16 @@ def check_halvings(sides: Mapping[str, Sequence[int]], levels: int) -> None:
                 f"{name} {size} cannot be halved {levels - 1} times: use multiples of {times}, or fewer entries in "
                 f"channel_mult ({levels} now)"
             )
+
+
+def check_widths(model_channels: int, channel_mult: Sequence[int]) -> None:
+    """Raises ValueError for a level whose width cannot be normalised in groups."""
+    for times in channel_mult:
+        if model_channels * times % GROUPS:
+            raise ValueError(f"model_channels {model_channels} x {times} is not a multiple of {GROUPS}")
+
+
+def check_rates(attention_resolutions: Sequence[int]) -> None:
+    """Raises ValueError for a level that no UNet has: they are named by how many times smaller their sides are."""
+    if unknown := [times for times in attention_resolutions if times < 1 or times & (times - 1)]:
+        raise ValueError(f"attention_resolutions {unknown[0]}: the levels are 1, 2, 4, 8 ... times smaller")

@@ -6,14 +6,13 @@ frames stay. Letters: B batch, C channels, T frames, H and W sides of the latent
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from models.layers.embeddings import LabelEmbedder, TimestepEmbedder
 from models.layers.previous import with_previous
 from models.layers.tables import add_told, check_tables, tables
-from models.unets.adm import GROUPS, channels_last
-from models.unets.stages import Head, Layers, Plan, check_halvings, run_layers
+from models.unets.adm import channels_last
+from models.unets.stages import Head, Plan, Stage, check_halvings, check_widths, steered
 
 FACTORS = (1, 2, 2)
 """How much smaller time, rows and columns of the next level are."""
@@ -67,9 +66,7 @@ class VolumeUNetConfig:
             raise ValueError(f"channel_mult {self.channel_mult} and latent_res {self.latent_res}: all at least 1")
         check_halvings({"latent_res": self.latent_res}, len(self.channel_mult))
         check_tables(self)
-        for level, width in enumerate(self.widths):
-            if width % GROUPS:
-                raise ValueError(f"model_channels {self.model_channels} x {self.channel_mult[level]} is not a multiple of {GROUPS}")
+        check_widths(self.model_channels, self.channel_mult)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -80,18 +77,6 @@ class VolumeUNetConfig:
     def widths(self) -> tuple[int, ...]:
         """Channels of each level."""
         return tuple(self.model_channels * times for times in self.channel_mult)
-
-
-class Stage(nn.Module):
-    """One block of the UNet."""
-
-    def __init__(self, layers: Layers) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers.modules)
-
-    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
-        """x (B, C, T, H, W), emb (B, E), what was skipped to put beside x -> (B, C', T, H', W')."""
-        return run_layers(self.layers, x if skip is None else torch.cat([x, skip], dim=1), emb)
 
 
 class VolumeUNet(nn.Module):
@@ -105,8 +90,8 @@ class VolumeUNet(nn.Module):
         self.y_embedder = LabelEmbedder(config.num_classes, emb, config.class_dropout_prob > 0) if config.num_classes else None
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        plan = Plan(config, FACTORS)  # in this order: it keeps count
-        self.input_blocks = nn.ModuleList(map(Stage, plan.down()))
+        plan = Plan(config, FACTORS, steered(config, FACTORS))  # in this order: it keeps count
+        self.input_blocks = nn.ModuleList(map(Stage, plan.down(config.in_channels * (1 + config.conditional))))
         self.middle_block = Stage(plan.middle())
         self.output_blocks = nn.ModuleList(map(Stage, plan.up()))
         self.out = Head(config.widths[0], config.out_channels or config.in_channels, len(FACTORS))
