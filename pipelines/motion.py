@@ -1,6 +1,6 @@
 """How much motion there is in folders of videos: what sampling with a chosen amount of it is measured by (spec, hvdm.md section 8)."""
 
-import json
+import dataclasses
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +12,33 @@ from av.error import FFmpegError
 
 from datasets.stored_video import iterate_frames
 from models.layers.motion import motion_energy
-from utils.errors import UserError
+from pipelines.videos import OVERVIEWS, sample_settings
+from utils.errors import ConfigError, UserError
 from utils.media import to_float
 
 CLIP_FRAMES = 16
 """Frames of a clip where nobody says them."""
-_OVERVIEWS = ("grid.mp4", "strip.mp4")
-"""Files beside samples that show several of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MotionConfig:
+    """Measures how much motion there is in generated videos."""
+
+    samples: tuple[str, ...] = ()
+    """Folders of mp4 videos, as sample.py writes them. The figures of each are also left in it, in motion.json, for the report."""
+    clip_frames: int = 0
+    """Frames of a clip, an even number; 0: as many as the model made at a time, 16 where the folder does not say."""
+    out: str = ""
+    """JSON file to write the figures of all folders to."""
+
+    def validate(self) -> None:
+        """Raises ConfigError on settings that cannot work."""
+        if not self.samples:
+            raise ConfigError("motion of what? give --samples FOLDER [FOLDER ...], the --out of sample.py")
+        if missing := [folder for folder in self.samples if not Path(folder).is_dir()]:
+            raise ConfigError(f"--samples {missing[0]}: no such folder")
+        if self.clip_frames < 0 or self.clip_frames % 2:
+            raise ConfigError(f"--clip-frames {self.clip_frames}: an even number, the transform takes pairs of frames")
 
 
 def measure_motion(folder: Path, clip_frames: int = 0) -> dict[str, Any]:
@@ -27,11 +47,11 @@ def measure_motion(folder: Path, clip_frames: int = 0) -> dict[str, Any]:
     Clips follow one another; what is left at the end of a video is left out, and an odd last row or column. `clip_frames` 0: as many as
     the model makes at a time, by the settings beside the videos. Raises UserError for a folder without videos, and for a file that is none.
     """
-    settings = _settings(folder)
+    settings = sample_settings(folder)
     frames = clip_frames or settings.get("model", {}).get("latent_frames") or settings.get("n_frames") or CLIP_FRAMES
     frames = max(2, frames - frames % 2)  # the transform takes pairs
     videos = [folder / sample["file"] for sample in settings.get("samples", [])]
-    videos = videos or sorted(path for path in folder.glob("*.mp4") if path.name not in _OVERVIEWS)
+    videos = videos or sorted(path for path in folder.glob("*.mp4") if path.name not in OVERVIEWS)
     if not videos:
         raise UserError(f"{folder} holds no videos (*.mp4): give the --out of sample.py, or any folder of mp4 files")
     found = [list(_energies(path, frames)) for path in videos]
@@ -64,12 +84,3 @@ def _energies(path: Path, frames: int) -> Iterator[float]:
                 clip = []
     except (FFmpegError, OSError, LookupError) as error:
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """What sample.py wrote beside its samples; empty where it is not there."""
-    place = folder / "settings.json"
-    try:
-        return dict(json.loads(place.read_text(encoding="utf-8"))) if place.is_file() else {}
-    except (ValueError, TypeError):
-        raise UserError(f"{place} is damaged") from None

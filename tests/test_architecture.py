@@ -20,12 +20,17 @@ ALLOWED = {
     "metrics": {"utils"},
     "launch": {"utils"},
     "engine": {"launch", "utils"},
-    "pipelines": {"models", "diffusion", "datasets", "utils"},
+    "pipelines": {"models", "diffusion", "losses", "datasets", "metrics", "launch", "utils"},
     "tasks": {"models", "diffusion", "losses", "datasets", "metrics", "pipelines", "engine", "launch", "utils"},
 }
 """Package -> packages of ours that it may import, besides itself."""
 
-NARROW = {("tasks", "engine"): {"engine.task", "engine.config"}, ("tasks", "launch"): {"launch.env"}, ("engine", "launch"): {"launch.env"}}
+NARROW = {
+    ("tasks", "engine"): {"engine.task", "engine.config"},
+    ("tasks", "launch"): {"launch.env"},
+    ("pipelines", "launch"): {"launch.env"},
+    ("engine", "launch"): {"launch.env"},
+}
 """(importer, imported) -> the only modules that may be imported."""
 
 

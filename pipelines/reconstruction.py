@@ -1,0 +1,189 @@
+"""How well an autoencoder gives clips back: PSNR, SSIM and a perceptual distance, with how they were measured."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from datasets.config import DataConfig, open_shards, resolve
+from datasets.mixture import Collection
+from datasets.reader import ClipReader
+from launch.env import Env, Stopped
+from losses import perceptual
+from metrics.frames import SSIM_WINDOW, lpips, psnr, quantise, ssim
+from pipelines.encoders import ENCODERS, EncoderOptions, FrameEncoder, system_of
+from pipelines.loading import SD_SCALE
+from utils.errors import ConfigError
+from utils.media import to_float
+from utils.rng import SampleRng
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructConfig:
+    """Measures how well an autoencoder gives clips back."""
+
+    system: str = ""
+    """Whose official checkpoint it is: cmd, latte, pvdm or hvdm; empty: as the names in it say. An export says it itself."""
+    ae: str = ""
+    """The autoencoder: an export or run folder, or an official checkpoint (.pt, .pth)."""
+    data_path: str = ""
+    """Shard set to measure on, every clip once: its first frames, as many as the autoencoder takes."""
+    vae: str = ""
+    """Latent mode: folder of the image VAE. Without --ae that VAE itself is measured."""
+    scale_factor: float = SD_SCALE
+    """Latent mode: factor of the image VAE's latents."""
+    weights: Literal["ema", "model"] = "ema"
+    """Averaged weights (where there are any), or the last ones."""
+    perceptual: Literal["lpips-alex", "lpips-vgg", "lpips-squeeze", "effl0", "none"] = "lpips-alex"
+    """Network of the perceptual distance; it is left out, and said so, when its weights are not there."""
+    perceptual_weights: str = ""
+    """File with the network's weights; empty: the torch hub cache."""
+    psnr_per_clip: bool = False
+    """PSNR of the squared error of whole clips (as PVDM reports it) in place of single frames."""
+    max_clips: int = 0
+    """Measure on the first clips only; 0: all."""
+    batch_size: int = 8
+    """Clips at a time, per process."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the autoencoder."""
+    n_frames: int | None = None
+    """Of each clip, for autoencoders of single frames (none: all of a stored clip, 16 where they differ in length); and what an official
+    checkpoint takes, which does not say it (none: 16)."""
+    out: str = ""
+    """JSON file to write the figures to."""
+    timeout: float = 1800.0
+    """Seconds that a process waits for the others."""
+
+    def validate(self) -> None:
+        """Raises ConfigError on settings that cannot work."""
+        if not self.ae and not self.vae:
+            raise ConfigError("which autoencoder? give --ae FOLDER, the run or export folder of train_ae.py")
+        if not self.data_path:
+            raise ConfigError("measured on what? give --data-path FOLDER, a shard set made by preprocess.py")
+        for name, lowest in (("batch_size", 1), ("n_frames", 1), ("max_clips", 0)):
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: at least {lowest}")
+
+
+def measure_reconstruction(config: ReconstructConfig, env: Env) -> dict[str, Any]:
+    """Figures and protocol; the processes share the clips, each clip is counted once."""
+    shards = open_shards(DataConfig(path=(config.data_path,)))
+    if shards.is_latent:
+        raise ConfigError(f"--data-path {config.data_path}: it holds latents; give the shard set of the clips they were made of")
+    pipeline = _open(config, shards, env.device)
+    frames, *size = _clip_shape(config, shards, pipeline)
+    resolve(DataConfig(path=(config.data_path,), n_frames=frames, image_size=(size[0], size[1])), shards)
+    total = min(config.max_clips, shards.num_samples) if config.max_clips else shards.num_samples
+    distance = _distance(config, env)
+    mine = np.arange(total)[env.rank :: env.world_size]
+    sums: dict[str, float] = {}
+    with tqdm(total=len(mine), desc="clips of rank 0", unit="clip", disable=None if env.is_main else True) as bar:
+        for samples, clips in _clips(shards, mine, frames, config.batch_size, env.device):
+            recon = pipeline.reconstruct(clips, SampleRng(0, torch.from_numpy(samples), env.device))
+            for name, values in _measures(clips, recon, distance, config).items():
+                sums[name] = sums.get(name, 0.0) + values.double().sum().item()
+            bar.update(len(samples))
+            if env.stop:
+                raise Stopped(agreed=False)
+    missing = config.perceptual != "none" and distance is None
+    return _summary(config, shards, pipeline, missing, (total, frames), _reduced(sums, len(mine), total))
+
+
+def _open(config: ReconstructConfig, shards: Collection, device: torch.device) -> Any:
+    """The pipeline of the autoencoder: something with `reconstruct` and `identity`. Raises UserError or ConfigError."""
+    system = system_of(config.ae, config.system)
+    if system not in ENCODERS:
+        raise ConfigError(f"--ae {config.ae or config.vae}: autoencoders of {', '.join(ENCODERS)} are measured, not of '{system}'")
+    options = EncoderOptions(
+        config.ae,
+        config.weights,
+        config.vae,
+        config.scale_factor,
+        config.n_frames or 16,
+        shards.size,
+        precision=config.precision,
+        device=device,
+    )
+    return ENCODERS[system](options)
+
+
+def _clip_shape(config: ReconstructConfig, shards: Collection, pipeline: Any) -> tuple[int, int, int]:
+    """Frames, height and width of what goes through an autoencoder; one of single frames takes any."""
+    if isinstance(pipeline, FrameEncoder):
+        return config.n_frames or shards.meta["clip_length"] or 16, *shards.size
+    shape: tuple[int, int, int] = pipeline.clip_shape
+    return shape
+
+
+def _distance(config: ReconstructConfig, env: Env) -> nn.Module | None:
+    """The perceptual network; None, after one line that says so, when its weights were not asked for by path and are not there."""
+    file = perceptual.FILES.get(config.perceptual)
+    if file is not None and not config.perceptual_weights and not file.default_path().is_file():
+        if env.is_main:
+            print(f"{config.perceptual} is left out, {file.name} ({file.size}) is not there: {file.sources()}", file=sys.stderr, flush=True)
+        return None
+    distance = perceptual.build(config.perceptual, config.perceptual_weights)
+    return None if distance is None else distance.to(env.device)
+
+
+def _clips(shards: Collection, samples: np.ndarray, n_frames: int, batch: int, device: torch.device) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """(numbers, clips b 3 t h w in [-1, 1]): the first frames of each sample."""
+    reader = ClipReader(shards, n_frames)
+    for start in range(0, len(samples), batch):
+        chosen = samples[start : start + batch]
+        frames = torch.from_numpy(reader.read(chosen, np.zeros(len(chosen), dtype=np.int64)))
+        yield chosen, to_float(frames.to(device).permute(0, 4, 1, 2, 3))
+
+
+def _measures(clips: Tensor, recon: Tensor, distance: nn.Module | None, config: ReconstructConfig) -> dict[str, Tensor]:
+    """Name -> one value per clip."""
+    values = {"psnr": psnr(clips, recon, per_clip=config.psnr_per_clip), "l1": (quantise(clips) - quantise(recon)).abs().flatten(1).mean(1)}
+    if min(clips.shape[-2:]) >= SSIM_WINDOW:
+        values["ssim"] = ssim(clips, recon)
+    if distance is not None:
+        with torch.no_grad():
+            values[config.perceptual.replace("-", "_")] = lpips(distance, clips, recon)
+    return values
+
+
+def _reduced(sums: dict[str, float], count: int, total: int) -> dict[str, float]:
+    """Means over the clips of all processes."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (sums, count))
+    counted = sum(number for _, number in gathered)
+    assert counted == total, f"{counted} clips were measured, {total} are there"
+    names = dict.fromkeys(name for part, _ in gathered for name in part)
+    return {name: sum(part.get(name, 0.0) for part, _ in gathered) / total for name in names}
+
+
+def _summary(
+    config: ReconstructConfig, shards: Collection, pipeline: Any, missing: bool, counts: tuple[int, int], means: dict[str, float]
+) -> dict[str, Any]:
+    """Figures first, then how they were measured. `counts`: clips, and frames of each."""
+    total, frames = counts
+    latents = {"latents": "samples of the posteriors"} if isinstance(pipeline, FrameEncoder) else {}
+    return means | {
+        "clips": total,
+        "protocol": {
+            "psnr": f"8 bit, mean squared error per {'clip' if config.psnr_per_clip else 'frame'}, mean over clips, dB",
+            "ssim": "8 bit, Gaussian 11x11 sigma 1.5, per frame, mean over clips",
+            "l1": "8 bit, mean absolute difference on [0, 1]",
+            "perceptual": "none: weights missing" if missing else config.perceptual,
+            "clips": total,
+            "frames": frames,
+            "size": list(shards.size),
+            "window": "first frames of each stored clip",
+            "dataset": shards.name,
+            "dataset_digest": shards.digest,
+            "autoencoder_sha256": pipeline.identity()["sha256"],
+            "precision": config.precision,
+            **latents,
+        },
+    }

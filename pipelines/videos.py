@@ -1,0 +1,209 @@
+"""Videos to be measured, of whichever form: files, folders of pictures, arrays, samples of sample.py, or a shard set."""
+
+import functools
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from datasets.config import DataConfig, open_shards
+from datasets.reader import ClipReader
+from datasets.shards import IMAGE_SUFFIXES, INDEX, VIDEO_SUFFIXES
+from datasets.sources.base import Video, relative, walk
+from datasets.transforms import rgb_pixels
+from datasets.video import VideoError, decode, probe
+from utils.errors import UserError
+
+OVERVIEWS = ("grid.mp4", "strip.mp4")
+"""Files beside samples that show several of them."""
+_FORMS = (".npy", "", ".gif")
+"""Of several files of one name the first is read: arrays are exact, "" are pictures and videos, a GIF has 256 colours."""
+
+
+class VideoSet(Protocol):
+    """Numbered videos of any lengths and sizes. Methods may be called from several threads."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, number: int) -> str:
+        """What errors call a video."""
+
+    def is_pictures(self, number: int) -> bool:
+        """Whether it is a folder of pictures."""
+
+    def total(self, number: int) -> int:
+        """How many frames it has. Raises UserError for one that cannot be read."""
+
+    def read(self, number: int, picks: Sequence[int]) -> np.ndarray:
+        """Frames of those numbers, ascending: uint8 (t, h, w, 3). Raises UserError where they are not all there."""
+
+    def identity(self) -> dict[str, Any]:
+        """Plain values that say which videos these are."""
+
+
+def open_videos(path: str | Path, flag: str) -> VideoSet:
+    """The videos of a folder or shard set, in the order of their names. Raises UserError, which names the flag, where there are none."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{flag} {path}: no such folder")
+    return ShardVideos(folder) if (folder / INDEX).is_file() else FolderVideos(folder, flag)
+
+
+class FolderVideos:
+    """Every video file, every .npy array and every folder of pictures below a folder is a video; sorted by relative path.
+
+    In a folder of sample.py's, the samples that its settings.json lists. Arrays are (t, 3, h, w), numbers 0..255, as VIDM's release
+    writes its samples.
+    """
+
+    def __init__(self, root: Path, flag: str) -> None:
+        self.root, self.flag = root, flag
+        listed = sample_settings(root).get("samples", [])
+        self.videos = [Video(root / sample["file"], sample["file"]) for sample in listed] or _videos_below(root)
+        if not self.videos:
+            raise UserError(f"{flag} {root} holds no videos: mp4, gif and other video files, .npy arrays and folders of pictures are read")
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def name(self, number: int) -> str:
+        return f"{self.flag} {self.videos[number].path}"
+
+    def is_pictures(self, number: int) -> bool:
+        return self.videos[number].is_frames
+
+    def total(self, number: int) -> int:
+        video = self.videos[number]
+        with _one_line(self.name(number)):
+            if video.is_frames:
+                return len(video.frame_paths())
+            if video.path.suffix.lower() == ".npy":
+                return len(_array(video.path))
+            if video.path.suffix.lower() == ".gif":
+                return len(_gif_frames(video.path))
+            return probe(video.path).frames
+
+    def read(self, number: int, picks: Sequence[int]) -> np.ndarray:
+        with _one_line(self.name(number)):
+            frames = _read(self.videos[number], list(picks))
+            if len(frames) != len(picks):
+                raise ValueError(f"{len(frames)} of the {len(picks)} frames that are wanted of it decode")
+            return np.stack(frames)
+
+    def identity(self) -> dict[str, Any]:
+        return {"folder": self.root.name, "found": len(self)}
+
+
+class ShardVideos:
+    """The stored clips of a shard set."""
+
+    def __init__(self, root: Path) -> None:
+        self.shards = open_shards(DataConfig(path=(str(root),)))
+        if self.shards.is_latent:
+            raise UserError(f"{root} holds latents; give the shard set of the clips they were made of")
+        self._lock = threading.Lock()
+        self._reader = functools.lru_cache(maxsize=4)(functools.partial(ClipReader, self.shards))
+
+    def __len__(self) -> int:
+        return self.shards.num_samples
+
+    def name(self, number: int) -> str:
+        return self.shards.describe(number)
+
+    def is_pictures(self, number: int) -> bool:
+        return False
+
+    def total(self, number: int) -> int:
+        return int(self.shards.frames[number])
+
+    def read(self, number: int, picks: Sequence[int]) -> np.ndarray:
+        first, samples = picks[0], np.array([number])
+        with self._lock:
+            clip: np.ndarray = self._reader(picks[-1] - first + 1).read(samples, np.array([first]))[0]
+        return clip[np.asarray(picks) - first]
+
+    def identity(self) -> dict[str, Any]:
+        return {"dataset": self.shards.name, "dataset_digest": self.shards.digest, "found": len(self)}
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """Turns what reading a file raises into a UserError of one line, which names the video."""
+    try:
+        yield
+    except (VideoError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} cannot be read: {reason[:200]}") from None
+
+
+def sample_settings(folder: Path) -> dict[str, Any]:
+    """What sample.py wrote beside its samples; empty where it is not there."""
+    place = folder / "settings.json"
+    try:
+        return dict(json.loads(place.read_text(encoding="utf-8"))) if place.is_file() else {}
+    except (ValueError, TypeError):
+        raise UserError(f"{place} is damaged") from None
+
+
+def _videos_below(root: Path) -> list[Video]:
+    """Videos below a folder, sorted by relative path; one form of each."""
+    files = [path for path in walk(root, VIDEO_SUFFIXES | {".npy"}) if path.name not in OVERVIEWS]
+    holders = {path.parent for path in files}
+    folders = dict.fromkeys(path.parent for path in walk(root, IMAGE_SUFFIXES))
+    # Pictures beside videos are overviews of them.
+    found = [Video(folder, relative(folder, root), is_frames=True) for folder in folders if folder not in holders]
+    forms: dict[str, Video] = {video.name: video for video in found}
+    for video in sorted((Video(path, relative(path, root)) for path in files), key=_form):
+        forms.setdefault(video.name.removesuffix(video.path.suffix), video)
+    return sorted(forms.values(), key=lambda video: video.name)
+
+
+def _form(video: Video) -> int:
+    suffix = video.path.suffix.lower()
+    return _FORMS.index(suffix if suffix in _FORMS else "")
+
+
+def _read(video: Video, picks: list[int]) -> list[np.ndarray]:
+    """Frames (h, w, 3) of a video, those of the numbers that it has."""
+    if video.is_frames:
+        paths = video.frame_paths()
+        return [_picture(paths[number]) for number in picks]
+    suffix = video.path.suffix.lower()
+    if suffix == ".npy":
+        frames = _array(video.path)[picks].transpose(0, 2, 3, 1)
+        return list(frames.astype(np.float64).round().clip(0, 255).astype(np.uint8))
+    if suffix == ".gif":
+        return [_gif_frames(video.path)[number] for number in picks]
+    with closing(decode(video.path, probe(video.path), "pyav", set(picks).__contains__)) as decoded:
+        return list(islice(decoded, len(picks)))
+
+
+def _picture(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return rgb_pixels(image)
+
+
+def _array(path: Path) -> np.ndarray:
+    """An array on disk, of which only what is asked for is read. ValueError for one that is no video."""
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if array.ndim != 4 or array.shape[1] != 3 or array.dtype.kind not in "fu":
+        raise ValueError(f"{array.dtype} {list(array.shape)}: (frames, 3, height, width), numbers 0..255, are wanted")
+    return array
+
+
+def _gif_frames(path: Path) -> list[np.ndarray]:
+    """All frames of a GIF. Equal ones are often stored as one that is shown longer: it counts as often as the shortest fits in."""
+    frames, shown = [], []
+    with Image.open(path) as image:
+        for number in range(getattr(image, "n_frames", 1)):
+            image.seek(number)
+            frames.append(rgb_pixels(image))
+            shown.append(image.info.get("duration", 0))
+    shortest = max(min(shown), 1)
+    return [frame for frame, time in zip(frames, shown, strict=True) for _ in range(max(1, round(time / shortest)))]
