@@ -4,6 +4,7 @@
   torchrun --standalone --nproc_per_node 2 sample.py RUNS --num-samples 16 --out samples
   python sample.py RUNS --mode long --num-frames 128 --out long    (videos of any length, clip after clip)
   python sample.py RUNS --mode i2v --image FILE --out videos       (HVDM: videos that begin at a picture)
+  python sample.py RUNS --num-frames 512 --reanchor --out long     (VIDM: frame after frame, beyond the frames of training)
 
 RUNS, or --run RUNS, is the --results-dir of training; the runs in it say which system generates. Samples that are there
 are kept, so the same line goes on where it was stopped. Exit status: 0 done; 75 stopped by a signal; 130 Ctrl-C;
@@ -94,16 +95,15 @@ def generate(config: SampleConfig, env: Env) -> None:
 
 def _generate_share(job: SampleJob, config: SampleConfig, mine: list[int], env: Env) -> None:
     """This process's samples, each written as soon as it is there."""
-    # Exact long videos are made one by one, so that stopping loses no more than one clip.
-    long = _long(job) if config.long else None
-    batch = 1 if long and config.exact else config.batch_size
+    long, batch = _long(job) if config.long else None, config.together
     clips = len(mine) * (count_clips(long, config.num_frames) if long else 1)
     with tqdm(total=clips, desc="samples of rank 0", unit="clip", disable=None if env.is_main else True) as bar:
         for start in range(0, len(mine), batch):
             indices = mine[start : start + batch]
             if long:
                 step = partial(_advance, bar, len(indices), env)
-                write_videos(long, indices, config.out, config.num_frames, env.device, step, gif=config.gif)
+                how = {"gif": config.gif, "keep": config.keep_latents}
+                write_videos(long, indices, config.out, config.num_frames, env.device, step, **how)
                 continue
             made = {ending: to_uint8(videos).cpu() for ending, videos in job.generate(indices).items()}
             for row, index in enumerate(indices):

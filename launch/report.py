@@ -22,6 +22,7 @@ STAGES = {
     "hvdm": (("autoencoder", "Hybrid autoencoder"), ("denoiser", "Denoiser")),
     "latte": (("autoencoder", "Frame VAE"), ("denoiser", "Denoiser")),
     "pvdm": (("autoencoder", "Triplane autoencoder"), ("denoiser", "Denoiser")),
+    "vidm": (("content", "Content generator"), ("motion", "Motion generator")),
 }
 """System -> its stages and their titles."""
 OPTIONAL = {("hvdm", "autoencoder"), ("latte", "autoencoder"), ("pvdm", "autoencoder")}
@@ -44,7 +45,10 @@ TITLES = {
     "short": "Generated clips",
     "long": "Long videos: {num_frames} frames, clip after clip",
     "i2v": "Videos that begin at a picture: {num_frames} frames",
+    "frames": "Generated videos: {num_frames} frames, one after the other",
 }
+FRAME_AFTER_FRAME = {"vidm"}
+"""Systems that have no clips, but frames."""
 FIGURES = {
     "first_frame_psnr": "PSNR of first frames against their pictures, dB",
     "autoencoder_psnr": "PSNR of what the autoencoder alone makes of the pictures, dB",
@@ -164,7 +168,8 @@ def samples_section(folder: Path) -> str:
     for name, caption in (("pictures.png", PICTURES), ("strip.png", STRIP), ("film.png", FILM)):
         if (folder / name).is_file():
             shown += f"<div>{picture(folder / name, caption, 320)}</div>"
-    title = TITLES[mode].format(**settings) + (f", class {settings['dynamics']} of motion" if "dynamics" in settings else "")
+    kind = "frames" if settings.get("system") in FRAME_AFTER_FRAME else mode
+    title = TITLES[kind].format(**settings) + (f", class {settings['dynamics']} of motion" if "dynamics" in settings else "")
     found = settings.get("figures", {}) | _json(folder / "motion.json")
     measured = [(told, found[name]) for name, told in FIGURES.items() if name in found]
     return f"<h2>{title}</h2>{shown}{table(measured) if measured else ''}<details><summary>Settings</summary>{table(plain)}</details>"

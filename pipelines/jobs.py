@@ -48,6 +48,8 @@ class SampleConfig:
     """Arithmetic of the networks."""
     fps: float = 0.0
     """Frame rate of the files; 0: that of the training clips."""
+    keep_latents: bool = True
+    """Keep <out>/latents of long videos that are done, from which they can be made longer; those of a video that was stopped are kept."""
     gif: bool = False
     """Also write each clip as a GIF; the frames of a long video are held in memory for it."""
     timeout: float = 1800.0
@@ -61,6 +63,11 @@ class SampleConfig:
         """Whether samples are made clip after clip."""
         return self.mode != "short"
 
+    @property
+    def together(self) -> int:
+        """Samples that a process makes at a time. Exact long videos are made one by one, so that stopping loses no more than one clip."""
+        return 1 if self.long and self.exact else self.batch_size
+
     def validate(self) -> None:
         """Raises ConfigError on settings that cannot work."""
         if self.mode not in self.modes:
@@ -69,7 +76,7 @@ class SampleConfig:
         self.at_least(0, "num_frames")
         if not 0 <= self.fps < float("inf"):
             raise ConfigError(f"--fps {self.fps}: above 0, or 0 for that of the training clips")
-        if self.mode == "long" and not self.num_frames:
+        if self.mode == "long" and not self.num_frames and "short" in self.modes:
             raise ConfigError("--mode long: how long? give --num-frames N")
         if self.mode == "short" and self.continue_from:
             raise ConfigError("--continue-from goes with --mode long: short clips have nothing to go on with")

@@ -6,8 +6,9 @@ goes on at its last clip, and can be made longer later: here or in another folde
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -112,6 +113,12 @@ class ClipFolder:
         with atomic_path(self.path(clip)) as temporary:
             save_file({"latent": latent.cpu().contiguous()}, temporary, metadata={"settings": self.digest})
 
+    def remove(self) -> None:
+        """Delete the latents; the folder above too when nothing else is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            self.folder.parent.rmdir()
+
     def take(self, other: Path, limit: int) -> int:
         """Copy the clips of another folder that are missing here, and say how many there are, at most `limit`. Raises UserError."""
         theirs = ClipFolder(other, self.digest)
@@ -132,12 +139,20 @@ def continue_from(job: LongJob, indices: Sequence[int], source: Path, folder: Pa
 
 
 def write_videos(
-    job: LongJob, indices: Sequence[int], folder: Path, n_frames: int, device: torch.device, step: Callable[[], None], *, gif: bool = False
+    job: LongJob,
+    indices: Sequence[int],
+    folder: Path,
+    n_frames: int,
+    device: torch.device,
+    step: Callable[[], None],
+    *,
+    gif: bool = False,
+    keep: bool = True,
 ) -> None:
     """One mp4 of `n_frames` frames for each of these samples, which go through the networks together.
 
     Frames are written as they come; `step` is called after each clip, and may raise. With `gif` a GIF beside each, for which its frames
-    are held in memory.
+    are held in memory. `keep`: the latents stay when the videos are done.
     """
     digest = fingerprint(job.settings())
     stores = [ClipFolder(folder / LATENTS / job.name(i), digest) for i in indices]
@@ -157,6 +172,8 @@ def write_videos(
                 write_gif(path, torch.cat(videos, dim=1), job.fps)
             else:
                 path.unlink(missing_ok=True)  # of the video when it was shorter
+    for store in stores if not keep else ():
+        store.remove()
 
 
 def first_frame(job: LongJob, index: int, folder: Path, device: torch.device) -> Tensor:

@@ -42,8 +42,16 @@ class Export:
         return str(self.card.get("ae", {}).get("sha256", ""))
 
 
-GENERATORS = {"cmd": ("content", "motion"), "hvdm": ("denoiser",), "latte": ("denoiser",), "pvdm": ("denoiser",)}
+GENERATORS = {
+    "cmd": ("content", "motion"),
+    "hvdm": ("denoiser",),
+    "latte": ("denoiser",),
+    "pvdm": ("denoiser",),
+    "vidm": ("motion", "content"),
+}
 """System -> its stages after the autoencoder. The newest run of the first decides which autoencoder and which other runs are taken."""
+OF_PIXELS = {"vidm"}
+"""Systems without an autoencoder."""
 
 
 def systems_in(results: Path) -> list[str]:
@@ -52,23 +60,26 @@ def systems_in(results: Path) -> list[str]:
     return sorted({e.system for e in exports if e.stage in GENERATORS[e.system]} or {e.system for e in exports})
 
 
-def find_family(results: Path, system: str = "cmd") -> dict[str, Path]:
+def find_family(results: Path, system: str = "cmd", without: Sequence[str] = ()) -> dict[str, Path]:
     """Stage -> run folder: the newest finished run of a system's first generator below `results`, its autoencoder (here, or where it was
-    when the run was trained), and the newest runs of the other generators on that one. An image VAE from elsewhere is left out.
+    when the run was trained), and the newest runs of the other generators on that one. An image VAE from elsewhere is left out, and so
+    are the stages `without` which it does.
 
     Raises UserError naming the stage that is missing.
     """
     found = [export for export in _finished(results) if export.system == system]
-    first, *others = GENERATORS[system]
-    stages = {stage: [e for e in found if e.stage == stage] for stage in ("autoencoder", first, *others)}
+    first, *others = (stage for stage in GENERATORS[system] if stage not in without)
+    before = () if system in OF_PIXELS else ("autoencoder",)
+    stages = {stage: [e for e in found if e.stage == stage] for stage in (*before, first, *others)}
     outside = bool(stages[first]) and (stages[first][0].ae_kind == "sd" or stages[first][0].ae_path is not None)
     missing = [stage for stage, exports in stages.items() if not exports and not (outside and stage == "autoencoder")]
     if missing:
         what = "no finished run" if len(missing) == len(stages) else f"no finished {' and no finished '.join(missing)} run"
-        names = ", ".join(f"--{stage}" for stage in ("ae", first, *others))
+        names = ", ".join(f"--{'ae' if stage == 'autoencoder' else stage}" for stage in stages)
         raise UserError(f"--run {results}: {what} in it (finished: it has export/config.yaml); train it, or give {names}")
     leader = stages[first][0]
-    family = {} if leader.ae_kind == "sd" else {"autoencoder": _autoencoder_of(leader, stages["autoencoder"])}
+    inside = bool(before) and leader.ae_kind != "sd"
+    family = {"autoencoder": _autoencoder_of(leader, stages["autoencoder"])} if inside else {}
     family[first] = leader.run
     for stage in others:
         family[stage] = next((e for e in stages[stage] if e.ae_sha256 == leader.ae_sha256), stages[stage][0]).run

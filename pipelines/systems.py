@@ -15,6 +15,7 @@ from pipelines.latte_sample import LatteSampleConfig, LatteSampleJob
 from pipelines.loading import is_official
 from pipelines.pvdm_sample import PVDMSampleConfig, PVDMSampleJob
 from pipelines.runs import systems_in
+from pipelines.vidm_sample import VIDMSampleConfig, VIDMSampleJob
 from utils.config import load_config, load_yaml
 from utils.errors import ConfigError, UserError
 from utils.weights import load_tensors, read_card
@@ -32,6 +33,7 @@ SYSTEMS: dict[str, System] = {
     "latte": System(LatteSampleConfig, LatteSampleJob),
     "pvdm": System(PVDMSampleConfig, PVDMSampleJob),
     "hvdm": System(HVDMSampleConfig, HVDMSampleJob),
+    "vidm": System(VIDMSampleConfig, VIDMSampleJob),
 }
 
 
