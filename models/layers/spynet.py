@@ -4,6 +4,8 @@ Letters: b batch, h and w sides.
 """
 
 import itertools
+import re
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,10 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers.warp import warp
+from utils.errors import UserError
+from utils.weights import load_tensors
 
 InputRange = Literal["zero_one", "minus_one_one"]
 
 LEVELS = 6
+FILE = "spynet_20210409-c6c1bd09.pth"
+"""mmediting's trained weights."""
 WIDTHS = (8, 32, 64, 32, 16, 2)
 """Channels between the convolutions of a level: two pictures and a flow at first, a flow at last."""
 MEAN = (0.485, 0.456, 0.406)
@@ -87,3 +93,18 @@ class SpyNet(nn.Module):
 
 def _resized(x: Tensor, sides: tuple[int, int]) -> Tensor:
     return x if x.shape[2:] == sides else F.interpolate(x, sides, mode="bilinear", align_corners=False)
+
+
+def load_spynet(path: str | Path, levels: int = LEVELS) -> dict[str, Tensor]:
+    """State dict of SpyNet from mmediting's file of trained weights. Raises UserError for a file that is missing or another's."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist: give mmediting's {FILE}, or no file to train the flow network from scratch")
+    tensors = load_tensors(path)
+    found = tensors.get("state_dict", tensors)
+    pattern = re.compile(r"basic_module\.(\d+)\.basic_module\.(\d+)\.conv\.")
+    state = {pattern.sub(r"levels.\1.convs.\2.", name): value.float() for name, value in found.items() if name not in ("mean", "std")}
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in SpyNet(levels).state_dict().items()}
+    if {name: value.shape for name, value in state.items()} != shapes:
+        raise UserError(f"{path} has not the tensors of a SPyNet of {levels} levels: give mmediting's {FILE}")
+    return state

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models.official.checkpoint import State
-from models.official.unets import PREFIX, ZEROS, bare_names, check_state, renamed, settings, starts
+from models.official.unets import PREFIX, ZEROS, attended, bare_names, check_state, export_state, import_state, settings
 from models.unets.plane_unet import PlaneUNet, PlaneUNetConfig
 
 _STAGES = ("input_blocks", "output_blocks")
@@ -31,8 +31,6 @@ _EXPORT = (
     (r"out\.norm\.", "out.0."),
     (r"out\.conv\.", "out.2."),
 )
-_POINTWISE = ("qkv.weight", "proj_out.weight")
-"""Ends of the names of weights of 1x1 convolutions, which are linears of ours."""
 
 
 def load(checkpoint: Mapping[str, Any], **known: Any) -> tuple[State, PlaneUNetConfig]:
@@ -44,9 +42,9 @@ def load(checkpoint: Mapping[str, Any], **known: Any) -> tuple[State, PlaneUNetC
     """
     official = unwrap_unet(checkpoint)
     zeros = official.pop(ZEROS, None)
-    state = {renamed(name, _IMPORT): value.flatten(1) if name.endswith(_POINTWISE) else value for name, value in official.items()}
+    state = import_state(official, _IMPORT)
     told = settings(state, zeros, _EXPORT)
-    config = PlaneUNetConfig(**told | _attended(state, told) | _latents(zeros, known) | known)
+    config = PlaneUNetConfig(**told | {"attention_resolutions": attended(state, told)} | _latents(zeros, known) | known)
     check_state(state, lambda: PlaneUNet(config), _EXPORT)
     return state, config
 
@@ -64,7 +62,7 @@ def export_unet(state: State, config: PlaneUNetConfig) -> State:
     """Official state dict of PlaneUNet's. Raises ValueError for a model with labels, which the release's network has no place for."""
     if config.num_classes:
         raise ValueError(f"num_classes {config.num_classes}: the release's network has no labels")
-    official = {renamed(name, _EXPORT): value[..., None] if name.endswith(_POINTWISE) else value for name, value in state.items()}
+    official = export_state(state, _EXPORT)
     if config.conditional:
         official[ZEROS] = torch.zeros(1, config.in_channels, config.length)
     return {PREFIX + name: value for name, value in official.items()}
@@ -73,13 +71,6 @@ def export_unet(state: State, config: PlaneUNetConfig) -> State:
 def unwrap_unet(checkpoint: Mapping[str, Any]) -> State:
     """The tensors under the release's names without the prefix, of either form."""
     return bare_names(checkpoint, _HEADS, _STAGES)
-
-
-def _attended(state: State, told: Mapping[str, Any]) -> dict[str, Any]:
-    """The levels with attention inside each plane."""
-    firsts = enumerate(starts(told["num_res_blocks"], len(told["channel_mult"])))
-    attended = [2**level for level, i in firsts if f"input_blocks.{i}.layers.1.norm.weight" in state]
-    return {"attention_resolutions": tuple(reversed(attended))}
 
 
 def _latents(zeros: Tensor | None, known: Mapping[str, Any]) -> dict[str, Any]:

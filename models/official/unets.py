@@ -1,7 +1,8 @@
-"""What the released checkpoints of UNets over latents have in common (spec, pvdm.md section 8, hvdm.md section 10).
+"""What the released checkpoints of UNets have in common (spec, pvdm.md section 8, hvdm.md section 10, vidm.md section 10).
 
-model_*.pth and ema_model_*.pth are state dicts whose names begin with "diffusion_model."; the releases' object for averages (LitEma)
-keeps them without their dots, beside two counters. Both are read; written are names with dots, and the buffer of zeros.
+Those over latents, model_*.pth and ema_model_*.pth, are state dicts whose names begin with "diffusion_model."; the releases' object
+for averages (LitEma) keeps them without their dots, beside two counters. Both are read; written are names with dots, and the buffer of
+zeros.
 """
 
 import re
@@ -20,6 +21,9 @@ _COUNTERS = ("decay", "num_updates")
 _UP = ("in_layers.2.weight", "conv.weight")
 """What a second layer that doubles the sides has: a residual block, or a convolution."""
 
+_POINTWISE = ("qkv.weight", "proj_out.weight")
+"""Ends of the names of weights of 1x1 convolutions, which are linears of ours."""
+
 Rules = Sequence[tuple[str, str]]
 
 
@@ -30,6 +34,16 @@ def renamed(name: str, rules: Rules) -> str:
         if count:
             return new
     return name
+
+
+def import_state(official: Mapping[str, Tensor], rules: Rules) -> State:
+    """Tensors under our names, and as ours have them."""
+    return {renamed(name, rules): value.flatten(1) if name.endswith(_POINTWISE) else value for name, value in official.items()}
+
+
+def export_state(state: Mapping[str, Tensor], rules: Rules) -> State:
+    """Tensors as the releases name and have them."""
+    return {renamed(name, rules): value[..., None] if name.endswith(_POINTWISE) else value for name, value in state.items()}
 
 
 def bare_names(checkpoint: Mapping[str, Any], heads: Sequence[str], stages: Sequence[str]) -> State:
@@ -71,30 +85,50 @@ def check_state(state: State, network: Callable[[], nn.Module], export: Rules) -
 
 def settings(state: State, zeros: Tensor | None, export: Rules) -> dict[str, Any]:
     """What the tensors, under our names, tell of the stages. Averages leave `zeros` out, and so do networks of one input."""
-    ends = ("input_blocks.0.layers.0.weight", "out.conv.weight", "t_embedder.mlp.0.weight")
-    if any(name not in state for name in ends):
-        *others, end = (renamed(name, export) for name in ends)
-        raise ValueError(f"the state dict does not fit: it lacks {', '.join(others)} or {end}")
-    first, last, step = (state[name] for name in ends)
-    stages = depth_of(state, "output_blocks.")
-    ups = [j for j in range(stages) if any(f"output_blocks.{j}.layers.{k}.{what}" in state for k in (1, 2) for what in _UP)]
-    blocks = ups[0] if ups else stages - 1
-    convolutions = [f"input_blocks.{i}.layers.0.out_layers.3.weight" for i in starts(blocks, len(ups) + 1)]
-    if missing := [name for name in convolutions if name not in state]:
-        raise ValueError(f"the state dict does not fit: missing {renamed(missing[0], export)}")
-    widths, channels = [len(state[name]) for name in convolutions], step.shape[1]
+    first, last, step = ends(state, ("input_blocks.0.layers.0.weight", "out.conv.weight", "t_embedder.mlp.0.weight"), export)
+    widths, told = layout(state, export)
+    channels = step.shape[1]
     conditional = first.shape[1] == 2 * (len(last) if zeros is None else zeros.shape[1])
     inputs = first.shape[1] // (2 if conditional else 1)
-    return {
+    return told | {
         "in_channels": inputs,
         "out_channels": 0 if inputs == len(last) else len(last),
         "model_channels": channels,
         "channel_mult": tuple(width // channels for width in widths),
-        "num_res_blocks": blocks,
-        "use_scale_shift_norm": len(state["input_blocks.1.layers.0.emb_layers.1.weight"]) == 2 * widths[0],
-        "resblock_updown": not any(name.endswith(".op.weight") for name in state),
+        "use_scale_shift_norm": scales(state, widths),
         "conditional": conditional,
     }
+
+
+def ends(state: State, names: Sequence[str], export: Rules) -> list[Tensor]:
+    """The tensors that a checkpoint must have for the others to be understood. Raises ValueError naming them all."""
+    if any(name not in state for name in names):
+        *others, end = (renamed(name, export) for name in names)
+        raise ValueError(f"the state dict does not fit: it lacks {', '.join(others)} or {end}")
+    return [state[name] for name in names]
+
+
+def layout(state: State, export: Rules, prefix: str = "") -> tuple[list[int], dict[str, Any]]:
+    """Widths of the levels, and num_res_blocks and resblock_updown, of the UNet under a prefix. Raises ValueError where blocks lack."""
+    stages = depth_of(state, f"{prefix}output_blocks.")
+    ups = [j for j in range(stages) if any(f"{prefix}output_blocks.{j}.layers.{k}.{what}" in state for k in (1, 2) for what in _UP)]
+    blocks = ups[0] if ups else stages - 1
+    convolutions = [f"{prefix}input_blocks.{i}.layers.0.in_layers.2.weight" for i in starts(blocks, len(ups) + 1)]
+    if missing := [name for name in convolutions if name not in state]:
+        raise ValueError(f"the state dict does not fit: missing {renamed(missing[0], export)}")
+    updown = not any(name.endswith(".op.weight") for name in state)
+    return [len(state[name]) for name in convolutions], {"num_res_blocks": blocks, "resblock_updown": updown}
+
+
+def scales(state: State, widths: Sequence[int]) -> bool:
+    """Whether the vector scales and shifts, or is added."""
+    return len(state["input_blocks.1.layers.0.emb_layers.1.weight"]) == 2 * widths[0]
+
+
+def attended(state: State, told: Mapping[str, Any], prefix: str = "") -> tuple[int, ...]:
+    """The levels with attention of the UNet under a prefix, by how many times smaller their sides are."""
+    firsts = enumerate(starts(told["num_res_blocks"], len(told["channel_mult"])))
+    return tuple(2**level for level, i in firsts if f"{prefix}input_blocks.{i}.layers.1.norm.weight" in state)[::-1]
 
 
 def starts(blocks: int, levels: int) -> list[int]:

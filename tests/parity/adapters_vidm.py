@@ -4,6 +4,8 @@ from datasets.frames import spread
 from tests.parity import (
     adapters_vidm_diffusion,  # noqa: F401 - registers its checks
     adapters_vidm_metrics,  # noqa: F401 - registers its checks
+    adapters_vidm_net,  # noqa: F401 - registers its checks
+    adapters_vidm_sample,  # noqa: F401 - registers its checks
 )
 from tests.parity.case import Case, adapter
 from tests.parity.data_cases import numbers, resized
