@@ -27,6 +27,9 @@ class DataConfig:
     """Distance of the frames of a clip in the stored clip; 1: consecutive frames."""
     clip_rule: Literal["consecutive", "linspace"] = flag("consecutive", "clip-rule")
     """consecutive: every frame_interval-th frame; linspace: frames spread evenly over n_frames x frame_interval, both ends taken."""
+    window_step: int = flag(0, "window-step")
+    """Of stages that take single frames out of windows of n_frames: how many frames after one another windows of a stored clip begin
+    (1: anywhere); 0: as soon as the one before has ended, so that none overlap."""
     frame_sample_prob: float = flag(0.0, "frame-sample-prob")
     """0: samples are clips. Above 0: samples are single frames, each frame of each stored clip kept with this probability; an epoch
     has every kept frame once. n_frames is 1 then, and neither frame_interval nor clip_rule has a meaning."""
@@ -102,7 +105,7 @@ def resolve(data: DataConfig, shards: Collection | ShardSet) -> DataConfig:
 def _check_numbers(data: DataConfig) -> None:
     if data.n_frames < 0:
         raise ConfigError(f"--n-frames {data.n_frames} is negative: use 0 for the whole stored clip")
-    for name in ("num_workers", "prefetch"):
+    for name in ("num_workers", "prefetch", "window_step"):
         if getattr(data, name) < 0:
             raise ConfigError(f"data.{name} {getattr(data, name)} is negative: use 0 or more")
     for name in ("frame_interval", "shuffle_shards"):

@@ -30,7 +30,7 @@ from datasets.reader import ClipReader
 from datasets.shards import ShardSet
 from datasets.strides import StrideReader, open_strides
 from datasets.triples import Take, open_frames
-from utils.errors import UserError
+from utils.errors import ConfigError, UserError
 from utils.rng import SampleRng
 
 Batch = dict[str, torch.Tensor]
@@ -261,6 +261,10 @@ def _reader(shards: Collection, data: DataConfig, strides: Sequence[int], take: 
     if take != "window":
         assert not strides
         return open_frames(shards, data, take)
+    if data.window_step:
+        raise ConfigError(
+            f"--window-step {data.window_step}: this stage takes clips of neighbouring frames that begin anywhere; drop the flag"
+        )
     if strides:
         return open_strides(shards, data, strides)
     if data.previous:

@@ -18,23 +18,28 @@ Take = Literal["window", "first", "triple"]
 class FirstReader(ClipReader):
     """Reads the first frame of windows of `n_frames`, `interval` apart. Otherwise as a ClipReader.
 
-    Windows do not overlap: a stored clip is cut into blocks of n_frames x interval frames, each of which holds `interval` windows side by
-    side; what is left at its end counts only where it is too short for a block (spec: VIDM section 8).
+    Windows begin every `step` frames. With step 0 they do not overlap: a stored clip is cut into blocks of n_frames x interval frames, each
+    of which holds `interval` windows side by side; what is left at its end counts only where it is too short for a block (spec: VIDM
+    section 8).
     """
 
-    def __init__(self, shards: Collection | ShardSet, n_frames: int, *, interval: int = 1) -> None:
+    def __init__(self, shards: Collection | ShardSet, n_frames: int, *, interval: int = 1, step: int = 0) -> None:
         super().__init__(shards, n_frames, interval=interval)
-        self.rows = 1
+        self.step, self.rows = step, 1
 
     def windows(self, samples: np.ndarray) -> np.ndarray:
         """How many windows each sample has, int64 (b,)."""
         frames = self.shards.frames[samples].astype(np.int64)
+        starts = frames - (self.n_frames - 1) * self.interval
+        if self.step:
+            return -(-starts // self.step)
         blocks = frames // (self.n_frames * self.interval)
-        found: np.ndarray = np.where(blocks > 0, blocks * self.interval, frames - (self.n_frames - 1) * self.interval)
-        return found
+        return np.where(blocks > 0, blocks * self.interval, starts)
 
     def _firsts(self, windows: np.ndarray) -> np.ndarray:
         """The first frame of these windows, int64 (b,)."""
+        if self.step:
+            return windows * self.step
         block, phase = np.divmod(windows, self.interval)
         return block * self.n_frames * self.interval + phase
 
@@ -53,8 +58,8 @@ class TripleReader(FirstReader):
     as a FirstReader.
     """
 
-    def __init__(self, shards: Collection | ShardSet, n_frames: int, *, interval: int = 1) -> None:
-        super().__init__(shards, n_frames, interval=interval)
+    def __init__(self, shards: Collection | ShardSet, n_frames: int, *, interval: int = 1, step: int = 0) -> None:
+        super().__init__(shards, n_frames, interval=interval, step=step)
         self.rows = 3
 
     def windows(self, samples: np.ndarray) -> np.ndarray:
@@ -94,7 +99,7 @@ def open_frames(shards: Collection, data: DataConfig, take: Take) -> FirstReader
     if other:
         raise ConfigError(f"{other}: this stage learns from {what}, with which it does not go; drop the flag")
     if take == "first":
-        return FirstReader(shards, data.n_frames, interval=data.frame_interval)
+        return FirstReader(shards, data.n_frames, interval=data.frame_interval, step=data.window_step)
     if data.n_frames < 2:
         raise ConfigError(f"--n-frames {data.n_frames}: a frame and what came before it are learnt from clips of 2 frames or more")
-    return TripleReader(shards, data.n_frames, interval=data.frame_interval)
+    return TripleReader(shards, data.n_frames, interval=data.frame_interval, step=data.window_step)
