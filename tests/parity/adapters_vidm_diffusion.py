@@ -1,5 +1,7 @@
 """Checks of VIDM's diffusion: tables with the P2 weight, both losses, both samplers, and the step of its optimiser and average."""
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from engine.optim import build_optimizer, gradient_norm, guarded_step
 from tests.parity.case import Case, adapter
 
 TABLES, FORWARD, TRAJECTORY = 1e-10, 1e-5, 5e-4
-STUB = "eps=0.6*x+0.1*cos(0.01*t), var=tanh(0.5*x), t = original (unspaced) timestep as float; output cat([eps,var],1)"
+STUB = re.compile(r"eps=([\d.]+)\*x\+([\d.]+)\*cos\(([\d.]+)\*t\), var=tanh\(([\d.]+)\*x\), t = original .*; output cat\(\[eps,var\],1\)")
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 
 
 def process(case: Case, **changed: Any) -> GaussianDiffusion:
@@ -22,7 +25,8 @@ def process(case: Case, **changed: Any) -> GaussianDiffusion:
     if "p2_gamma" in list(case.fields):
         weights = {"weighting": "p2", "p2_gamma": float(case.config("p2_gamma")), "p2_k": float(case.config("p2_k"))}
     kept = case.config("timestep_respacing", "")
-    built = build(DiffusionConfig(steps=case.config("steps"), schedule=case.config("noise_schedule"), respacing=kept, **weights | changed))
+    schedule: Any = SCHEDULES[case.config("noise_schedule")]
+    built = build(DiffusionConfig(steps=case.config("steps"), schedule=schedule, respacing=kept, **weights | changed))
     assert isinstance(built, GaussianDiffusion)
     return built
 
@@ -74,15 +78,23 @@ def check_robust(case: Case) -> None:
     case.expect("grad_pred", estimate.grad, FORWARD)
 
 
-def stub(x: Tensor, t: Tensor) -> Tensor:
-    """The closed-form network that the cases state."""
-    return torch.cat([0.6 * x + 0.1 * torch.cos(0.01 * t.float()).reshape(-1, 1, 1, 1), torch.tanh(0.5 * x)], dim=1)
+def stub_of(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
+    """The closed-form network that a case states."""
+    stated = STUB.fullmatch(case.config("model"))
+    assert stated, case.config("model")
+    of_x, height, rate, of_v = map(float, stated.groups())
+
+    def stub(x: Tensor, t: Tensor) -> Tensor:
+        wave = height * torch.cos(rate * t.float()).reshape(-1, *[1] * (x.ndim - 1))
+        return torch.cat([of_x * x + wave, torch.tanh(of_v * x)], dim=1)
+
+    return stub
 
 
 @adapter("vidm", "samplers (ancestral with learned-range variance; DDIM eta 0)")
 def check_samplers(case: Case) -> None:
-    assert case.config("model") == STUB
-    diffusion, noise, start = process(case), case.input("step_noise"), case.input("x_T")
+    diffusion, stub = process(case), stub_of(case)
+    noise, start = case.input("step_noise"), case.input("x_T")
     states, estimates, smooth = [start], list[Tensor](), list[Tensor]()
 
     def see(k: int, x: Tensor, x0: Tensor) -> None:
