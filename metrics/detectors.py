@@ -29,7 +29,7 @@ class Detector:
         self.scripted = _is_torchscript(self.path)
         if not self.scripted and not features:
             raise UserError(f"{path} is not a TorchScript network; one that classifies videos (C3D) is wanted")
-        self.net: nn.Module = (_load_script(self.path) if self.scripted else load_i3d(self.path)).to(self.device).eval()
+        self.net = _load_script(self.path, self.device) if self.scripted else load_i3d(self.path).to(self.device).eval()
         self.sha256 = sha256_file(self.path)
         wanted = {"rescale": not unit_range, "resize": True, "return_features": features}
         known = _parameters(self.net)
@@ -79,9 +79,10 @@ def _parameters(net: nn.Module) -> set[str]:
     return {argument.name for argument in forward.schema.arguments}
 
 
-def _load_script(path: Path) -> torch.jit.ScriptModule:
+def _load_script(path: Path, device: torch.device) -> nn.Module:
     try:
-        return torch.jit.load(path, map_location="cpu")
+        net: nn.Module = torch.jit.load(path, map_location=device)  # constants in its code go there too, which `to` leaves
+        return net.eval()
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
 
