@@ -4,6 +4,7 @@ The module must have been built on the CPU, with the same seed on every rank: `f
 drawn into sharded or meta tensors would depend on the number of ranks.
 """
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Sequence
@@ -117,6 +118,11 @@ def precision_policy(parallel: ParallelConfig, device: torch.device) -> MixedPre
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
+def unit_policy(unit: nn.Module, policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
+    """The policy of a unit: one that says `float32 = True` of itself computes with the weights that are kept, not with rounded ones."""
+    return dataclasses.replace(policy, param_dtype=None) if getattr(unit, "float32", False) else policy
+
+
 class Replicated(nn.Module):
     """A module under DistributedDataParallel whose other methods also go through DDP, so that their gradients are exchanged.
 
@@ -173,7 +179,7 @@ class _Entry(nn.Module):
 def _shard(module: nn.Module, units: Sequence[nn.Module], methods: Sequence[str], mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
     for unit in units:
         if unit is not module:
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
+            fully_shard(unit, mesh=mesh, mp_policy=unit_policy(unit, policy))
     fully_shard(module, mesh=mesh, mp_policy=policy)
     for method in methods:
         register_fsdp_forward_method(module, method)

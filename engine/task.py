@@ -29,7 +29,9 @@ class Network:
     """None exactly when frozen."""
     ema: EmaConfig | None = None
     units: Callable[[nn.Module], list[nn.Module]] | None = None
-    """Module -> its shard, compile and checkpointing units (the transformer blocks); None: the module is one unit."""
+    """Module -> its shard, compile and checkpointing units (the transformer blocks); None: the module is one unit.
+
+    A unit with `float32 = True` is never given rounded weights."""
     methods: tuple[str, ...] = ()
     """Methods besides `forward` that the task calls (`encode`, `decode`): they need their parameters gathered too."""
     clip_parts: tuple[str, ...] = ()

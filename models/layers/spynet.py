@@ -29,7 +29,7 @@ STD = (0.229, 0.224, 0.225)
 
 
 class ExactConv2d(nn.Conv2d):
-    """A convolution in the type of its input, whatever its weights are kept in: sharding may hold them in bf16."""
+    """A convolution in the type of its input, whatever its weights are kept in."""
 
     def forward(self, input: Tensor) -> Tensor:
         assert self.bias is not None
@@ -56,6 +56,9 @@ class SpyNet(nn.Module):
 
     `input_range`: what the network is given: pictures in [0, 1], for which it was made, or as they are, which VIDM's release does.
     """
+
+    float32 = True
+    """Where weights are sharded they come as they are kept."""
 
     def __init__(self, levels: int = LEVELS, input_range: InputRange = "zero_one") -> None:
         super().__init__()
