@@ -169,7 +169,8 @@ def open_clips(
         raise ConfigError(f"--num-images {data.images}: nothing here learns from images beside the clips; drop the flag")
     shards = _open(data, env)
     if shards.is_latent and not latents:
-        raise ConfigError(f"--data-path {shards.location} holds latents: an autoencoder is trained on the clips they were made of")
+        why = "an autoencoder is trained on" if take == "window" else "this stage learns from the frames of"
+        raise ConfigError(f"--data-path {shards.location} holds latents: {why} the clips they were made of")
     if no_pixels and not shards.is_latent:
         raise ConfigError(no_pixels)
     data = resolve(dataclasses.replace(data, previous=data.previous or (pairs and not shards.is_latent)), shards)

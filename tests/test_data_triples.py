@@ -17,6 +17,7 @@ from datasets.config import DataConfig, open_shards
 from datasets.loader import ClipSource
 from datasets.reader import ClipReader
 from datasets.triples import FirstReader, Take, TripleReader
+from tasks.clips import ClipInfo, empty_batch
 from tests.shard_sets import sample_of, spoil, write_set
 from tests.stream_cuts import Batches, equal
 from utils.errors import ConfigError, UserError
@@ -110,6 +111,18 @@ def test_all_frames_of_a_triple_are_mirrored_together(folder: Path) -> None:
         assert all(len(set(sample)) == 1 for sample in bright)
         mirrored += [not sample[0] for sample in bright]
     assert 0.4 < np.mean(mirrored) < 0.6
+
+
+@pytest.mark.parametrize("kind", ["first", "triple"])
+def test_tasks_know_what_a_batch_holds(folder: Path, kind: Take) -> None:
+    stream = source(folder, kind)
+    (batch,) = read(stream, 0, 1)
+    clips = ClipInfo.of(stream.shards, stream.data, take=kind)
+    assert clips.n_frames == N, "of the window"
+    expected = empty_batch(clips, 4)
+    assert {name: (value.shape, value.dtype) for name, value in batch.items()} == {
+        name: (value.shape, value.dtype) for name, value in expected.items()
+    }
 
 
 @pytest.mark.parametrize("kind", ["first", "triple"])
