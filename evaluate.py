@@ -9,7 +9,7 @@ evaluate.py vis --dir2 FAKE --c3d FILE                    inception score of a f
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -109,6 +109,15 @@ def motion(launch: Launch) -> None:
         atomic_write_text(Path(config.out), json.dumps(figures, indent=2) + "\n")
 
 
+def _lines(protocol: Mapping[str, Any], parent: str = "") -> Iterator[tuple[str, str]]:
+    """(name, value) of a protocol; what is inside a group bears the group's name."""
+    for name, value in protocol.items():
+        if isinstance(value, dict):
+            yield from _lines(value, f"{parent}{name} ")
+        else:
+            yield parent + name, str(value)
+
+
 def table(figures: dict[str, Any]) -> str:
     """Figures and protocol as two columns of text."""
     rows = [
@@ -116,7 +125,7 @@ def table(figures: dict[str, Any]) -> str:
         for name, value in figures.items()
         if name not in ("notes", "protocol")
     ]
-    rows += [("", ""), *((name, str(value)) for name, value in figures["protocol"].items())]
+    rows += [("", ""), *_lines(figures["protocol"])]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
 

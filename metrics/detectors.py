@@ -1,5 +1,6 @@
 """Networks that videos are compared through, from files: TorchScript, as StyleGAN-V uses, or weights of our I3D."""
 
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ def _parameters(net: nn.Module) -> set[str]:
 
 def _load_script(path: Path, device: torch.device) -> nn.Module:
     try:
-        net: nn.Module = torch.jit.load(path, map_location=device)  # constants in its code go there too, which `to` leaves
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch would rather have another format, the published files have this
+            net: nn.Module = torch.jit.load(path, map_location=device)  # constants in its code go there too, which `to` leaves
         return net.eval()
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None

@@ -48,11 +48,13 @@ class VideoSet(Protocol):
 
 
 def open_videos(path: str | Path, flag: str) -> VideoSet:
-    """The videos of a folder or shard set, in the order of their names. Raises UserError, which names the flag, where there are none."""
+    """The videos of a folder or of a shard set (also a URL), in the order of their names. Raises UserError, which names the flag, where there are none."""
+    if "://" in str(path):
+        return ShardVideos(str(path))
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{flag} {path}: no such folder")
-    return ShardVideos(folder) if (folder / INDEX).is_file() else FolderVideos(folder, flag)
+    return ShardVideos(str(folder)) if (folder / INDEX).is_file() else FolderVideos(folder, flag)
 
 
 class FolderVideos:
@@ -103,8 +105,8 @@ class FolderVideos:
 class ShardVideos:
     """The stored clips of a shard set."""
 
-    def __init__(self, root: Path) -> None:
-        self.shards = open_shards(DataConfig(path=(str(root),)))
+    def __init__(self, root: str) -> None:
+        self.shards = open_shards(DataConfig(path=(root,)))
         if self.shards.is_latent:
             raise UserError(f"{root} holds latents; give the shard set of the clips they were made of")
         self._lock = threading.Lock()

@@ -80,6 +80,7 @@ def test_a_shard_set_gives_its_stored_clips(tmp_path: Path) -> None:
     videos = open_videos(folder, "--dir1")
     assert len(videos) == 5 and videos.total(4) == 6
     whole = videos.read(3, range(6))
+    assert np.array_equal(open_videos(folder.as_uri(), "--dir1").read(3, range(6)), whole)
     assert np.array_equal(videos.read(3, [1, 2, 5]), whole[[1, 2, 5]])
     found = clips_of(folder, "real", frames=3)
     for place, picks in enumerate(found.picks):
