@@ -21,6 +21,7 @@ from benchmarks import (
     preprocess,
     pvdm_step,
     stream,
+    task_step,
     train_step,
     wavelet,
 )
@@ -124,7 +125,7 @@ def test_train_step_trains(stage: str, env: Env) -> None:
     size = train_step.SIZES["tiny"]
     task = train_step.make_task(stage, size, OptimConfig(lr=1e-2, clip_norm=1.0), EmaConfig(decay=0.5))
     batch = train_step.make_batch(size, 2, env.device)
-    trainer = train_step.Trainer(task, batch, ParallelConfig(mode="ddp", precision="fp32", compile="off"), env)
+    trainer = task_step.Trainer(task, batch, ParallelConfig(mode="ddp", precision="fp32", compile="off"), env)
     member = next(iter(trainer.team.members.values()))
     assert member.ema is not None
     trained = [name for name, parameter in member.module.named_parameters() if parameter.requires_grad]
