@@ -48,7 +48,7 @@ class VideoSet(Protocol):
 
 
 def open_videos(path: str | Path, flag: str) -> VideoSet:
-    """The videos of a folder or of a shard set (also a URL), in the order of their names. Raises UserError, which names the flag, where there are none."""
+    """The videos of a folder, or the clips of a shard set (also of a URL). Raises UserError, which names the flag, where there are none."""
     if "://" in str(path):
         return ShardVideos(str(path))
     folder = Path(path)
