@@ -25,7 +25,7 @@ STAGES = {
     "vidm": (("content", "Content generator"), ("motion", "Motion generator")),
 }
 """System -> its stages and their titles."""
-OPTIONAL = {("hvdm", "autoencoder"), ("latte", "autoencoder"), ("pvdm", "autoencoder")}
+OPTIONAL = {("hvdm", "autoencoder"), ("latte", "autoencoder"), ("pvdm", "autoencoder"), ("vidm", "content")}
 """Stages that somebody else may have trained."""
 CAPTIONS = {
     "reconstruction": "held-out clips or frames, each above its reconstruction",

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from models.official import hvdm_unet, pvdm_unet
+from models.official import hvdm_unet, pvdm_unet, vidm
 from pipelines.cmd_sample import CMDSampleConfig, CMDSampleJob
 from pipelines.hvdm_sample import HVDMSampleConfig, HVDMSampleJob
 from pipelines.jobs import SampleConfig, SampleJob
@@ -70,8 +70,8 @@ def _told(argv: Sequence[str]) -> str:
     trained = systems_in(Path(run)) if run and Path(run).is_dir() else []
     if len(trained) > 1:
         raise UserError(f"--run {run} holds runs of {' and '.join(trained)}: say with --system which of them generates")
-    network = next((given[name] for name in _DENOISER if given.get(name)), "")
-    named = trained or [system for system in [_of_denoiser(network)] if system in SYSTEMS]
+    name = next((name for name in (*_DENOISER, *_GENERATORS) if given.get(name)), "")
+    named = trained or [system for system in [_of_network(name, given[name])] if system in SYSTEMS] if name else trained
     known = {name: len(given.keys() & _names(system.config)) for name, system in SYSTEMS.items()}
     most = [name for name, count in known.items() if count == max(known.values())]
     return named[0] if named else most[0] if len(most) < len(SYSTEMS) else ""
@@ -79,20 +79,24 @@ def _told(argv: Sequence[str]) -> str:
 
 _DENOISER = ("denoiser", "ckpt", "second_model")
 """Names of the setting that says which denoiser, in the systems that have one."""
+_GENERATORS = ("motion", "content")
+"""In those that have two."""
 
 
 _UNETS = {"pvdm": pvdm_unet, "hvdm": hvdm_unet}
 """Systems whose released denoisers are told by their names."""
 
 
-def _of_denoiser(path: str) -> str:
-    """The system of a denoiser: its card says it, or the names in an official checkpoint; empty where nothing is there."""
-    if not path or not Path(path).exists():
+def _of_network(name: str, path: str) -> str:
+    """The system of the network of a setting: its card says it, or the names in an official checkpoint; empty where nothing is there."""
+    if not Path(path).exists():
         return ""
-    if is_official(path):
-        checkpoint = load_tensors(path)
-        return next((system for system, release in _UNETS.items() if release.is_unet(checkpoint)), "latte")
-    return str(read_card(path).get("system", ""))
+    if not is_official(path):
+        return str(read_card(path).get("system", ""))
+    checkpoint = load_tensors(path)
+    if name in _GENERATORS:
+        return "vidm" if vidm.is_motion(checkpoint) or vidm.is_content(checkpoint) else "cmd"
+    return next((system for system, release in _UNETS.items() if release.is_unet(checkpoint)), "latte")
 
 
 def _settings(argv: Sequence[str]) -> Iterator[tuple[str, str]]:

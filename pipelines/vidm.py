@@ -30,26 +30,27 @@ RELEASED = Sampling(steps=100, sampler="ddpm", clip=True, respacing="ddim100")
 class FrameOrder:
     """The frame index of every position of a video, and where its first frame changes."""
 
-    length: int
-    """Positions that have a first frame in common; the last of them is the first frame of what follows, and indices begin again at 1."""
+    length: int | None = None
+    """Positions that have a first frame in common; the last of them is the first frame of what follows, and indices begin again at 1.
+    None: all of them."""
     release: bool = False
     """Indices from 0, and the first frame itself is no part of the video: what the released script does, though index 0 was never
     trained."""
 
     def index(self, position: int) -> int:
         """Frame index of a position that is generated."""
-        return position if self.release else (position - 1) % (self.length - 1) + 1
+        return position if self.release or self.length is None else (position - 1) % (self.length - 1) + 1
 
     def begins(self, position: int) -> bool:
         """Whether the frame before this position is the first frame from now on."""
-        return not self.release and position > 1 and self.index(position) == 1
+        return position > 1 and self.index(position) == 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
     """How videos are drawn."""
 
-    order: FrameOrder
+    order: FrameOrder = dataclasses.field(default_factory=FrameOrder)
     content: Sampling = RELEASED
     motion: Sampling = RELEASED
     seed: int = 0
@@ -96,7 +97,8 @@ class VIDMPipeline:
         """From exports, run folders or official checkpoints. `video_timesteps`: V, of a checkpoint that does not say it; where it does
         they must agree. `how`: as the constructor takes it. Raises UserError."""
         first = load_vidm_content(content, weights) if content else None
-        return cls(load_vidm_motion(motion, weights, video_timesteps), first, **how)
+        size = None if first is None else first.config.image_size
+        return cls(load_vidm_motion(motion, weights, video_timesteps, size), first, **how)
 
     @property
     def parts(self) -> dict[str, Loaded]:
@@ -124,15 +126,10 @@ class VIDMPipeline:
         """Frame rate of what the motion generator was trained on."""
         return float(self.motion.card.get("data", {}).get("fps", 10.0))
 
-    def order(self, *, release: bool = False) -> FrameOrder:
-        """The order of this generator's frames."""
-        return FrameOrder(self.n_frames, release)
-
     def generate(self, indices: Sequence[int], n_frames: int = 0, *, drawing: Drawing | None = None, first: Tensor | None = None) -> Tensor:
         """Videos b 3 t h w in [-1, 1] of `n_frames` frames (0: N), number `indices[i]` each, beginning at `first[i]`, b 3 h w, or at a
         frame from noise."""
-        drawing = drawing or Drawing(self.order())
-        return torch.stack(list(self.frames(indices, n_frames or self.n_frames, drawing, first)), dim=2)
+        return torch.stack(list(self.frames(indices, n_frames or self.n_frames, drawing or Drawing(), first)), dim=2)
 
     def frames(self, indices: Sequence[int], n_frames: int, drawing: Drawing, first: Tensor | None = None) -> Iterator[Tensor]:
         """Their frames b 3 h w one after the other; two of them are held at a time."""

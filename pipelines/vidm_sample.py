@@ -14,7 +14,7 @@ from pipelines.loading import diffusion_of, is_official
 from pipelines.pictures import find_pictures, hash_picture, read_picture
 from pipelines.runs import find_family
 from pipelines.sampling import Sampler, Sampling, count_steps
-from pipelines.vidm import Drawing, VIDMPipeline, as_released
+from pipelines.vidm import Drawing, FrameOrder, VIDMPipeline, as_released
 from utils.config import flag, to_dict
 from utils.errors import ConfigError, UserError
 
@@ -104,7 +104,7 @@ class VIDMSampleJob:
         """Raises UserError or ConfigError in one line."""
         self.config = config
         self.pipeline = pipeline = _pipeline(config, device)
-        self.order = pipeline.order(release=config.release_frame_order)
+        self.order = FrameOrder(pipeline.n_frames if config.reanchor else None, config.release_frame_order)
         given = {"content": config.content_steps, "motion": config.motion_steps}
         self.samplings = {stage: _sampling(config, diffusion_of(part), given[stage]) for stage, part in pipeline.parts.items()}
         self.drawing = Drawing(self.order, seed=config.seed, exact=config.exact, **self.samplings)
@@ -164,7 +164,7 @@ class VIDMSampleJob:
         config, pipeline = self.config, self.pipeline
         processes = {stage: diffusion_of(part) for stage, part in pipeline.parts.items()}
         # Where all indices were trained, no video is another for going on beyond them.
-        further = {"reanchor": config.reanchor} if pipeline.n_frames < pipeline.video_timesteps else {}
+        segment = pipeline.n_frames if pipeline.n_frames == pipeline.video_timesteps else self.order.length
         return {
             "system": pipeline.system,
             "seed": config.seed,
@@ -173,8 +173,7 @@ class VIDMSampleJob:
             "model": {stage: to_dict(part.config) for stage, part in pipeline.parts.items()},
             "diffusion": {stage: to_dict(process) for stage, process in processes.items()},
             "sampling": {stage: self.samplings[stage].settings(process) for stage, process in processes.items()},
-            "segment": self.order.length,
-            **further,
+            "segment": segment,
             "release_frame_order": config.release_frame_order,
             **({"images_sha256": self.images_sha256} if self.pictures else {}),
             "exact": config.exact,

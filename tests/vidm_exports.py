@@ -22,8 +22,8 @@ SIZES: dict[str, Any] = {
 }
 """Not square, two levels, attention at the lower one."""
 CONTENT = ContentUNetConfig(**SIZES)
-MOTION = MotionUNetConfig(**SIZES, diffusion_timesteps=20, video_timesteps=6)
-PROCESS = DiffusionConfig(steps=20)
+MOTION = MotionUNetConfig(**SIZES, diffusion_timesteps=40, video_timesteps=6)
+PROCESS = DiffusionConfig(steps=40)
 DATA = {"dataset": "toy", "digest": "0", "n_frames": 6, "image_size": [8, 12], "fps": 10.0}
 
 

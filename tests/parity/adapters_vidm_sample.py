@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffusion import DiffusionConfig
 from pipelines.loading import Loaded
 from pipelines.sampling import Sampling
-from pipelines.vidm import Drawing, VIDMPipeline, released_pixels
+from pipelines.vidm import Drawing, FrameOrder, VIDMPipeline, released_pixels
 from tests.parity.adapters_vidm_net import case_content, case_motion
 from tests.parity.case import Case, adapter
 from utils.config import to_dict
@@ -65,7 +65,7 @@ def check_content_sample(case: Case) -> None:
     motion: Any = mock.Mock(config=network.config, module=nn.Identity(), card={}, path="")
     with mock.patch("pipelines.vidm.MotionUNet", nn.Module), recorded_noise(*noise):
         pipeline = VIDMPipeline(motion, loaded(network, process))
-        made = pipeline.first_frames(range(len(noise[0][0])), Drawing(mock.Mock(), content=sampling))
+        made = pipeline.first_frames(range(len(noise[0][0])), Drawing(content=sampling))
     case.expect("image", made, TRAJECTORY)
 
 
@@ -81,7 +81,7 @@ def check_video(case: Case) -> None:
     for exact in (True, False):
         with recorded_noise(case.input("x_T"), case.input("step_noise"), first):
             pipeline = VIDMPipeline(motion)
-            drawing = Drawing(pipeline.order(release=first == 0), motion=sampling, exact=exact)
+            drawing = Drawing(FrameOrder(release=first == 0), motion=sampling, exact=exact)
             video = pipeline.generate(range(len(content)), drawn + first, drawing=drawing, first=content)
         assert first == 0 or torch.equal(video[:, :, 0], content)
         frames = video[:, :, first:].transpose(1, 2)
