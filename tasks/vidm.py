@@ -14,6 +14,8 @@ from utils.rng import SampleRng
 ANCESTRAL = Sampling(sampler="ddpm", clip=True)
 """As the release draws frames: estimates of the clean frame are kept in its range."""
 UNCONDITIONAL = Condition(dropout=0.0)
+UNTOLD = ("num_heads", "num_head_channels", "new_attention_order")
+"""Settings that the tensors of a released checkpoint do not tell: a run that starts from one takes its own."""
 
 
 class FrameSpace:

@@ -11,7 +11,7 @@ from pipelines.vidm_loading import load_vidm_content
 from tasks.clips import ClipInfo, open_clips
 from tasks.latent import Denoiser, LatentTask
 from tasks.starting import started
-from tasks.vidm import ANCESTRAL, UNCONDITIONAL, FrameSpace
+from tasks.vidm import ANCESTRAL, UNCONDITIONAL, UNTOLD, FrameSpace
 from tasks.vidm_config import VIDMContentConfig
 
 
@@ -31,4 +31,7 @@ def content_task(config: VIDMContentConfig, clips: ClipInfo) -> LatentTask:
 def _network(size: ContentUNetConfig, start: str) -> nn.Module:
     """The generator with fresh weights, or with those of a trained one."""
     network = ContentUNet(size)
-    return started(network, size, load_vidm_content(start), start, free=("dropout",)) if start else network
+    if not start:
+        return network
+    known = {name: getattr(size, name) for name in ("image_size", *UNTOLD)}
+    return started(network, size, load_vidm_content(start, **known), start, free=("dropout",))

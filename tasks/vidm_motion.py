@@ -15,14 +15,14 @@ from pipelines.vidm_loading import load_vidm_motion
 from tasks.clips import ClipInfo, Networks, open_clips
 from tasks.latent import Denoiser, LatentTask
 from tasks.starting import started
-from tasks.vidm import ANCESTRAL, UNCONDITIONAL, FrameSpace
+from tasks.vidm import ANCESTRAL, UNCONDITIONAL, UNTOLD, FrameSpace
 from tasks.vidm_config import VIDMMotionConfig
 from utils.errors import ConfigError
 from utils.media import to_float
 from utils.rng import SampleRng
 
-FREE = ("dropout", "image_size")
-"""Settings that change no weights: the network is convolutional, and tells its rows and columns from -1 to 1."""
+FREE = ("image_size",)
+"""What changes no weights: the network is convolutional, and numbers its rows and columns from -1 to 1."""
 
 
 class NextFrameSpace(FrameSpace):
@@ -73,9 +73,10 @@ def _network(size: MotionUNetConfig, start: str, spynet: str) -> nn.Module:
     """The generator with fresh weights, or with those of a trained one, or of a trained flow network."""
     network = MotionUNet(size)
     if start:
-        return started(network, size, load_vidm_motion(start), start, free=FREE)
+        known = {name: getattr(size, name) for name in ("video_timesteps", *UNTOLD)}
+        return started(network, size, load_vidm_motion(start, **known), start, free=FREE)
     if spynet:
         state = load_spynet(spynet)
         device = next(network.parameters()).device  # a dry run builds it on the meta device
-        network.spynet.load_state_dict({name: value.to(device) for name, value in state.items()}, strict=False)
+        network.spynet.load_state_dict({name: value.to(device) for name, value in state.items()})
     return network

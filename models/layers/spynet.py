@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers.precision import without_autocast
 from models.layers.warp import warp
 from utils.errors import UserError
 from utils.weights import load_tensors
@@ -67,7 +68,7 @@ class SpyNet(nn.Module):
 
     def forward(self, ref: Tensor, supp: Tensor) -> Tensor:
         """Pictures (b, 3, h, w) in [-1, 1] of any size -> (b, 2, h, w) in pixels, x then y: where in `supp` what `ref` shows is."""
-        with torch.autocast(ref.device.type, enabled=False):
+        with without_autocast(ref):
             exact = torch.promote_types(ref.dtype, torch.float32)
             return self._flow(ref.to(exact), supp.to(exact))
 

@@ -8,6 +8,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from models.layers.precision import without_autocast
+
 BANDS = ("LLL", "LLH", "LHL", "LHH", "HLL", "HLH", "HHL", "HHH")
 """The subbands in their order; the last four are high in time."""
 
@@ -40,7 +42,7 @@ def _mix(corners: Tensor) -> Tensor:
     """(b, 8, n) -> (b, 8, n): the product with the matrix over axis 1."""
     # Training lets GPUs round float32 factors to TF32, ten bits; the transform is bound by memory, so double costs them little.
     exact = torch.promote_types(corners.dtype, torch.float64 if corners.is_cuda else torch.float32)
-    with torch.autocast("cpu" if corners.is_meta else corners.device.type, enabled=False):  # there is none for the meta device
+    with without_autocast(corners):
         matrix = _matrix(exact, corners.device).expand(len(corners), -1, -1)
         return torch.bmm(matrix, corners.to(exact)).to(torch.promote_types(corners.dtype, torch.float32))
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers.precision import without_autocast
 from models.unets.adm import Pointwise, Resample, conv, group_norm, resample, zeroed
 from models.unets.stages import Layers
 
@@ -53,7 +54,7 @@ class PosGN(nn.Module):
     def maps(self, place: Place, size: Size) -> Maps:
         """Scale and shift of features of that size: (1, C, h, w) each for one step and one frame, which serve any batch, else (b, ...)."""
         first, last = self.linear_1[0], self.linear_1[2]
-        with torch.autocast(place.t.device.type, enabled=False):
+        with without_autocast(place.t):
             h = _exact(self.linear_0, self.coordinates(place, size)).sin()
             scale, shift = _exact(last, F.silu(_exact(first, h))).permute(0, 3, 1, 2).chunk(2, dim=1)
         return scale, shift
