@@ -23,6 +23,7 @@ from benchmarks import (
     stream,
     task_step,
     train_step,
+    vidm_frame,
     wavelet,
 )
 from datasets.prepare.clips import ClipRules
@@ -30,6 +31,7 @@ from engine.checkpoint import latest
 from engine.config import EmaConfig, OptimConfig, ParallelConfig
 from engine.manifest import find_damage
 from launch.env import Env, distributed
+from models.unets.vidm_motion import MotionUNet
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -98,6 +100,17 @@ def test_hvdm_step_compares_equal_networks(output: Callable[..., str], monkeypat
     monkeypatch.setattr(plain_tokens, "plain_cross", lambda layer, x, keys, values, tables: x)
     with pytest.raises(AssertionError, match="not the same"):
         output(hvdm_step.main, *tiny)
+
+
+def test_frames_of_vidm_are_the_same_with_shared_work(output: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ("--image-size", "8", "12", "--model-channels", "32", "--channel-mult", "1", "1", "--num-res-blocks", "1")
+    tiny = ("--device", "cpu", "--videos", "3", "--rounds", "1", *small)
+    text = output(vidm_frame.main, *tiny)
+    assert text.count(" ms a frame") == 4 and "3 videos one by one: pixels apart by at most 0.0e+00, 0 allowed" in text
+    maps = MotionUNet.maps
+    monkeypatch.setattr(MotionUNet, "maps", lambda self, t, frame, size: maps(self, t, frame + 9, size))
+    with pytest.raises(AssertionError, match="not the same"):
+        output(vidm_frame.main, *tiny)
 
 
 def test_wavelet_forms_are_the_same(output: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -329,7 +329,7 @@ def test_settings_that_cannot_work_are_told_in_one_line(results: Path, given: li
 
 
 def test_networks_must_be_named(results: Path) -> None:
-    with pytest.raises(ConfigError, match="give --run FOLDER .* or --motion, and --content or --image"):
+    with pytest.raises(ConfigError, match=r"give --run FOLDER .* or --motion, and --content or --image"):
         job("--motion", results / "001-vidm-motion")
 
 
