@@ -36,9 +36,13 @@ def settings(fields: Mapping[str, Any]) -> dict[str, Any]:
         known["image_size"] = pair(fields["image_size"])
     known["new_attention_order"] = fields.get("use_new_attention_order", fields.get("new_attention_order", False))
     known = {"num_head_channels": -1, "num_heads": 1} | known  # the constructors' defaults
+    read_ignored(fields)
+    return known
+
+
+def read_ignored(fields: Mapping[str, Any]) -> None:
     for name in IGNORED:
         fields.get(name)
-    return known
 
 
 def motion_config(fields: Mapping[str, Any]) -> MotionUNetConfig:
@@ -87,6 +91,7 @@ def check_resblock(case: Case) -> None:
     kind: Resample = "down" if case.config("down", False) else "up" if case.config("up", False) else ""
     channels, times = case.config("channels"), (case.config("diffusion_timesteps"), case.config("video_timesteps"))
     module = PosResBlock(channels, case.config("out_channels", channels), *times, kind)
+    read_ignored(case.fields)
     load_part(module, case.state())
     y = module(case.input("x"), place(case))
     case.expect("y", y, FORWARD)
