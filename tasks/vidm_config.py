@@ -72,7 +72,7 @@ class VideoPreviewConfig(DrawConfig):
     steps: int = 100
     """Steps of the sampler of a preview."""
     frames: int = 8
-    """Frames of its videos; 0: no videos."""
+    """Frames of its videos, or as many as the network can tell apart; 0: no videos."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,7 @@ class MotionTask(LatentTask):
         row = [told["first"], told["previous"], current, drawn("preview/next", told=told)]
         found = {"next": torch.cat(row, dim=3).clamp(-1, 1)}
         video = [told["first"]]
-        for number in range(1, self.config.preview.frames):
+        for number in range(1, min(self.config.preview.frames, self.denoiser.config.video_timesteps)):
             frame = torch.full((len(current),), number, device=current.device)
             video.append(drawn(f"preview/frame-{number}", told={"frame": frame, "previous": video[-1], "first": video[0]}))
         return found | ({"video": torch.stack(video, dim=2).clamp(-1, 1)} if len(video) > 1 else {})
@@ -61,9 +61,8 @@ def build(config: VIDMMotionConfig, env: Env) -> tuple[MotionTask, ClipSource, C
 def motion_task(config: VIDMMotionConfig, clips: ClipInfo) -> MotionTask:
     """The task for clips that are known. Raises ConfigError or UserError with one line for what does not fit."""
     steps = config.model.video_timesteps or clips.n_frames
-    for what, frames in (("clips of", clips.n_frames), ("preview.frames", config.preview.frames)):
-        if frames > steps:
-            raise ConfigError(f"--video-timesteps {steps}: {what} {frames} frames, of which the network could not tell the last ones apart")
+    if clips.n_frames > steps:
+        raise ConfigError(f"--video-timesteps {steps}: clips have {clips.n_frames} frames, of which it could not tell the last ones apart")
     size = config.network_size(image_size=clips.image_size, video_timesteps=steps, diffusion_timesteps=config.diffusion.steps)
     denoiser = Denoiser(size, functools.partial(_network, size, config.model.init_from, config.model.spynet))
     return MotionTask(config, clips, NextFrameSpace(clips.image_size), UNCONDITIONAL, denoiser, ANCESTRAL)
