@@ -13,15 +13,13 @@ from torch import Tensor
 
 from models.unets.vidm_motion import MotionUNet
 from pipelines.loading import Loaded, Weights, diffusion_of
-from pipelines.sampling import Sampling, in_groups, sample
-from pipelines.vidm_frame import FrameDenoiser, SharedSteps
+from pipelines.sampling import Sampling, sample
+from pipelines.vidm_frame import FrameDenoiser, one_by_one
 from pipelines.vidm_loading import load_vidm_content, load_vidm_motion
 from utils.errors import UserError
 from utils.media import to_float
 from utils.rng import SampleRng
 
-ROOM = 4 << 30
-"""Bytes of what videos have in common that are kept while each goes through the networks alone."""
 RELEASED = Sampling(steps=100, sampler="ddpm", clip=True, respacing="ddim100")
 """Of both generators, as the release samples them."""
 
@@ -70,15 +68,16 @@ class VIDMPipeline:
         *,
         device: torch.device | str = "cpu",
         precision: Literal["fp32", "bf16"] = "fp32",
-        room: int = ROOM,
     ) -> None:
-        """Raises UserError when the two make frames of different sizes."""
+        """Raises UserError when the two make frames of different sizes, and for a content generator that must be told a class."""
         if content is not None and content.config.image_size != motion.config.image_size:
             sizes = " and ".join("{}x{}".format(*part.config.image_size) for part in (content, motion))
             raise UserError(f"the content generator {content.path} and the motion generator {motion.path} make frames of {sizes}")
+        if content is not None and content.config.num_classes:
+            raise UserError(f"the content generator {content.path} knows {content.config.num_classes} classes, and nothing tells it which")
         self.motion, self.content = motion, content
         self.device = torch.device(device)
-        self.precision, self.room = precision, room
+        self.precision = precision
         for part in self.parts.values():
             part.module.to(self.device)
         assert isinstance(motion.module, MotionUNet)
@@ -124,7 +123,8 @@ class VIDMPipeline:
     @property
     def fps(self) -> float:
         """Frame rate of what the motion generator was trained on."""
-        return float(self.motion.card.get("data", {}).get("fps", 10.0))
+        data = self.motion.card.get("data", {})
+        return float(data.get("fps", 10.0)) / data.get("frame_interval", 1)
 
     def generate(self, indices: Sequence[int], n_frames: int = 0, *, drawing: Drawing | None = None, first: Tensor | None = None) -> Tensor:
         """Videos b 3 t h w in [-1, 1] of `n_frames` frames (0: N), number `indices[i]` each, beginning at `first[i]`, b 3 h w, or at a
@@ -159,32 +159,24 @@ class VIDMPipeline:
         content = self.content
         if content is None:
             raise UserError("first frames need a content generator (--content), or pictures (--image)")
-        return torch.cat(
-            [self._draw(content.module, content, rng, "content", drawing.content) for _, rng in self._groups(indices, drawing)]
-        )
+        model = one_by_one(content.module) if drawing.exact else content.module
+        return self._draw(model, content, indices, "content", drawing.seed, drawing.content)
 
     def next_frames(self, indices: Sequence[int], first: Tensor, previous: Tensor, position: int, drawing: Drawing) -> Tensor:
         """The frames b 3 h w in [-1, 1] at `position` of videos with these first and previous frames, b 3 h w."""
         index = drawing.order.index(position)
         if not 0 <= index < self.video_timesteps:
             raise UserError(f"frame index {index}: the motion generator {self.motion.path} has {self.video_timesteps} of them, from 0")
-        groups = list(self._groups(indices, drawing))
-        alike = len(indices) > 1 and bool((first == first[:1]).all())
-        shared = SharedSteps(self.network, index, first[:1] if alike else None, self.room if len(groups) > 1 else 0)
-        made = []
-        for group, rng in groups:
-            with self._autocast():
-                denoiser = FrameDenoiser(shared, first[group], previous[group])
-            made.append(self._draw(denoiser, self.motion, rng, f"motion/frame-{position}", drawing.motion))
-        return torch.cat(made)
-
-    def _groups(self, indices: Sequence[int], drawing: Drawing) -> Iterator[tuple[list[int], SampleRng]]:
-        """Videos that go through the networks together: their places in `indices`, and their noise."""
-        for group, rng, _ in in_groups(indices, None, None, seed=drawing.seed, num_classes=0, exact=drawing.exact, device=self.device):
-            yield group, rng
+        with self._autocast():
+            model = FrameDenoiser(self.network, index, first, previous, exact=drawing.exact)
+        return self._draw(model, self.motion, indices, f"motion/frame-{position}", drawing.seed, drawing.motion)
 
     @torch.no_grad()
-    def _draw(self, model: Callable[..., Tensor], part: Loaded, rng: SampleRng, stream: str, sampling: Sampling) -> Tensor:
+    def _draw(
+        self, model: Callable[..., Tensor], part: Loaded, indices: Sequence[int], stream: str, seed: int, sampling: Sampling
+    ) -> Tensor:
+        """All videos take their steps together; what is done outside of the networks is done to each number for itself."""
+        rng = SampleRng(seed, torch.tensor(list(indices)), self.device)
         with self._autocast():
             return sample(model, diffusion_of(part), (3, *self.image_size), rng, stream, sampling).clamp(-1, 1)
 

@@ -9,8 +9,7 @@ Of what the motion generator computes at a denoising step
 Letters: b videos.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,52 +17,37 @@ from torch import Tensor
 from models.unets.vidm_motion import MotionUNet
 
 
-class SharedSteps:
-    """What the videos have in common in the steps of one frame; kept for the next of them while there is room."""
+def one_by_one(model: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A denoiser that each picture of a batch goes through alone, because a matrix product may round differently in a larger batch."""
 
-    def __init__(self, network: MotionUNet, frame: int, first: Tensor | None = None, room: int = 0) -> None:
-        """`frame`: its index. `first` 1 3 h w: where all videos begin at the same picture. `room`: bytes that may be kept; 0 for videos
-        that go through the network together, which share without."""
-        self.network, self.first, self._room = network, first, room
-        self._frame = torch.tensor([frame], device=next(network.parameters()).device)
-        self._kept: dict[int, tuple[Any, Any]] = {}
+    def call(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([model(*alone) for alone in zip(x.split(1), t.split(1), strict=True)])
 
-    def at(self, step: int, t: Tensor, size: tuple[int, int]) -> tuple[Any, Any]:
-        """The maps of a step, and the features of the first frame where it is the same (None where not). `t`: its number, (b,)."""
-        if step in self._kept:
-            return self._kept[step]
-        maps = self.network.maps(t[:1], self._frame, size)
-        made = maps, None if self.first is None else self.network.encode(self.first, maps)
-        needed = _size(made)
-        if needed <= self._room:
-            self._room -= needed
-            self._kept[step] = made
-        return made
+    return call
 
 
 class FrameDenoiser:
-    """The denoiser of one frame of some videos, to be asked once for each step, in their order."""
+    """The denoiser of the frames with one index, of some videos."""
 
-    def __init__(self, shared: SharedSteps, first: Tensor, previous: Tensor) -> None:
-        """`first`, `previous` b 3 h w in [-1, 1]: the first frames of the videos, and the frames before this one."""
-        self._shared, self._first = shared, first
-        self._flow = shared.network.flow(first, previous)
-        self._step = 0
+    def __init__(self, network: MotionUNet, frame: int, first: Tensor, previous: Tensor, *, exact: bool = False) -> None:
+        """`frame`: the index. `first`, `previous` b 3 h w in [-1, 1]: the first frames of the videos, and the frames before this one.
+
+        `exact`: each video goes through the network alone, and comes out the same to the last bit whatever goes through after it.
+        """
+        self._network = network
+        self._frame = torch.tensor([frame], device=first.device)
+        alike = len(first) > 1 and bool((first == first[:1]).all())
+        self._same = first[:1] if alike else None
+        rows = 1 if exact else len(first)
+        self._first = first.split(rows)
+        self._flows = [network.flow(*pair) for pair in zip(self._first, previous.split(rows), strict=True)]
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """x b 3 h w at the step number t (b,), the same for all -> b 6 h w."""
-        network = self._shared.network
-        maps, features = self._shared.at(self._step, t, (x.shape[-2], x.shape[-1]))
-        self._step += 1
-        if features is None:
-            features = network.encode(self._first, maps)
-        return network.denoise(x, self._flow, maps, features)
-
-
-def _size(value: Any) -> int:
-    """Bytes of all tensors in it."""
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, Mapping):
-        return sum(map(_size, value.values()))
-    return sum(map(_size, value)) if isinstance(value, list | tuple) else 0
+        """x b 3 h w at the step t (b,), the same for all -> b out_channels h w."""
+        network = self._network
+        maps = network.maps(t[:1], self._frame, (x.shape[2], x.shape[3]))
+        shared = None if self._same is None else network.encode(self._same, maps)
+        made = []
+        for part, first, flow in zip(x.split(len(self._first[0])), self._first, self._flows, strict=True):
+            made.append(network.denoise(part, flow, maps, network.encode(first, maps) if shared is None else shared))
+        return torch.cat(made)

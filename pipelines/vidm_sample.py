@@ -18,8 +18,8 @@ from pipelines.vidm import Drawing, FrameOrder, VIDMPipeline, as_released
 from utils.config import flag, to_dict
 from utils.errors import ConfigError, UserError
 
-STEPS = {"ddpm": 100, "flow": 50}
-"""Process -> steps where none are given: the release's, and what the straighter paths of a flow need."""
+STEPS = 100
+"""Where none are given: the release's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +44,13 @@ class VIDMSampleConfig(SampleConfig):
     """Pictures (PNG, JPEG, ...) at which the videos begin, of any size (the centre is cut out and resized), or folders of them, in place
     of the content generator; sample number i takes picture i, again from the first when there are no more."""
     steps: int | None = None
-    """Denoising steps of every frame; none: as many as the release takes (100), of a flow 50."""
+    """Denoising steps of every frame; none: as many as the release takes (100)."""
     content_steps: int | None = None
     """Steps of the first frame, where they are others."""
     motion_steps: int | None = None
     """Steps of the frames after it, where they are others."""
     sampler: Sampler = "auto"
-    """ddpm (ancestral), ddim or dpm++ (DPM-Solver++(2M)); of a flow euler or heun. auto: ddpm, the release's; of a flow euler.
-    ddim and dpm++ need fewer steps."""
+    """ddpm (ancestral), ddim or dpm++ (DPM-Solver++(2M)), which need fewer steps. auto: ddpm, the release's."""
     eta: float = 0.0
     """DDIM: share of fresh noise; 0 is deterministic."""
     reanchor: bool = False
@@ -61,8 +60,6 @@ class VIDMSampleConfig(SampleConfig):
     rather than rounded to 8 bits."""
     video_timesteps: int | None = None
     """Frame indices that an official checkpoint was trained with, where its own record of them is missing; an error where they differ."""
-    reuse_memory: float = 4.0
-    """GiB for what the videos of a batch have in common in a frame's steps (--exact, more than one video): the more, the faster."""
     keep_latents: bool = False
     """Keep the frames as they were before they were stored, in <out>/latents, of finished videos too: a video can then be made longer
     without making it again. 400 kB a frame of 128 x 128."""
@@ -86,8 +83,6 @@ class VIDMSampleConfig(SampleConfig):
             raise ConfigError(f"--content-steps {self.content_steps}: no first frame is generated with --image")
         if self.reanchor and self.release_frame_order:
             raise ConfigError("--reanchor and --release-frame-order: the released script has no frames beyond those of training, give one")
-        if not 0 <= self.reuse_memory < float("inf"):
-            raise ConfigError(f"--reuse-memory {self.reuse_memory}: GiB, 0 or more")
 
     @property
     def together(self) -> int:
@@ -219,14 +214,13 @@ def _pipeline(config: VIDMSampleConfig, device: torch.device) -> VIDMPipeline:
         video_timesteps=config.video_timesteps,
         device=device,
         precision=config.precision,
-        room=int(config.reuse_memory * 2**30),
     )
 
 
 def _sampling(config: VIDMSampleConfig, process: DiffusionConfig, given: int | None) -> Sampling:
     """The release's sampling, in `given` steps where they are. Raises ConfigError when it does not suit the process."""
-    steps = given or config.steps or min(STEPS[process.process], process.steps)
-    sampler = "ddpm" if config.sampler == "auto" and process.process == "ddpm" else config.sampler
+    steps = given or config.steps or min(STEPS, process.steps)
+    sampler = "ddpm" if config.sampler == "auto" else config.sampler
     sampling = Sampling(steps=steps, sampler=sampler, eta=config.eta, clip=True).resolved(process)
     if sampling.sampler == "ddpm" and process.steps % steps == 0:
         sampling = dataclasses.replace(sampling, respacing=f"ddim{steps}")  # the name of the spacing, and no more than that

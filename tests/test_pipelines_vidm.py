@@ -17,7 +17,7 @@ from models.unets.vidm_motion import FrameEncoder
 from pipelines.runs import find_family, systems_in
 from pipelines.sampling import Sampling, respaced
 from pipelines.vidm import Drawing, FrameOrder, VIDMPipeline, as_released, released_pixels
-from pipelines.vidm_frame import FrameDenoiser, SharedSteps
+from pipelines.vidm_frame import FrameDenoiser
 from tests.vidm_exports import CONTENT, DATA, MOTION, PROCESS, content_network, export_network, family, motion_network
 from utils.errors import UserError
 from utils.media import to_uint8
@@ -109,22 +109,6 @@ def _counted(calls: dict[type[nn.Module], int]) -> Iterator[None]:
         yield
 
 
-def test_no_room_to_keep_maps_changes_only_the_work(pipeline: VIDMPipeline, runs: dict[str, Path]) -> None:
-    poor = VIDMPipeline.from_exports(runs["motion"], runs["content"], room=0)
-    assert torch.equal(poor.generate([0, 1], 3, drawing=drawing()), pipeline.generate([0, 1], 3, drawing=drawing()))
-
-
-def test_kept_maps_stay_within_their_room(pipeline: VIDMPipeline) -> None:
-    size = MOTION.image_size
-    t = torch.tensor([5])
-    maps = pipeline.network.maps(t, torch.tensor([1]), size)
-    one = sum(part.numel() * 4 for stage in (*maps.encoder, *maps.unet) for pair in stage for part in pair)
-    shared = SharedSteps(pipeline.network, 1, room=2 * one)
-    for step in range(3):
-        shared.at(step, t, size)
-    assert [shared.at(step, t, size)[0] is shared.at(step, t, size)[0] for step in range(3)] == [True, True, False]
-
-
 def test_features_of_the_first_frame_differ_between_steps_and_frames(pipeline: VIDMPipeline) -> None:
     """Why they are not kept for the next step or frame."""
     net, first = pipeline.network, pictures(1)
@@ -137,7 +121,7 @@ def test_features_of_the_first_frame_differ_between_steps_and_frames(pipeline: V
 
 def test_the_denoiser_of_a_frame_is_the_forward_pass(pipeline: VIDMPipeline) -> None:
     x, first, previous = (pictures(2, seed) for seed in range(3))
-    denoiser = FrameDenoiser(SharedSteps(pipeline.network, 4), first, previous)
+    denoiser = FrameDenoiser(pipeline.network, 4, first, previous)
     for t in (19, 7, 0):
         steps = torch.full((2,), t)
         plain = pipeline.network(x, steps, torch.full((2,), 4), previous, first)
@@ -217,6 +201,9 @@ def test_generators_of_different_sizes_do_not_go_together(runs: dict[str, Path],
         VIDMPipeline.from_exports(runs["motion"], other)
     with pytest.raises(UserError, match="an export of 'vidm content', a 'vidm motion' is wanted"):
         VIDMPipeline.from_exports(runs["content"], runs["content"])
+    told = export_network(tmp_path / "t", content_network(dataclasses.replace(CONTENT, num_classes=2)), "content")
+    with pytest.raises(UserError, match="knows 2 classes, and nothing tells it which"):
+        VIDMPipeline.from_exports(runs["motion"], told)
     alone = VIDMPipeline.from_exports(runs["motion"])
     with pytest.raises(UserError, match="first frames need a content generator"):
         alone.generate([0], 2, drawing=drawing())
@@ -230,5 +217,6 @@ def test_frame_indices_are_those_of_training(runs: dict[str, Path], tmp_path: Pa
     assert pipeline.video_timesteps == 6 and pipeline.fps == 10
     with pytest.raises(UserError, match=r"frame index 6: .* has 6 of them"):
         pipeline.next_frames([0], pictures(1), pictures(1), 6, drawing())
-    short = export_network(tmp_path / "m", motion_network(), "motion", data=DATA | {"n_frames": 4})
-    assert VIDMPipeline.from_exports(short).n_frames == 4  # indices 4 and 5 were never trained
+    short = export_network(tmp_path / "m", motion_network(), "motion", data=DATA | {"n_frames": 4, "frame_interval": 2})
+    pipeline = VIDMPipeline.from_exports(short)
+    assert pipeline.n_frames == 4 and pipeline.fps == 5  # indices 4 and 5 were never trained

@@ -109,10 +109,6 @@ def test_any_batch_size_gives_the_same_files(results: Path, whole: Path, tmp_pat
     assert contents(make(tmp_path / "out", results, *LINE, "--batch-size", batch)) == contents(whole)
 
 
-def test_the_memory_for_what_videos_share_changes_nothing(results: Path, whole: Path, tmp_path: Path) -> None:
-    assert contents(make(tmp_path / "out", results, *LINE, "--reuse-memory", 0)) == contents(whole)
-
-
 def test_together_they_are_the_same_to_rounding(results: Path) -> None:
     alone, together = (job(results, *LINE, flag).generate([0, 1, 2])[""] for flag in ("--exact", "--no-exact"))
     assert 0 < (alone - together).abs().max() < 5e-4 or torch.equal(alone, together)
@@ -319,7 +315,6 @@ def test_the_system_is_told_by_the_networks(results: Path, tmp_path: Path) -> No
         (["--content", "x", "--image", "y"], "give one of them"),
         (["--image", "y", "--content-steps", "3"], "no first frame is generated with --image"),
         (["--image", "/nowhere.png"], "--image /nowhere.png cannot be read"),
-        (["--reuse-memory", "-1"], "--reuse-memory -1.0: GiB, 0 or more"),
         (["--video-timesteps", "3"], "was trained with 6 frame indices"),
     ],
 )
