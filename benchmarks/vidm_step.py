@@ -41,7 +41,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(32, (1, 1), 1, 32, (8, 8), 2),
-    "small": Size(channel_mult=(1, 2, 2), num_res_blocks=1, image_size=(64, 64), batch=1),
+    "small": Size(channel_mult=(1, 2, 2), num_res_blocks=1, image_size=(64, 64), batch=4),
     "release": Size(),
 }
 

@@ -24,6 +24,7 @@ from benchmarks import (
     task_step,
     train_step,
     vidm_frame,
+    vidm_step,
     wavelet,
 )
 from datasets.prepare.clips import ClipRules
@@ -66,6 +67,20 @@ def test_train_step_prints_ratios_of_every_stage(output: Callable[..., str]) -> 
     assert text.count("ms/step") == 6
     assert ratios(text)[::2] == [1.0, 1.0, 1.0]
     assert "torch " + torch.__version__ in text.splitlines()[0]
+
+
+def test_vidm_step_prints_ratios_of_every_stage(output: Callable[..., str]) -> None:
+    flags = ("--size", "tiny", "--device", "cpu", "--rounds", "1", "--variants", "eager bf16")
+    text = output(vidm_step.main, *flags, "--stages", *vidm_step.STAGES)
+    assert [line.split(":")[0] for line in text.splitlines() if "M parameters" in line] == list(vidm_step.STAGES)
+    assert text.count("ms/step") == 4 and ratios(text)[::2] == [1.0, 1.0] and "2 frames 8x8 a step" in text
+
+
+def test_vidm_s_release_size_is_the_release_s() -> None:
+    task = vidm_step.make_task("motion", vidm_step.SIZES["release"])
+    with torch.device("meta"):
+        network = task.networks()["model"].module
+    assert sum(parameter.numel() for parameter in network.parameters()) == 194_178_226
 
 
 def test_latte_step_compares_equal_networks(output: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

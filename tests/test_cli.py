@@ -59,6 +59,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 HELPED = [*((script, "cmd") for script in STAGES), *((script, system) for script in LATTE for system in ("latte", "hvdm"))]
+HELPED += [(script, "vidm") for script in STAGES if "diffusion" in script]
 
 
 @pytest.mark.parametrize(("script", "system"), HELPED)
