@@ -135,7 +135,7 @@ def test_evaluation_and_previews_on_all_ranks(stage: str, how: str, data: Path, 
 def test_killed_and_started_again_it_ends_with_the_same_bytes(stage: str, data: Path, tmp_path: Path) -> None:
     """Weights and average, on two processes."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    flags = ["--n-frames", str(N), "--parallel", "fsdp", "--max-steps", "24", "--ckpt-every", "2"]
+    flags = ["--n-frames", str(N), "--parallel", "fsdp", "--max-steps", "12", "--ckpt-every", "2"]
 
     def line(results: Path) -> list[str]:
         return [script(stage), *TINY, *arguments(data, *flags), "--results-dir", str(results)]
