@@ -95,7 +95,7 @@ def test_videos_of_both_stages_are_written(results: Path, whole: Path, tmp_path:
     assert set(contents(whole)) == names | {"settings.json", "grid.mp4", "grid.png", "film.png"}
     settings = json.loads((whole / "settings.json").read_text())
     assert settings["num_frames"] == 4 and settings["fps"] == 10 and settings["system"] == "vidm"
-    assert settings["sampling"]["motion"] == settings["sampling"]["content"] | {}
+    assert settings["sampling"]["motion"] == settings["sampling"]["content"]
     assert settings["sampling"]["motion"]["sampler"] == "ddpm" and settings["sampling"]["motion"]["respacing"] == "ddim2"
     videos = job(results, *LINE).generate([0, 1, 2])[""]
     assert videos.shape == (3, 3, 4, 8, 12) and videos.std() > 0.1
