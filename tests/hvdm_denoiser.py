@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from engine.task import Batch
 from pipelines.hvdm_loading import load_hvdm_autoencoder
 from tasks.clip_latents import ClipSpace
 from tasks.clips import ClipInfo, StoredLatents
@@ -55,3 +56,13 @@ def latent_clips(ae: Path, pairs: bool = True, stills: bool = True, **changes: A
         names |= {"previous" if name == "latent" else f"previous_{name}": shape for name, shape in names.items()}
     held = StoredLatents(names, torch.float32, made_by, "LATENTS")
     return dataclasses.replace(SINGLE, latents=dataclasses.replace(held, **changes))
+
+
+def moving(count: int) -> Batch:
+    """Pixels of clips that differ in how much moves: the k-th by k."""
+    samples = batch(count)
+    generator = torch.Generator().manual_seed(1)
+    still = torch.randint(100, 156, (count, 3, 1, SIDE, SIDE), generator=generator)
+    flicker = torch.randint(-1, 2, (count, 3, 2 * FRAMES, SIDE, SIDE), generator=generator) * torch.arange(count).reshape(-1, 1, 1, 1, 1)
+    samples["video"] = (still + flicker).clamp(0, 255).to(torch.uint8)
+    return samples

@@ -3,7 +3,8 @@
 A table starts at zero and one of its rows stands for "not told", so that a network with tables begins as the network without.
 """
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +14,21 @@ NO_TASK, FROM_CLIP, FROM_IMAGE = 0, 1, 2
 TASKS = 3
 
 
-class TableSettings(Protocol):
-    """What a config says of its tables."""
+@dataclass(frozen=True)
+class TableConfig:
+    """Which tables a network has."""
 
-    @property
-    def tasks(self) -> bool: ...
-    @property
-    def dynamics_bins(self) -> int: ...
-    @property
-    def strides(self) -> int: ...
+    tasks: bool = False
+    """The network is told what its second input holds: nothing, the previous clip or a still picture."""
+    dynamics_bins: int = 0
+    """Bins of the dynamics that the network is told; 0: none."""
+    strides: int = 0
+    """Frame strides that the network is told; 0: none."""
+
+    def __post_init__(self) -> None:
+        for name in ("dynamics_bins", "strides"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)}: at least 0, which is no table")
 
 
 class Table(nn.Embedding):
@@ -41,20 +48,13 @@ class Table(nn.Embedding):
         return self.weight[self.null].expand(batch, -1) if index is None else self(index)
 
 
-def tables(config: TableSettings, dim: int) -> dict[str, Table | None]:
+def tables(config: TableConfig, dim: int) -> dict[str, Table | None]:
     """The tables that a config asks for, by the names they have in state dicts."""
     return {
         "task_emb": Table(TASKS, dim, NO_TASK) if config.tasks else None,
         "dynamics_emb": Table(config.dynamics_bins + 1, dim, config.dynamics_bins) if config.dynamics_bins else None,
         "stride_emb": Table(config.strides + 1, dim, config.strides) if config.strides else None,
     }
-
-
-def check_tables(config: TableSettings) -> None:
-    """Raises ValueError for a negative number of rows."""
-    for name in ("dynamics_bins", "strides"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} {getattr(config, name)}: at least 0, which is no table")
 
 
 def add_told(emb: Tensor, **told: tuple[Table | None, Tensor | None]) -> Tensor:

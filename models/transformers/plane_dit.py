@@ -13,48 +13,17 @@ from torch import Tensor, nn
 from models.layers.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, grid_table, unpatchify
 from models.layers.planes import join_planes, plane_shapes, split_planes
 from models.layers.previous import with_previous
+from models.transformers.config import ClipDiTConfig
 from models.transformers.dit import DiTBlock, FinalLayer, init_dit
 
 
 @dataclass(frozen=True)
-class PlaneDiTConfig:
-    latent_res: tuple[int, int] = (32, 32)
-    """Height and width of the plane xy."""
-    latent_frames: int = 16
-    """Frames of a clip: height of the planes yt and xt."""
-    in_channels: int = 4
-    """Channels of a latent."""
-    patch_size: int = 2
-    """Side of a patch; each becomes one token."""
-    hidden_size: int = 1152
-    """Width of the tokens."""
-    depth: int = 28
-    """Blocks."""
-    num_heads: int = 16
-    """Attention heads."""
-    mlp_ratio: float = 4.0
-    """Hidden width of a block's MLP over hidden_size."""
-    learn_sigma: bool = False
-    """Give twice the channels: the noise and the interpolation of its variance."""
-    conditional: bool = True
-    """The previous clip's latent is a second input."""
-    num_classes: int = 0
-    """Classes of the label condition; 0: no label."""
-    class_dropout_prob: float = 0.1
-    """Share of labels dropped in training. Above 0 there is a null label, the row num_classes of the table."""
+class PlaneDiTConfig(ClipDiTConfig):
+    """`latent_res` is the plane xy, `latent_frames` the height of the planes yt and xt."""
 
-    def __post_init__(self) -> None:
-        for name in ("latent_frames", "in_channels", "patch_size", "hidden_size", "depth", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: at least 1")
-        sides = {"latent_res": self.latent_res, "latent_frames": (self.latent_frames,)}
-        for name, values in sides.items():
-            if any(value % self.patch_size or value < 1 for value in values):
-                raise ValueError(f"{name} {' x '.join(map(str, values))} is not a multiple of patch_size {self.patch_size}")
-        if self.hidden_size % self.num_heads or self.hidden_size % 4:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads} and of 4")
-        if int(self.hidden_size * self.mlp_ratio) < 1:
-            raise ValueError(f"mlp_ratio {self.mlp_ratio}: nothing is left between the layers of an MLP of width {self.hidden_size}")
+    def patched(self) -> dict[str, tuple[int, ...]]:
+        """The frames too."""
+        return {"latent_res": self.latent_res, "latent_frames": (self.latent_frames,)}
 
     @property
     def plane_shapes(self) -> tuple[tuple[int, int], ...]:
@@ -70,10 +39,6 @@ class PlaneDiTConfig:
     def grids(self) -> tuple[tuple[int, int], ...]:
         """Rows and columns of tokens of xy, yt, xt."""
         return tuple((rows // self.patch_size, columns // self.patch_size) for rows, columns in self.plane_shapes)
-
-    @property
-    def out_channels(self) -> int:
-        return self.in_channels * (2 if self.learn_sigma else 1)
 
 
 class PlaneDiT(nn.Module):

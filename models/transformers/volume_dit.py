@@ -11,59 +11,21 @@ from torch import Tensor, nn
 
 from models.layers.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, grid_table
 from models.layers.previous import with_previous
-from models.layers.tables import add_told, check_tables, tables
+from models.layers.tables import TableConfig, add_told, tables
+from models.transformers.config import ClipDiTConfig
 from models.transformers.dit import DiTBlock, FinalLayer, init_dit
 from models.transformers.latte import run_blocks
 
 
 @dataclass(frozen=True)
-class VolumeDiTConfig:
-    latent_res: tuple[int, int] = (32, 32)
-    """Height and width of the latents."""
-    latent_frames: int = 16
-    """Frames of the latents."""
-    in_channels: int = 4
-    """Channels of a latent."""
-    patch_size: int = 2
-    """Side of a patch of a frame; each becomes one token."""
-    hidden_size: int = 1152
-    """Width of the tokens."""
-    depth: int = 28
-    """Blocks, half of them in space and half in time."""
-    num_heads: int = 16
-    """Attention heads."""
-    mlp_ratio: float = 4.0
-    """Hidden width of a block's MLP over hidden_size."""
-    learn_sigma: bool = False
-    """Give twice the channels: the noise and the interpolation of its variance."""
-    conditional: bool = True
-    """The latent of the previous clip, or of a still picture, is a second input."""
-    num_classes: int = 0
-    """Classes of the label condition; 0: no label."""
-    class_dropout_prob: float = 0.1
-    """Share of labels dropped in training. Above 0 there is a null label, the row num_classes of the table."""
-    tasks: bool = False
-    """The network is told what its second input holds: nothing, the previous clip or a still picture."""
-    dynamics_bins: int = 0
-    """Bins of the dynamics that the network is told; 0: none."""
-    strides: int = 0
-    """Frame strides that the network is told; 0: none."""
+class VolumeDiTConfig(TableConfig, ClipDiTConfig):
+    """`patch_size` is the side of a patch of a frame; half of the `depth` blocks attend in space, half in time."""
 
     def __post_init__(self) -> None:
-        for name in ("latent_frames", "in_channels", "patch_size", "hidden_size", "depth", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: at least 1")
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes {self.num_classes}: at least 0")
+        ClipDiTConfig.__post_init__(self)
+        TableConfig.__post_init__(self)
         if self.depth % 2:
             raise ValueError(f"depth {self.depth} is odd: half of the blocks attend in space, half in time; use {self.depth + 1}")
-        if any(side % self.patch_size or side < 1 for side in self.latent_res):
-            raise ValueError(f"latent_res {' x '.join(map(str, self.latent_res))} is not a multiple of patch_size {self.patch_size}")
-        if self.hidden_size % self.num_heads or self.hidden_size % 4:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads} and of 4")
-        if int(self.hidden_size * self.mlp_ratio) < 1:
-            raise ValueError(f"mlp_ratio {self.mlp_ratio}: nothing is left between the layers of an MLP of width {self.hidden_size}")
-        check_tables(self)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -74,10 +36,6 @@ class VolumeDiTConfig:
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of tokens of a frame."""
         return self.latent_res[0] // self.patch_size, self.latent_res[1] // self.patch_size
-
-    @property
-    def out_channels(self) -> int:
-        return self.in_channels * (2 if self.learn_sigma else 1)
 
 
 class VolumeDiT(nn.Module):

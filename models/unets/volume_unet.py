@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.layers.embeddings import LabelEmbedder, TimestepEmbedder
 from models.layers.previous import with_previous
-from models.layers.tables import add_told, check_tables, tables
+from models.layers.tables import TableConfig, add_told, tables
 from models.unets.adm import channels_last
 from models.unets.stages import Head, Plan, Stage, check_halvings, check_widths, steered
 
@@ -19,7 +19,7 @@ FACTORS = (1, 2, 2)
 
 
 @dataclass(frozen=True)
-class VolumeUNetConfig:
+class VolumeUNetConfig(TableConfig):
     latent_res: tuple[int, int] = (32, 32)
     """Height and width of the latents."""
     latent_frames: int = 16
@@ -46,12 +46,6 @@ class VolumeUNetConfig:
     """Share of labels dropped in training. Above 0 there is a null label, the row num_classes of the table."""
     dropout: float = 0.0
     """Share of activations dropped in residual blocks."""
-    tasks: bool = False
-    """The network is told what its second input holds: nothing, the previous clip or a still picture."""
-    dynamics_bins: int = 0
-    """Bins of the dynamics that the network is told; 0: none."""
-    strides: int = 0
-    """Frame strides that the network is told; 0: none."""
 
     def __post_init__(self) -> None:
         for name in ("latent_frames", "in_channels", "model_channels", "num_res_blocks"):
@@ -65,7 +59,7 @@ class VolumeUNetConfig:
         if not self.channel_mult or min(self.channel_mult) < 1 or min(self.latent_res) < 1:
             raise ValueError(f"channel_mult {self.channel_mult} and latent_res {self.latent_res}: all at least 1")
         check_halvings({"latent_res": self.latent_res}, len(self.channel_mult))
-        check_tables(self)
+        super().__post_init__()
         check_widths(self.model_channels, self.channel_mult)
 
     @property
