@@ -2,7 +2,7 @@
 #   PYTHON=python3.12   which Python makes the environment
 #   PIP_ARGS=...        further arguments of pip, for example the index of CPU-only or CUDA builds of torch and torchvision
 #   DATA=folder         make quickstart on your own videos
-#   SYSTEM=latte|pvdm   make quickstart with another system than cmd
+#   SYSTEM=hvdm|latte|pvdm|vidm  make quickstart with another system than cmd
 #   TESTS=path, PYTEST_ARGS=...   a part of the tests
 SHELL := /bin/bash
 PYTHON ?= python3

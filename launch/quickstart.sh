@@ -2,7 +2,7 @@
 # From videos to generated clips on a CPU: shards -> autoencoder -> latents -> generators -> clips -> report.html.
 #   launch/quickstart.sh                 moving digits, made on the spot
 #   DATA=folder launch/quickstart.sh     your own videos
-#   SYSTEM=latte ...                     which system: cmd (default), hvdm, latte or pvdm
+#   SYSTEM=latte ...                     which system: cmd (default), hvdm, latte, pvdm or vidm
 #   OUT=folder ...                       where everything goes (default: quickstart, or quickstart/<system>)
 # Stop it at any time (Ctrl-C); the same command goes on where it was.
 set -euo pipefail
@@ -22,6 +22,7 @@ SAMPLES=(--num-samples 20)
 # bf16 where the processor computes in it: one and a half times as fast as fp32.
 PRECISION=${PRECISION:-$(grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo bf16 || echo fp32)}
 RUNS=$OUT/runs
+AE=                  # export of the system's autoencoder, where it has one
 REPORTED=("$OUT/samples")   # folders of samples in the report
 
 # One thread per process: two training processes share two cores.
@@ -51,7 +52,7 @@ encode_sets() { # SHARDS and HELD_OUT by the autoencoder AE, with further flags 
   fi
 }
 
-source "$STAGES"      # the system's `stages`: trains, and sets AE and SAMPLING
+source "$STAGES"      # the system's `stages`: trains, and sets SAMPLING and, where there is one, AE
 mkdir -p "$OUT"
 if [ -n "$DATA" ]; then
   say "Videos of $DATA -> shards"
@@ -68,9 +69,13 @@ fi
 
 stages
 
-say "Reconstruction of held-out clips"
-torchrun evaluate.py reconstruct --ae "$AE" --data-path "$HELD_OUT" --out "$OUT/reconstruction.json"
+FIGURES=()
+if [ -n "$AE" ]; then
+  say "Reconstruction of held-out clips"
+  torchrun evaluate.py reconstruct --ae "$AE" --data-path "$HELD_OUT" --out "$OUT/reconstruction.json"
+  FIGURES=(--figures "$OUT/reconstruction.json")
+fi
 say "Generated clips"
 torchrun sample.py --run "$RUNS" "${SAMPLES[@]}" --gif --out "$OUT/samples" "${SAMPLING[@]}"
-"$PYTHON" -m launch.report "$RUNS" --samples "${REPORTED[@]}" --figures "$OUT/reconstruction.json" --out "$OUT/report.html"
+"$PYTHON" -m launch.report "$RUNS" --samples "${REPORTED[@]}" "${FIGURES[@]}" --out "$OUT/report.html"
 say "Done: open $OUT/report.html"

@@ -12,9 +12,6 @@ import pytest
 
 from tests.parity.case import ADAPTERS, Adapter, Case
 
-PENDING_SYSTEMS = ("vidm",)
-"""Systems that have not landed as a whole: their files are skipped where no adapter knows the module."""
-
 HERE = Path(__file__).parent
 FOLDER = Path(os.environ.get("PARITY_DIR") or HERE / "data")
 FILES = sorted(FOLDER.glob("*.safetensors"))
@@ -37,8 +34,6 @@ def test_folder_has_cases():
 def test_parity(path: Path):
     case = Case(path)
     check = find_adapter(case.system, case.module)
-    if check is None and case.system in PENDING_SYSTEMS:
-        pytest.skip(f"{case.system} has not landed yet: no adapter for module {case.module!r}")
     assert check is not None, f"{path.name}: no adapter for system {case.system!r}, module {case.module!r}"
     check(case)
     for name, error in case.agreement.items():
