@@ -5,24 +5,19 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from models.unets.adm import AttentionBlock
-from models.unets.stages import Plan, Residual, check_halvings, check_rates, check_widths
+from models.unets.config import UNetConfig
+from models.unets.stages import Plan, Residual, check_rates
 
 FACTORS = (2, 2)
 """How much smaller rows and columns of the next level are."""
 
 
 @dataclass(frozen=True)
-class PixelUNetConfig:
+class PixelUNetConfig(UNetConfig):
     image_size: tuple[int, int] = (128, 128)
     """Height and width of the pictures."""
-    in_channels: int = 3
-    """Channels of a picture."""
-    model_channels: int = 128
-    """Width of the first level over channel_mult's first entry."""
     channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4, 4)
     """Width of each level over model_channels; each level but the first has half the rows and columns."""
-    num_res_blocks: int = 2
-    """Residual blocks of a level on the way down; one more on the way up."""
     attention_resolutions: tuple[int, ...] = (16,)
     """Levels with attention, by how many times smaller their sides are (not by their sides). The middle always has it."""
     num_heads: int = 4
@@ -31,33 +26,24 @@ class PixelUNetConfig:
     """Channels of a head; -1: num_heads heads at every width."""
     new_attention_order: bool = False
     """Attention's joint projection is all queries, all keys, all values, instead of those of each head in turn."""
-    resblock_updown: bool = True
-    """Sides are halved and doubled inside residual blocks, instead of by convolutions."""
     learn_sigma: bool = True
     """The output has the variance beside the noise."""
 
     def __post_init__(self) -> None:
-        for name in ("in_channels", "model_channels", "num_res_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: at least 1")
-        if not self.channel_mult or min(self.channel_mult) < 1 or min(self.image_size) < 1:
-            raise ValueError(f"channel_mult {self.channel_mult} and image_size {self.image_size}: all at least 1")
+        super().__post_init__()
         name = "num_heads" if self.num_head_channels == -1 else "num_head_channels"
         each = getattr(self, name)
         if each < 1:
             raise ValueError(f"{name} {each}: at least 1" + (", or -1 for num_heads" if name == "num_head_channels" else ""))
-        check_halvings({"image_size": self.image_size}, len(self.channel_mult))
-        check_widths(self.model_channels, self.channel_mult)
         check_rates(self.attention_resolutions)
         levels = len(self.widths)
         for level in {levels - 1} | {level for level in range(levels) if 2**level in self.attention_resolutions}:
             if self.widths[level] % each:
                 raise ValueError(f"the width {self.widths[level]} of level {level} is not a multiple of {name} {each}")
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each level."""
-        return tuple(self.model_channels * times for times in self.channel_mult)
+    def halved(self) -> dict[str, tuple[int, ...]]:
+        """Rows and columns."""
+        return {"image_size": self.image_size}
 
     @property
     def out_channels(self) -> int:

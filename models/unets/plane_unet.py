@@ -15,26 +15,17 @@ from models.layers.embeddings import LabelEmbedder, TimestepEmbedder
 from models.layers.planes import plane_shapes
 from models.layers.previous import with_previous
 from models.unets.adm import AttentionBlock, Rows, channels_last
+from models.unets.config import ClipUNetConfig
 from models.unets.plane_stages import PlaneHead, Sheets, Stage
-from models.unets.stages import Layers, Plan, check_halvings, check_rates, check_widths, steered
+from models.unets.stages import Layers, Plan, check_rates, steered
 
 
 @dataclass(frozen=True)
-class PlaneUNetConfig:
-    latent_res: tuple[int, int] = (32, 32)
-    """Height and width of the plane xy."""
-    latent_frames: int = 16
-    """Frames of a clip: height of the planes yt and xt."""
-    in_channels: int = 4
-    """Channels of a latent."""
-    out_channels: int = 0
-    """Channels of the output; 0: as many."""
+class PlaneUNetConfig(ClipUNetConfig):
+    """`latent_res` is the plane xy, `latent_frames` the height of the planes yt and xt."""
+
     model_channels: int = 256
     """Width of the first level."""
-    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
-    """Width of each level over model_channels; each level but the first has half the sides."""
-    num_res_blocks: int = 2
-    """Residual blocks of a level on the way down; one more on the way up."""
     attention_resolutions: tuple[int, ...] = (4, 2, 1)
     """Levels with attention inside each plane, by how often smaller their sides are; entries of no level do nothing. Attention across
     planes is everywhere."""
@@ -42,37 +33,21 @@ class PlaneUNetConfig:
     """Heads of all attention."""
     head_channels: int = 0
     """Width of a head, which then decides their number; 0: width of the level / num_heads."""
-    use_scale_shift_norm: bool = True
-    """The step scales and shifts what is normalised, instead of being added before."""
-    resblock_updown: bool = True
-    """Sides are halved and doubled inside residual blocks, instead of by convolutions."""
-    conditional: bool = True
-    """The previous clip's latent is a second input."""
-    num_classes: int = 0
-    """Classes of the label condition; 0: no label, as in the paper."""
-    class_dropout_prob: float = 0.1
-    """Share of labels dropped in training. Above 0 there is a null label, the row num_classes of the table."""
-    dropout: float = 0.0
-    """Share of activations dropped in residual blocks."""
 
     def __post_init__(self) -> None:
-        for name in ("latent_frames", "in_channels", "model_channels", "num_res_blocks", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: at least 1")
-        for name in ("out_channels", "head_channels", "num_classes"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)}: at least 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout}: a share, from 0 to below 1")
-        if not self.channel_mult or min(self.channel_mult) < 1 or min(self.latent_res) < 1:
-            raise ValueError(f"channel_mult {self.channel_mult} and latent_res {self.latent_res}: all at least 1")
-        check_halvings({"latent_res": self.latent_res, "latent_frames": (self.latent_frames,)}, len(self.channel_mult))
-        check_widths(self.model_channels, self.channel_mult)
+        super().__post_init__()
+        if self.num_heads < 1 or self.head_channels < 0:
+            name, lowest = ("num_heads", 1) if self.num_heads < 1 else ("head_channels", 0)
+            raise ValueError(f"{name} {getattr(self, name)}: at least {lowest}")
         for level, width in enumerate(self.widths):
             if width % (self.head_channels or self.num_heads):
                 what = f"head_channels {self.head_channels}" if self.head_channels else f"num_heads {self.num_heads}"
                 raise ValueError(f"the width {width} of level {level} is not a multiple of {what}")
         check_rates(self.attention_resolutions)
+
+    def halved(self) -> dict[str, tuple[int, ...]]:
+        """The frames too."""
+        return {"latent_res": self.latent_res, "latent_frames": (self.latent_frames,)}
 
     @property
     def plane_shapes(self) -> tuple[tuple[int, int], ...]:
@@ -83,11 +58,6 @@ class PlaneUNetConfig:
     def length(self) -> int:
         """Positions of a latent, L."""
         return sum(rows * columns for rows, columns in self.plane_shapes)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each level."""
-        return tuple(self.model_channels * times for times in self.channel_mult)
 
     def heads(self, width: int) -> int:
         """Heads of attention over `width` channels."""

@@ -12,65 +12,28 @@ from models.layers.embeddings import LabelEmbedder, TimestepEmbedder
 from models.layers.previous import with_previous
 from models.layers.tables import TableConfig, add_told, tables
 from models.unets.adm import channels_last
-from models.unets.stages import Head, Plan, Stage, check_halvings, check_widths, steered
+from models.unets.config import ClipUNetConfig
+from models.unets.stages import Head, Plan, Stage, steered
 
 FACTORS = (1, 2, 2)
 """How much smaller time, rows and columns of the next level are."""
 
 
 @dataclass(frozen=True)
-class VolumeUNetConfig(TableConfig):
-    latent_res: tuple[int, int] = (32, 32)
-    """Height and width of the latents."""
-    latent_frames: int = 16
-    """Frames of the latents."""
-    in_channels: int = 4
-    """Channels of a latent."""
-    out_channels: int = 0
-    """Channels of the output; 0: as many."""
+class VolumeUNetConfig(TableConfig, ClipUNetConfig):
+    """`latent_frames` is any number: all frames stay from level to level."""
+
     model_channels: int = 192
     """Width of the first level."""
-    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
-    """Width of each level over model_channels; each level but the first has half the rows and columns."""
-    num_res_blocks: int = 2
-    """Residual blocks of a level on the way down; one more on the way up."""
-    use_scale_shift_norm: bool = True
-    """The step scales and shifts what is normalised, instead of being added before."""
-    resblock_updown: bool = True
-    """Sides are halved and doubled inside residual blocks, instead of by convolutions."""
-    conditional: bool = True
-    """The latent of the previous clip, or of a still picture, is a second input."""
-    num_classes: int = 0
-    """Classes of the label condition; 0: no label, as in the paper."""
-    class_dropout_prob: float = 0.1
-    """Share of labels dropped in training. Above 0 there is a null label, the row num_classes of the table."""
-    dropout: float = 0.0
-    """Share of activations dropped in residual blocks."""
 
     def __post_init__(self) -> None:
-        for name in ("latent_frames", "in_channels", "model_channels", "num_res_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: at least 1")
-        for name in ("out_channels", "num_classes"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)}: at least 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout}: a share, from 0 to below 1")
-        if not self.channel_mult or min(self.channel_mult) < 1 or min(self.latent_res) < 1:
-            raise ValueError(f"channel_mult {self.channel_mult} and latent_res {self.latent_res}: all at least 1")
-        check_halvings({"latent_res": self.latent_res}, len(self.channel_mult))
-        super().__post_init__()
-        check_widths(self.model_channels, self.channel_mult)
+        ClipUNetConfig.__post_init__(self)
+        TableConfig.__post_init__(self)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """(C, T, H, W)."""
         return (self.in_channels, self.latent_frames, *self.latent_res)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each level."""
-        return tuple(self.model_channels * times for times in self.channel_mult)
 
 
 class VolumeUNet(nn.Module):
