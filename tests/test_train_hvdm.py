@@ -135,6 +135,22 @@ def test_motion_is_measured_on_the_first_clips(root: Path, tmp_path: Path) -> No
     assert card["model"]["dynamics_bins"] == 3 and card["cond_prob"] == 0
 
 
+def test_motion_is_measured_on_the_sets_as_they_are_weighted(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of mostly still clips the stiller half does not move; of mostly lively ones it does."""
+    monkeypatch.setattr(shard_sets, "frames_of", lambda number, count, size=(SIDE, SIDE): np.full((count, *size, 3), 128, np.uint8))
+    write_set(tmp_path / "still", (6, 6), lengths=(4,), size=(SIDE, SIDE))
+    edges = []
+    for weights in (("9", "1"), ("1", "9")):
+        sets = ["--data-path", str(root / "single"), str(tmp_path / "still"), "--data-weights", *weights]
+        argv = [*SHORT, *sets, "--ae", str(root / "ae"), "--cond-prob", "0", "--dynamics-bins", "2"]
+        task, _, _ = build(config(*argv), ENV)
+        task.measure()
+        dynamics = space_of(task).told.dynamics
+        assert dynamics is not None
+        edges.append(dynamics.edges[0])
+    assert edges[0] > 0 and edges[1] == 0
+
+
 def _nobody() -> SampleRng:
     return SampleRng(0, torch.arange(1))
 
