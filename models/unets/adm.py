@@ -32,11 +32,20 @@ def conv(dims: int, before: int, after: int, kernel: int = 3, stride: int | Sequ
     return _CONV[dims](before, after, kernel, stride, padding=kernel // 2)  # type: ignore[arg-type]
 
 
-def group_norm(width: int) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """Group norm that is quick for bf16 features on a CPU too: with channels side by side torch's kernels take up to 12 times as long."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dtype is not torch.bfloat16 or input.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(input)
+        return super().forward(input.contiguous()).contiguous(memory_format=_format(input))
+
+
+def group_norm(width: int) -> GroupNorm:
     """Raises ValueError for a width that has no 32 groups."""
     if width % GROUPS:
         raise ValueError(f"{width} channels cannot be normalised in {GROUPS} groups: widths must be multiples of {GROUPS}")
-    return nn.GroupNorm(GROUPS, width)
+    return GroupNorm(GROUPS, width)
 
 
 def zeroed(module: nn.Module) -> nn.Module:
