@@ -8,6 +8,7 @@ evaluate.py vis --dir2 FAKE --c3d FILE                    inception score of a f
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from pipelines.motion import MotionConfig, measure_motion
 from pipelines.quality import FvdConfig, VisConfig, measure_fvd, measure_vis
 from pipelines.reconstruction import ReconstructConfig, measure_reconstruction
 from utils.config import dump_yaml, load_config, to_dict
-from utils.errors import ConfigError
+from utils.errors import ConfigError, UserError
 from utils.files import atomic_write_text
 
 
@@ -81,10 +82,24 @@ def _shown(launch: Launch, config: Any) -> bool:
     return asked
 
 
+def check_out(out: str) -> None:
+    """Makes the folder of the JSON file. Raises UserError where it cannot be written, before hours of measuring."""
+    if not out:
+        return
+    place = Path(out)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {place.parent} cannot be made: {error.strerror}") from None
+    if place.is_dir() or not os.access(place.parent, os.W_OK):
+        raise UserError(f"--out {out} cannot be written: the name of a JSON file is wanted, in a folder of yours")
+
+
 def _measure(launch: Launch, config: Shared, measure: Callable[[Shared, Env], dict[str, Any]]) -> None:
     """Figures that all processes measure together, printed and written by one."""
     if _shown(launch, config):
         return
+    check_out(config.out)
     with distributed(config.timeout) as env:
         figures = measure(config, env)
         if not env.is_main:
@@ -99,6 +114,7 @@ def motion(launch: Launch) -> None:
     config = _load(launch, "motion", {"": MotionConfig})
     if _shown(launch, config):
         return
+    check_out(config.out)
     figures: dict[str, Any] = {}
     for folder in config.samples:
         figures[folder] = measure_motion(Path(folder), config.clip_frames)

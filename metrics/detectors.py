@@ -44,7 +44,7 @@ class Detector:
 
     @torch.no_grad()
     def __call__(self, videos: Tensor) -> Tensor:
-        """Raises UserError where the network does not take such videos, or gives no rows."""
+        """Raises UserError where the network does not take such videos, or gives no rows of finite numbers."""
         try:
             rows = self._forward(videos.to(self.device))
         except torch.OutOfMemoryError:
@@ -55,6 +55,8 @@ class Detector:
         if not isinstance(rows, Tensor) or rows.ndim != 2 or len(rows) != len(videos):
             found = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
             raise UserError(f"{self.path.name} gives {found} for {len(videos)} videos of {_size(videos)}: one row for each is wanted")
+        if not rows.isfinite().all():
+            raise UserError(f"{self.path.name} gives numbers that are not finite for videos of {_size(videos)}: it is broken")
         return rows.float()
 
     def _forward(self, videos: Tensor) -> Tensor:

@@ -112,6 +112,9 @@ def measure_fvd(config: FvdConfig, env: Env) -> dict[str, Any]:
     detector = Detector(config.i3d, env.device, features=True, unit_range=config.rules.unit_range)
     generated = _clips(config, config.dir2, "generated", env, config.size)
     real = _clips(config, config.dir1, "real", env, generated.size)
+    for name, clips in (("--dir1", real), ("--dir2", generated)):
+        if len(clips) < 2:
+            raise UserError(f"{name} {getattr(config, name[2:])}: one video of at least {config.frames} frames; a distance needs two")
     sides = [_moments(config, clips, detector, env) for clips in (real, generated)]
     dim = len(sides[0].mean)
     notes = [*_notes(config, real), *_notes(config, generated)]

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import struct
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -20,7 +21,7 @@ from datasets.transforms import rgb_pixels
 from datasets.video import VideoError, decode, probe
 from utils.errors import UserError
 
-OVERVIEWS = ("grid.mp4", "strip.mp4")
+OVERVIEWS = ("grid.mp4", "grid.gif", "strip.mp4")
 """Files beside samples that show several of them."""
 _FORMS = (".npy", "", ".gif")
 """Of several files of one name the first is read: arrays are exact, "" are pictures and videos, a GIF has 256 colours."""
@@ -139,18 +140,24 @@ def _one_line(name: str) -> Iterator[None]:
     """Turns what reading a file raises into a UserError of one line, which names the video."""
     try:
         yield
-    except (VideoError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (VideoError, OSError, ValueError, SyntaxError, EOFError, LookupError, struct.error, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name} cannot be read: {reason[:200]}") from None
 
 
 def sample_settings(folder: Path) -> dict[str, Any]:
-    """What sample.py wrote beside its samples; empty where it is not there."""
+    """What sample.py wrote beside its samples; empty where it is not there. UserError for another file of that name."""
     place = folder / "settings.json"
+    if not place.is_file():
+        return {}
     try:
-        return dict(json.loads(place.read_text(encoding="utf-8"))) if place.is_file() else {}
-    except (ValueError, TypeError):
-        raise UserError(f"{place} is damaged") from None
+        settings = dict(json.loads(place.read_text(encoding="utf-8")))
+        ours = isinstance(settings.get("model", {}), dict) and all(str(sample["file"]) for sample in settings.get("samples", []))
+    except (ValueError, TypeError, LookupError):
+        ours = False
+    if not ours:
+        raise UserError(f"{place} is damaged, or not of sample.py: move it elsewhere, then all videos of the folder are taken")
+    return settings
 
 
 def _videos_below(root: Path) -> list[Video]:
@@ -178,8 +185,7 @@ def _read(video: Video, picks: list[int]) -> list[np.ndarray]:
         return [_picture(paths[number]) for number in picks]
     suffix = video.path.suffix.lower()
     if suffix == ".npy":
-        frames = _array(video.path)[picks].transpose(0, 2, 3, 1)
-        return list(frames.astype(np.float64).round().clip(0, 255).astype(np.uint8))
+        return list(_pixels(_array(video.path)[picks].transpose(0, 2, 3, 1)))
     if suffix == ".gif":
         return [_gif_frames(video.path)[number] for number in picks]
     with closing(decode(video.path, probe(video.path), "pyav", set(picks).__contains__)) as decoded:
@@ -194,9 +200,18 @@ def _picture(path: Path) -> np.ndarray:
 def _array(path: Path) -> np.ndarray:
     """An array on disk, of which only what is asked for is read. ValueError for one that is no video."""
     array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if array.ndim != 4 or array.shape[1] != 3 or array.dtype.kind not in "fu":
+    if array.ndim != 4 or array.shape[1] != 3 or array.dtype.kind not in "fiu" or not array.size:
         raise ValueError(f"{array.dtype} {list(array.shape)}: (frames, 3, height, width), numbers 0..255, are wanted")
     return array
+
+
+def _pixels(values: np.ndarray) -> np.ndarray:
+    """Numbers 0..255 as uint8, rounded and clipped. ValueError for other ranges: pixels of [0, 1] would be black, and have a figure."""
+    low, high = values.min(), values.max()
+    unit = high <= 1 and bool((values != values.round()).any())
+    if unit or not (low > -255 and high < 510):  # also where they are not numbers
+        raise ValueError(f"pixels from {low:g} to {high:g}: numbers 0..255 are wanted")
+    return values.astype(np.float64).round().clip(0, 255).astype(np.uint8)
 
 
 def _gif_frames(path: Path) -> list[np.ndarray]:
@@ -207,5 +222,5 @@ def _gif_frames(path: Path) -> list[np.ndarray]:
             image.seek(number)
             frames.append(rgb_pixels(image))
             shown.append(image.info.get("duration", 0))
-    shortest = max(min(shown), 1)
-    return [frame for frame, time in zip(frames, shown, strict=True) for _ in range(max(1, round(time / shortest)))]
+    shortest = min((time for time in shown if time), default=1)  # none where a player chooses it
+    return [frame for frame, time in zip(frames, shown, strict=True) for _ in range(max(1, round(time / shortest - 0.1)))]

@@ -99,6 +99,19 @@ def test_networks_that_do_not_fit_are_told_in_one_line(place: Path, name: str, f
     assert "\n" not in str(error.value)
 
 
+class Broken(torch.nn.Module):
+    """Gives no numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float().mean(dim=(2, 3, 4)) * float("nan")
+
+
+def test_a_network_of_no_numbers_is_told(tmp_path: Path) -> None:
+    save_script(Broken(), tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt gives numbers that are not finite for videos of 4 frames, 8 x 8"):
+        Detector(tmp_path / "a.pt", features=True)(torch.zeros(2, 3, 4, 8, 8, dtype=torch.uint8))
+
+
 def test_a_damaged_network_is_told_in_one_line(place: Path, tmp_path: Path) -> None:
     whole = (place / "i3d.pt").read_bytes()
     (tmp_path / "a.pt").write_bytes(whole[: len(whole) // 2])
@@ -246,3 +259,17 @@ def test_settings_that_cannot_work_are_told(command: str, arguments: list[str], 
 def test_a_folder_that_is_not_there_is_told(place: Path) -> None:
     with pytest.raises(UserError, match=r"--dir1 .*nowhere: no such folder"):
         measure_fvd(fvd_config(place, dir1=str(place / "nowhere")), ALONE)
+
+
+@pytest.mark.parametrize("side", ["dir1", "dir2"])
+def test_a_distance_needs_two_videos(place: Path, tmp_path: Path, side: str) -> None:
+    one = write_arrays(tmp_path, [4])
+    with pytest.raises(UserError, match=f"--{side} {one}: one video of at least 4 frames; a distance needs two"):
+        measure_fvd(fvd_config(place, **{side: str(one)}), ALONE)
+
+
+def test_figures_that_cannot_be_written_are_told_before_they_are_measured(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path, tmp_path / "file" / "a.json"):
+        with pytest.raises(UserError, match="--out"):
+            evaluate.vis(parse_launch("", ["--dir2", str(place / "nowhere"), "--c3d", "none", "--out", str(out)]))

@@ -1,6 +1,7 @@
 """What figures of videos are measured on: videos in all their forms, which of them, which frames, how large."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,63 @@ def test_every_form_of_a_video_is_read(tmp_path: Path) -> None:
         found = videos.read(number, [2, 3, 10]).astype(int)
         assert found.shape == (3, 16, 16, 3) and abs(found - frames[[2, 3, 10]]).max() <= error
     assert [videos.is_pictures(number) for number in range(4)] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("times", [[0, 100, 100, 0], [20, 30, 20, 30], [30, 30, 40, 30], [0, 0, 0, 0]])
+def test_a_gif_of_uneven_times_holds_each_frame_once(tmp_path: Path, times: list[int]) -> None:
+    """Frame rates that hundredths of a second do not divide, and times that are left to the player."""
+    pictures = [Image.fromarray(frame) for frame in known_frames(0, len(times))]
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=times)
+    assert open_videos(tmp_path, "--dir2").total(0) == len(times)
+
+
+def test_arrays_of_whole_numbers_are_read_and_beyond_the_ends_is_cut(tmp_path: Path) -> None:
+    frames = known_frames(80, 4).transpose(0, 3, 1, 2)
+    np.save(tmp_path / "a.npy", frames.astype(np.int64))
+    np.save(tmp_path / "b.npy", np.where(frames > 50, 259.5, -4.0))
+    np.save(tmp_path / "c.npy", np.zeros_like(frames, dtype=np.float32))
+    videos = open_videos(tmp_path, "--dir2")
+    assert videos.read(0, range(4))[:, 0, 0, 0].tolist() == [level(80, frame) for frame in range(4)]
+    assert set(videos.read(1, range(4)).flatten()) == {0, 255} and videos.read(2, [0]).max() == 0
+
+
+@pytest.mark.parametrize("range_", [(0, 1), (-1, 1), (0, 65535), (0, float("nan"))])
+def test_arrays_of_another_range_are_told(tmp_path: Path, range_: tuple[float, float]) -> None:
+    """They would be black or white videos, with a figure."""
+    values = np.linspace(*range_, 4 * 3 * 64).reshape(4, 3, 8, 8)
+    np.save(tmp_path / "a.npy", values)
+    with pytest.raises(UserError, match=r"a.npy cannot be read: pixels from .* numbers 0..255 are wanted"):
+        open_videos(tmp_path, "--dir2").read(0, range(4))
+
+
+def test_overviews_are_no_videos(tmp_path: Path) -> None:
+    """A folder of sample.py without its settings."""
+    frames = known_frames(0, 4)
+    for name in ("0.mp4", "grid.mp4", "strip.mp4"):
+        write_video(tmp_path / name, frames)
+    for name in ("0.gif", "grid.gif"):
+        write_gif(tmp_path / name, torch.from_numpy(frames).permute(3, 0, 1, 2))
+    videos = open_videos(tmp_path, "--dir2")
+    assert [videos.name(number).rpartition("/")[2] for number in range(len(videos))] == ["0.mp4"]
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '{"samples": 5}', '{"samples": [{"name": "a"}]}', '{"model": "large"}', "{"])
+def test_settings_of_something_else_are_told(tmp_path: Path, text: str) -> None:
+    write_arrays(tmp_path, [4])
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(UserError, match=r"settings.json is damaged, or not of sample.py"):
+        open_videos(tmp_path, "--dir2")
+
+
+@pytest.mark.parametrize("cut", [20, 60, 100, 200, 400])
+def test_a_gif_that_was_cut_is_told_or_read(tmp_path: Path, cut: int) -> None:
+    """Whatever the decoder raises, it is one line."""
+    frames = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    write_gif(tmp_path / "a.gif", torch.from_numpy(frames).permute(3, 0, 1, 2))
+    place = tmp_path / "a.gif"
+    place.write_bytes(place.read_bytes()[:-cut])
+    with suppress(UserError):
+        open_videos(tmp_path, "--dir2").total(0)
 
 
 def test_a_gif_holds_equal_frames_once(tmp_path: Path) -> None:
@@ -98,6 +156,7 @@ def test_a_shard_set_gives_its_stored_clips(tmp_path: Path) -> None:
         ),
         (lambda place: place.with_suffix(".npy").write_bytes(b"nothing"), r"a.npy cannot be read"),
         (lambda place: place.with_suffix(".gif").write_bytes(b"nothing"), r"a.gif cannot be read"),
+        (lambda place: np.save(place.with_suffix(".npy"), np.zeros((0, 3, 8, 8))), r"a.npy cannot be read: float64 \[0, 3, 8, 8\]"),
         (lambda place: np.save(place.with_suffix(".npy"), np.zeros((2, 3, 8, 8))), "have fewer than 4 frames"),
     ],
 )
