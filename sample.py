@@ -14,6 +14,7 @@ are kept, so the same line goes on where it was stopped. Exit status: 0 done; 75
 import dataclasses
 import json
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,11 @@ def generate(config: SampleConfig, env: Env) -> None:
             continue_from(_long(job), range(config.num_samples), Path(config.continue_from), folder, config.num_frames)
         _write_settings(job, config, names)
     state.wait_for_everyone()
+    started = time.perf_counter()
     with state.split_between_processes(todo + [None] * (-len(todo) % env.world_size)) as mine:
         _generate_share(job, config, [i for i in mine if i is not None], env)
     state.wait_for_everyone()
+    taken = time.perf_counter() - started
     if env.is_main:
         columns = len(job.labels) if 1 < len(job.labels) <= 10 else 0
         if config.long:
@@ -90,7 +93,10 @@ def generate(config: SampleConfig, env: Env) -> None:
             _write_grid(job, folder, names[:GRID_LIMIT], columns, config.gif)
             _write_strip(job, folder)
         kept = config.num_samples - len(todo)
+        frames = config.num_frames if config.long else job.n_frames
         print(f"{config.num_samples} samples in {folder}" + (f" ({kept} were there already)" if kept else ""), flush=True)
+        if todo:
+            print(f"{taken / len(todo):.3g} s a video of {frames} frames ({len(todo)} finished in {taken:.1f} s)", flush=True)
 
 
 def _generate_share(job: SampleJob, config: SampleConfig, mine: list[int], env: Env) -> None:

@@ -135,7 +135,8 @@ def continue_from(job: LongJob, indices: Sequence[int], source: Path, folder: Pa
     digest, limit = fingerprint(job.settings()), count_clips(job, n_frames)
     kept = [ClipFolder(folder / LATENTS / name, digest) for name in map(job.name, indices)]
     if not sum(store.take(source / LATENTS / store.folder.name, limit) for store in kept):
-        raise UserError(f"--continue-from {source}: no latents of these samples are in {source / LATENTS}; it is the --out of a long video")
+        missing = f"no latents of these samples are in {source / LATENTS}"
+        raise UserError(f"--continue-from {source}: {missing}; it is the --out of a long video made with --keep-latents")
 
 
 def write_videos(

@@ -147,7 +147,7 @@ def test_a_video_goes_on_in_another_folder(whole: Path, results: Path, tmp_path:
     out = make(tmp_path / "out", "--run", results, *LONG, "--num-frames", 14, "--continue-from", first)
     assert contents(out) == contents(whole) and contents(first) == before
     empty = tmp_path / "empty"
-    with pytest.raises(UserError, match=r"no latents of these samples are in .*; it is the --out of a long video"):
+    with pytest.raises(UserError, match=r"no latents of these samples are in .*; it is the --out of a long video made with --keep-latents"):
         make(tmp_path / "b", "--run", results, *LONG, "--num-frames", 14, "--continue-from", empty)
     with pytest.raises(UserError, match="was made with other settings: give the settings"):
         make(tmp_path / "c", "--run", results, *LONG, "--num-frames", 14, "--continue-from", first, "--seed", 4)

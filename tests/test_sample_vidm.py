@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -102,6 +103,14 @@ def test_videos_of_both_stages_are_written(results: Path, whole: Path, tmp_path:
     grey = torch.stack([shown(whole / "000002.mp4").float().mean(3).flatten(), to_uint8(videos[2]).float().mean(0).flatten()])
     assert grey.corrcoef()[0, 1] > 0.8
     assert job(results, *STEPS).n_frames == 6  # as many as in training
+
+
+def test_the_command_tells_the_seconds_of_a_video(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for frames in (2, 3):
+        make(tmp_path / str(frames), results, *STEPS, "--num-samples", "2", "--num-frames", frames)
+        assert re.search(rf"[\d.]+ s a video of {frames} frames \(2 finished in [\d.]+ s\)", capsys.readouterr().out)
+    make(tmp_path / "3", results, *STEPS, "--num-samples", "2", "--num-frames", "3")
+    assert "s a video" not in capsys.readouterr().out  # nothing was made
 
 
 @pytest.mark.parametrize("batch", [1, 2])
