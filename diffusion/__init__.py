@@ -47,7 +47,7 @@ class DiffusionConfig:
     min_snr_gamma: float = 5.0
     """gamma of min_snr."""
     p2_gamma: float = 1.0
-    """gamma of p2."""
+    """gamma of p2; 0: all steps weigh the same."""
     p2_k: float = 1.0
     """k of p2."""
     time_sampling: Literal["logit_normal", "uniform"] = "logit_normal"

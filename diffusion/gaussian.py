@@ -78,9 +78,11 @@ class GaussianDiffusion(ForwardProcess):
             raise ValueError(f"weighting {weighting} weighs the {kinds}, which loss {loss!r} does not have")
         if loss == "robust" and weighting != "none" and predict != "eps":
             raise ValueError(f"weighting {weighting} of the loss robust is that of the noise's error: predict eps, not {predict}")
-        for name, value in (("min_snr_gamma", min_snr_gamma), ("p2_gamma", p2_gamma), ("p2_k", p2_k)):
-            if not value > 0:
-                raise ValueError(f"{name} {value}: above 0")
+        if not min_snr_gamma > 0:
+            raise ValueError(f"min_snr_gamma {min_snr_gamma}: above 0")
+        for name, value in (("p2_gamma", p2_gamma), ("p2_k", p2_k)):
+            if not value >= 0:
+                raise ValueError(f"{name} {value}: 0 or more")
         if not robust_eta >= SMALLEST_ETA:
             raise ValueError(f"robust_eta {robust_eta}: {SMALLEST_ETA} or more, for its square is a number of float32")
         super().__init__(betas, timestep_map)

@@ -36,7 +36,7 @@ def test_gamma_and_k_of_one_leave_the_share_of_noise() -> None:
         np.testing.assert_allclose(weights, 1 - diffusion.tables["alphas_cumprod"], rtol=1e-5)
 
 
-@pytest.mark.parametrize(("gamma", "k"), [(0.5, 1.0), (1.0, 0.1), (2.0, 3.0)])
+@pytest.mark.parametrize(("gamma", "k"), [(0.5, 1.0), (1.0, 0.1), (2.0, 3.0), (0.0, 1.0), (1.0, 0.0)])
 def test_other_weights_by_hand(gamma: float, k: float) -> None:
     diffusion = process(weighting="p2", p2_gamma=gamma, p2_k=k)
     np.testing.assert_allclose(diffusion.error_weight(STEPS), (k + diffusion.tables["snr"][STEPS]) ** -gamma, rtol=1e-5)
@@ -113,7 +113,8 @@ def test_losses_are_compiled_whole(loss: str) -> None:
         ({"weighting": "p2", "loss": "l1"}, "weighting p2 weighs the mse or robust, which loss 'l1' does not have"),
         ({"weighting": "min_snr", "loss": "robust"}, "weighting min_snr weighs the mse, which loss 'robust' does not have"),
         ({"weighting": "p2", "loss": "robust", "predict": "v"}, "that of the noise's error: predict eps, not v"),
-        ({"weighting": "p2", "p2_k": 0.0}, "p2_k 0.0: above 0"),
+        ({"weighting": "p2", "p2_k": -1.0}, "p2_k -1.0: 0 or more"),
+        ({"weighting": "p2", "p2_gamma": -0.5}, "p2_gamma -0.5: 0 or more"),
         ({"loss": "robust", "robust_eta": 0.0}, "robust_eta 0.0: 1e-18 or more"),
     ],
 )

@@ -18,6 +18,7 @@ LAYOUTS: list[dict[str, Any]] = [
     {"resblock_updown": False},
     {"channel_mult": (1, 2, 3), "num_res_blocks": 2, "attention_resolutions": (4, 1), "image_size": (8, 16)},
     {"channel_mult": (1, 1, 2, 2), "attention_resolutions": (), "image_size": (8, 8)},
+    {"channel_mult": (2, 3), "attention_resolutions": (2,)},
     {"learn_sigma": False},
 ]
 UNTOLD = {"num_head_channels": 32}

@@ -4,6 +4,7 @@ A file is {"iters", "state_dict", "ema_state_dict", "optimizer"}; names begin wi
 generator's has tables of coordinates, which are not weights: they tell the diffusion steps, the frame indices and the pictures' size.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,7 +58,7 @@ def load_motion(checkpoint: Mapping[str, Any], **known: Any) -> tuple[State, Mot
     weights = {name: value for name, value in official.items() if not _is_cache(name) and name not in constants}
     state = import_state(weights, IMPORT)
     first, last = ends(state, ("encoder.input_blocks.0.layers.0.weight", "unet.out.conv.weight"), EXPORT)
-    told |= _stages(state, "unet.", int(first.shape[0])) | _output(first.shape[1], len(last))
+    told |= _stages(state, "unet.") | _output(first.shape[1], len(last))
     config = MotionUNetConfig(**{"flow_input": "minus_one_one"} | told | known)
     check_state(state, lambda: MotionUNet(config), EXPORT)
     return state, config
@@ -152,9 +153,10 @@ def _tables(official: State, known: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
-def _stages(state: State, prefix: str, channels: int) -> dict[str, Any]:
-    """Settings of the stages; `channels`: model_channels."""
+def _stages(state: State, prefix: str, channels: int = 0) -> dict[str, Any]:
+    """Settings of the stages; `channels`: model_channels; 0: what divides all widths, where no other tensor tells it."""
     widths, told = layout(state, EXPORT, prefix)
+    channels = channels or math.gcd(*widths)
     told |= {"model_channels": channels, "channel_mult": tuple(width // channels for width in widths)}
     return told | {"attention_resolutions": attended(state, told, prefix)}
 

@@ -92,9 +92,9 @@ def resample(x: Tensor, kind: Resample, factors: Sequence[int]) -> Tensor:
     return x
 
 
-def resampled_rows(rows: Rows, kind: Resample, factor: int) -> Rows:
-    """Heights of the pictures after `resample`."""
-    return tuple(height // factor if kind == "down" else height * factor if kind == "up" else height for height in rows)
+def resampled_sides(sides: Rows, kind: Resample, factor: int) -> Rows:
+    """Sides of pictures (all their heights, or height and width of one) after `resample`."""
+    return tuple(side // factor if kind == "down" else side * factor if kind == "up" else side for side in sides)
 
 
 class Pointwise(nn.Module):
@@ -154,7 +154,7 @@ class ResBlock(nn.Module):
         return self.skip_connection(x) + conv_each(second, dropout(activation(h)), rows)
 
     def rows_after(self, rows: Rows) -> Rows:
-        return resampled_rows(rows, self.kind, self.factors[0])
+        return resampled_sides(rows, self.kind, self.factors[0])
 
 
 class AttentionBlock(nn.Module):
@@ -199,7 +199,7 @@ class Downsample(nn.Module):
         return conv_each(self.op, x, rows)
 
     def rows_after(self, rows: Rows) -> Rows:
-        return resampled_rows(rows, "down", self.factors[0])
+        return resampled_sides(rows, "down", self.factors[0])
 
 
 class Upsample(nn.Module):
@@ -214,4 +214,4 @@ class Upsample(nn.Module):
         return conv_each(self.conv, resample(x, "up", self.factors), self.rows_after(rows))
 
     def rows_after(self, rows: Rows) -> Rows:
-        return resampled_rows(rows, "up", self.factors[0])
+        return resampled_sides(rows, "up", self.factors[0])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers.precision import without_autocast
-from models.unets.adm import Pointwise, Resample, conv, group_norm, resample, zeroed
+from models.unets.adm import Pointwise, Resample, conv, group_norm, resample, resampled_sides, zeroed
 from models.unets.stages import Layers
 
 Maps = tuple[Tensor, Tensor]
@@ -89,7 +89,8 @@ class PosResBlock(nn.Module):
 
     def size_after(self, size: Size) -> Size:
         """Sides of the output."""
-        return _sides(size, self.kind)
+        h, w = resampled_sides(size, self.kind, 2)
+        return h, w
 
     def forward(self, x: Tensor, steer: Place | Maps) -> Tensor:
         """x (b, before, h, w) -> (b, after, h, w), with halved or doubled sides where the block does that."""
@@ -129,8 +130,3 @@ class PosStage(nn.Module):
             else:
                 x = layer(x)
         return x
-
-
-def _sides(size: Size, kind: Resample) -> Size:
-    h, w = size
-    return (h // 2, w // 2) if kind == "down" else (2 * h, 2 * w) if kind == "up" else size

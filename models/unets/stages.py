@@ -57,9 +57,9 @@ def steered(config: ResidualSettings, factors: Sequence[int]) -> Residual:
     """Residual blocks steered by a vector of width 4 model_channels."""
 
     def residual(before: int, after: int, kind: Resample) -> nn.Module:
-        options = {"scale_shift": config.use_scale_shift_norm, "dropout": config.dropout}
-        emb = 4 * config.model_channels
-        return ResBlock(before, after, emb, len(factors), kind=kind, factors=factors, **options)  # type: ignore[arg-type]
+        emb, dims = 4 * config.model_channels, len(factors)
+        scale_shift, dropout = config.use_scale_shift_norm, config.dropout
+        return ResBlock(before, after, emb, dims, kind=kind, factors=factors, scale_shift=scale_shift, dropout=dropout)
 
     return residual
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.layers.spynet import SpyNet
@@ -142,12 +141,16 @@ def check_spynet(case: Case) -> None:
     expect_norms(case, module, flow.square().sum())
 
 
+def named_case(case: Case, name: str) -> Case:
+    """The case of which another takes weights: a file beside it, or one of ours."""
+    beside = case.path.with_name(f"{name}.safetensors")
+    return Case(beside if beside.is_file() else DATA / beside.name)
+
+
 def case_motion(case: Case, fields: Mapping[str, Any], official: dict[str, Tensor]) -> MotionUNet:
     """The motion network of constructor fields; the flow network's weights are in the file that these name."""
-    name = f"{fields['spynet_state_from']}.safetensors"
-    beside = case.path.with_name(name)
-    other = load_file(beside if beside.is_file() else DATA / name)
-    official = official | {f"spynet.{name.removeprefix('state/')}": value for name, value in other.items() if name.startswith("state/")}
+    other = named_case(case, fields["spynet_state_from"])
+    official = official | {f"spynet.{name}": value for name, value in other.state().items()}
     config = motion_config(fields)
     names = ("num_heads", "num_head_channels", "new_attention_order", "video_timesteps", "diffusion_timesteps", "image_size")
     if len(config.channel_mult) == 1:

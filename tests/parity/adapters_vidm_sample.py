@@ -14,7 +14,7 @@ from diffusion import DiffusionConfig
 from pipelines.loading import Loaded
 from pipelines.sampling import Sampling
 from pipelines.vidm import Drawing, FrameOrder, VIDMPipeline, released_pixels
-from tests.parity.adapters_vidm_net import case_content, case_motion
+from tests.parity.adapters_vidm_net import case_content, case_motion, named_case
 from tests.parity.case import Case, adapter
 from utils.config import to_dict
 from utils.rng import SampleRng
@@ -50,14 +50,9 @@ def recorded_noise(start: Tensor, steps: Tensor, first: int = 0) -> Iterator[Non
         yield
 
 
-def other_case(case: Case) -> Case:
-    """The case whose network this one takes."""
-    return Case(case.path.with_name(f"{case.config('state_from')}.safetensors"))
-
-
 @adapter("vidm", "content sampling")
 def check_content_sample(case: Case) -> None:
-    other = other_case(case)
+    other = named_case(case, case.config("state_from"))
     network = case_content(other.fields, other.state()).requires_grad_(False)
     process, sampling = process_of(case, network.config.learn_sigma)
     noise = case.input("x_T")[None], case.input("step_noise")[None]
@@ -71,7 +66,7 @@ def check_content_sample(case: Case) -> None:
 
 @adapter("vidm", "autoregressive video generation")
 def check_video(case: Case) -> None:
-    other = other_case(case)
+    other = named_case(case, case.config("state_from"))
     network = case_motion(other, other.fields, other.state()).requires_grad_(False)
     process, sampling = process_of(case, network.config.learn_sigma)
     content, drawn, first = case.input("content"), case.config("frames"), case.config("first_frame_index")
