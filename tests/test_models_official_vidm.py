@@ -1,5 +1,6 @@
 """Released checkpoints of VIDM's generators: every layout there and back, what tables of coordinates tell, image models as a start."""
 
+import re
 from typing import Any
 
 import pytest
@@ -127,6 +128,15 @@ def test_every_layout_of_the_content_network_is_told_by_its_checkpoint(changes: 
     again.load_state_dict(state)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
     assert {"module.input.input", "module.dt_embed.0.weight", "module.input_blocks.0.0.weight"} <= official.keys()
+
+
+@pytest.mark.parametrize("missing", ["input.input", "input_blocks.1.0.emb_layers.1.weight", "output_blocks.0.0.out_layers.3.bias"])
+def test_a_content_checkpoint_that_lacks_a_tensor_is_no_other_model(missing: str) -> None:
+    """Without its constant it is no image model of six channels."""
+    official = export_content(content().state_dict())
+    del official[f"module.{missing}"]
+    with pytest.raises(ValueError, match=f"missing {re.escape(missing)}"):
+        load_content(released(official), **UNTOLD)
 
 
 def image_model(model: ContentUNet) -> dict[str, Tensor]:

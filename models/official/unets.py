@@ -95,7 +95,7 @@ def settings(state: State, zeros: Tensor | None, export: Rules) -> dict[str, Any
         "out_channels": 0 if inputs == len(last) else len(last),
         "model_channels": channels,
         "channel_mult": tuple(width // channels for width in widths),
-        "use_scale_shift_norm": scales(state, widths),
+        "use_scale_shift_norm": scales(state, widths[0], export),
         "conditional": conditional,
     }
 
@@ -120,9 +120,12 @@ def layout(state: State, export: Rules, prefix: str = "") -> tuple[list[int], di
     return [len(state[name]) for name in convolutions], {"num_res_blocks": blocks, "resblock_updown": updown}
 
 
-def scales(state: State, widths: Sequence[int]) -> bool:
-    """Whether the vector scales and shifts, or is added."""
-    return len(state["input_blocks.1.layers.0.emb_layers.1.weight"]) == 2 * widths[0]
+def scales(state: State, width: int, export: Rules) -> bool:
+    """Whether the vector scales and shifts, or is added; `width`: of the first level. Raises ValueError where that lacks."""
+    name = "input_blocks.1.layers.0.emb_layers.1.weight"
+    if name not in state:
+        raise ValueError(f"the state dict does not fit: missing {renamed(name, export)}")
+    return len(state[name]) == 2 * width
 
 
 def attended(state: State, told: Mapping[str, Any], prefix: str = "") -> tuple[int, ...]:

@@ -74,13 +74,13 @@ def load_content(checkpoint: Mapping[str, Any], **known: Any) -> tuple[State, Co
     official = _unwrapped(checkpoint)
     state = import_state(official, IMPORT)
     first, last, step = ends(state, (_FIRST, "out.conv.weight", "t_embedder.mlp.0.weight"), EXPORT)
-    plain = _CONSTANT not in official
+    plain = _CONSTANT not in official and "time_embed.0.weight" in official
     channels = first.shape[1] if plain else first.shape[1] // 2
     told = _stages(state, "", step.shape[1]) | _output(channels, len(last))
-    told["use_scale_shift_norm"] = scales(state, [told["model_channels"] * told["channel_mult"][0]])
+    told["use_scale_shift_norm"] = scales(state, told["model_channels"] * told["channel_mult"][0], EXPORT)
     if "y_embedder.embedding_table.weight" in state:
         told["num_classes"] = len(state["y_embedder.embedding_table.weight"])
-    if not plain:
+    if _CONSTANT in official:
         told["image_size"] = tuple(official[_CONSTANT].shape[2:])
     config = ContentUNetConfig(**told | known)
     if plain:
