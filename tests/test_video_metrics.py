@@ -189,6 +189,13 @@ def test_every_video_is_in_one_split() -> None:
         inception_score(torch.eye(3), 4)
 
 
+def test_answers_may_be_logits_or_probabilities() -> None:
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    expected = logits.double().softmax(dim=1)
+    torch.testing.assert_close(probabilities(logits), expected)
+    torch.testing.assert_close(probabilities(logits.softmax(dim=1)), expected, rtol=1e-5, atol=0)
+
+
 def test_rows_are_kept_in_the_order_of_their_videos() -> None:
     rows = FeatureRows()
     rows.update([2, 0], torch.tensor([[2.0], [0.0]]))

@@ -15,7 +15,9 @@ def check_distance(case: Case) -> None:
         assert len(features) == case.config(f"n_{name}")
         for part in features.split(7):
             found.update(part)
-    case.expect("fvd", torch.tensor(frechet_distance(sets["fake"], sets["real"]), dtype=torch.float64), 1e-9)
+    case.expect(
+        "fvd", torch.tensor(frechet_distance(sets["fake"], sets["real"]), dtype=torch.float64), 1e-6
+    )  # the recorded root loses digits where a set has fewer videos than features
 
 
 @adapter("vidm", "video inception score on class probabilities")
