@@ -23,7 +23,17 @@ NORMS, SMALLEST = 1e-3, 1e-5
 """Norms of gradients: relative, and absolute over the largest of the case."""
 SIZES = ("model_channels", "num_res_blocks", "num_heads", "num_head_channels", "resblock_updown", "diffusion_timesteps", "video_timesteps")
 CONTENT = ("in_channels", "use_scale_shift_norm", "dropout")
-IGNORED = ("dropout", "use_checkpoint", "use_fp16", "use_scale_shift_norm", "dims", "conv_resample", "pool", "num_heads_upsample")
+IGNORED = (
+    "dropout",
+    "use_checkpoint",
+    "use_fp16",
+    "use_scale_shift_norm",
+    "dims",
+    "conv_resample",
+    "pool",
+    "num_heads_upsample",
+    "num_classes",
+)
 """Constructor fields that the release's motion networks pay no heed to, or that have one value only."""
 
 
@@ -102,6 +112,7 @@ def check_attention(case: Case) -> None:
     channels, each = case.config("channels"), case.config("num_head_channels", -1)
     heads = case.config("num_heads", 1) if each == -1 else channels // each
     case.config("num_heads", 1)
+    read_ignored(case.fields)
     module = AttentionBlock(channels, heads, case.config("use_new_attention_order", case.config("new_attention_order", False)))
     load_part(module, case.state())
     y = module(case.input("x"))
@@ -193,6 +204,7 @@ def check_parts(case: Case, model: MotionUNet, where: Place, pictures: tuple[Ten
 def case_content(fields: Mapping[str, Any], official: dict[str, Tensor]) -> ContentUNet:
     """The content network of constructor fields. What its weights tell of its config must be what the fields say."""
     known = settings(fields) | {name: fields[name] for name in CONTENT if name in fields}
+    known["num_classes"] = fields.get("num_classes") or 0
     config = ContentUNetConfig(**known, learn_sigma=fields.get("out_channels", 6) == 2 * fields.get("in_channels", 3))
     names = ("num_heads", "num_head_channels", "new_attention_order", "dropout", "attention_resolutions")
     if len(config.channel_mult) == 1:
@@ -212,6 +224,6 @@ def case_content(fields: Mapping[str, Any], official: dict[str, Tensor]) -> Cont
 )
 def check_content(case: Case) -> None:
     model = case_content(case.fields, case.state())
-    y = model(case.input("x"), case.input("dt"))
+    y = model(case.input("x"), case.input("dt"), case.input("y") if case.has("in/y") else None)
     case.expect("y", y, tolerance())
     expect_norms(case, model, y.square().sum())
