@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from engine.shard import unit_policy
 from models import MODELS
 from models.layers.spynet import SpyNet
 from models.unets.adm import AttentionBlock
@@ -162,6 +164,14 @@ def test_coordinates_and_flow_stay_in_float32() -> None:
     assert 0 < float((rounded - out).abs().max() / out.abs().max()) < 0.1
     kept = copy.deepcopy(model.spynet).bfloat16()  # weights that were rounded compute in float32 all the same
     assert kept(first, previous).dtype == torch.float32
+
+
+def test_sharding_leaves_the_weights_of_posgn_whole() -> None:
+    """What its MLP computes in float32 must not begin with rounded weights."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for unit in motion().units():
+        exact = any(isinstance(module, PosGN) for module in unit.modules())
+        assert not exact or unit_policy(unit, policy).param_dtype is None
 
 
 def test_the_flow_network_is_trained_with_the_rest() -> None:

@@ -102,6 +102,9 @@ class PosResBlock(nn.Module):
 class PosStage(nn.Module):
     """One block of a UNet: residual blocks with PosGN, attention, convolutions."""
 
+    float32 = True
+    """Where weights are sharded they come as they are kept: PosGN's MLP needs them so. Autocast rounds those of the others."""
+
     def __init__(self, layers: Layers) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers.modules)
