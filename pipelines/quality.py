@@ -25,7 +25,8 @@ class VideosConfig:
     """What figures of videos have in common."""
 
     dir2: str = ""
-    """Generated videos: the --out of sample.py, or any folder of mp4, gif and other video files, .npy arrays and folders of pictures."""
+    """Generated videos: the --out of sample.py, any folder of mp4, gif and other video files, .npy arrays and folders of pictures, or a
+    shard set made by preprocess.py."""
     num_videos: int = flag(2048, "ns")
     """Of each side; a side of fewer is measured whole, and said so."""
     n_frames: int = flag(0, "n")
@@ -62,6 +63,10 @@ class VideosConfig:
         side = self.resolution or self.rules.side
         return (side, side) if side else None
 
+    def name(self, figure: str, videos: int) -> str:
+        """As published figures are called, fvd2048_16f; another protocol's bears its name."""
+        return f"{figure}{videos}_{self.frames}f" + ("" if self.protocol == "stylegan-v" else f"_{self.protocol}")
+
     def validate(self) -> None:
         """Raises ConfigError on settings that cannot work."""
         if not self.dir2:
@@ -76,7 +81,7 @@ class FvdConfig(VideosConfig):
     """Frechet video distance between real and generated videos."""
 
     dir1: str = ""
-    """Real videos: a folder as of --dir2, or a shard set made by preprocess.py."""
+    """Real videos: of any of these kinds."""
     i3d: str = ""
     """The network: StyleGAN-V's TorchScript I3D (i3d_torchscript.pt), or the I3D weights of PVDM, HVDM and CMD (i3d_pretrained_400.pt)."""
 
@@ -121,7 +126,7 @@ def measure_fvd(config: FvdConfig, env: Env) -> dict[str, Any]:
     if min(len(real), len(generated)) <= dim:
         notes.append(f"{min(len(real), len(generated))} videos and {dim} features: a covariance is singular, the distance is far too large")
     figures = {"fvd": frechet_distance(sides[0], sides[1]), "real_videos": len(real), "generated_videos": len(generated)}
-    described = {"id": f"fvd{len(generated)}_{config.frames}f", "covariance": "unbiased"}
+    described = {"id": config.name("fvd", len(generated)), "covariance": "unbiased"}
     return _report(figures, notes, config, described, detector, [real, generated], env)
 
 
@@ -139,7 +144,7 @@ def measure_vis(config: VisConfig, env: Env) -> dict[str, Any]:
     shuffle = SHUFFLE_SEED if config.rules.shuffled else None
     mean, std = inception_score(probabilities(outputs), config.splits, shuffle)
     described = {
-        "id": f"isv{len(clips)}_{config.frames}f",
+        "id": config.name("isv", len(clips)),
         "splits": config.splits,
         "shuffle": "none" if shuffle is None else f"RandomState({shuffle})",
         "classes": outputs.shape[1],

@@ -151,6 +151,7 @@ def test_the_releases_protocol_is_as_its_scripts_read(place: Path) -> None:
     assert found["fvd"] == pytest.approx(distance(rows["real"], rows["fake"]), rel=1e-4)
     assert "compares with no published one" in found["notes"][0]
     assert found["protocol"]["detector"]["options"]["rescale"] is False
+    assert found["protocol"]["id"] == "fvd3_2f_release", "a published name would stand for the published protocol"
     defaults = FvdConfig(protocol="release")
     assert (defaults.frames, defaults.size) == (128, (256, 256)) and (FvdConfig().frames, FvdConfig().size) == (16, None)
 
@@ -177,6 +178,7 @@ def test_vis_is_the_score_of_shuffled_videos_whatever_the_batch(place: Path) -> 
     assert found["protocol"]["id"] == "isv7_4f" and expected != pytest.approx(inception_score(probs, 3), rel=1e-3)
     release = measure_vis(vis_config(place, protocol="release", resolution=8, c3d=str(place / "i3d.pt")), ALONE)
     assert release["protocol"]["shuffle"] == "none" and release["protocol"]["outputs"] == "probabilities"
+    assert release["protocol"]["id"] == "isv7_4f_release"
     with pytest.raises(UserError, match="7 videos cannot be 10 splits"):
         measure_vis(vis_config(place, num_videos=20, splits=10), ALONE)
 
