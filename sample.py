@@ -139,8 +139,11 @@ def _written(job: SampleJob, config: SampleConfig, name: str) -> bool:
 
 
 def _check_settings(job: SampleJob, config: SampleConfig) -> None:
-    """Raises UserError when the folder holds samples of other settings, or longer videos."""
+    """Raises UserError when the folder holds samples of other settings, or longer videos, and for a file in its place."""
     folder = config.out
+    file = next((place for place in (folder, *folder.parents) if place.is_file()), None)
+    if file is not None:
+        raise UserError(f"--out {folder}: {file} is a file, a folder is wanted")
     path = folder / "settings.json"
     if not path.exists():
         return

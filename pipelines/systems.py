@@ -67,14 +67,18 @@ def _told(argv: Sequence[str]) -> str:
     if "system" in given:
         return given["system"]
     run = next((given[name] for name in ("run", "results_dir") if given.get(name)), "")
-    trained = systems_in(Path(run)) if run and Path(run).is_dir() else []
+    trained = systems_in(Path(run)) if run else []
     if len(trained) > 1:
         raise UserError(f"--run {run} holds runs of {' and '.join(trained)}: say with --system which of them generates")
-    name = next((name for name in (*_DENOISER, *_GENERATORS) if given.get(name)), "")
-    named = trained or [system for system in [_of_network(name, given[name])] if system in SYSTEMS] if name else trained
+    networks = (_of_network(name, given[name]) for name in (*_DENOISER, *_GENERATORS) if given.get(name))
+    system = trained[0] if trained else next((system for system in networks if system in SYSTEMS), "")
+    if system:
+        return system
+    if run:
+        raise UserError(f"--run {run}: no finished run in it (finished: it has export/config.yaml); train it, or give other networks")
     known = {name: len(given.keys() & _names(system.config)) for name, system in SYSTEMS.items()}
     most = [name for name, count in known.items() if count == max(known.values())]
-    return named[0] if named else most[0] if len(most) < len(SYSTEMS) else ""
+    return most[0] if len(most) < len(SYSTEMS) else ""
 
 
 _DENOISER = ("denoiser", "ckpt", "second_model")

@@ -134,7 +134,7 @@ class VIDMMotionConfig(VIDMRunConfig):
         steps, frames, model = self.model.video_timesteps, self.preview.frames, self.model
         if steps < 0 or (steps and steps < self.data.n_frames):
             raise ConfigError(f"--video-timesteps {steps}: at least --n-frames {self.data.n_frames}, whose frames it tells apart")
-        if frames < 0:
+        if frames < 0 or frames == 1:
             raise ConfigError(f"preview.frames {frames}: 2 or more, or 0 for no videos")
         if model.spynet and model.init_from:
             raise ConfigError("--spynet and --init-from: a trained generator brings its flow network along; give one of them")

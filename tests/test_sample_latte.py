@@ -254,7 +254,7 @@ def test_help_explains_every_system(capsys: pytest.CaptureFixture[str]) -> None:
         (["--denoiser", "x.pt", "--eta", "2"], "--eta 2.0: between 0 and 1"),
         (["--denoiser", "x.pt", "--steps", "3", "--respacing", "4"], "give one of them"),
         (["--system", "latte"], "what to sample from.* --denoiser"),
-        (["--num-samples", "1"], "what to sample from.* --system cmd, latte, pvdm or hvdm"),
+        (["--num-samples", "1"], "what to sample from.* --system cmd, latte, pvdm, hvdm or vidm"),
         (["--denoiser", "x.pt", "--trajectory-every", "0"], "--trajectory-every 0"),
     ],
 )

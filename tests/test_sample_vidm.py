@@ -308,6 +308,23 @@ def test_the_system_is_told_by_the_networks(results: Path, tmp_path: Path) -> No
     paths = cmd_family(tmp_path)
     found = load_sampling(["--motion", str(paths["motion"]), "--content", str(paths["content"])], "sample.py", "")
     assert found.system == "cmd"
+    # One that is not there tells nothing, the other does.
+    found = load_sampling(["--motion", "nowhere", "--content", str(results / "000-vidm-content"), "--num-frames", "3"], "sample.py", "")
+    assert isinstance(found, VIDMSampleConfig)
+
+
+def test_results_that_are_not_there_are_told_whatever_the_flags(tmp_path: Path) -> None:
+    """With --num-frames, which several systems know, it spoke of the clips of one of them."""
+    for place, said in ((tmp_path / "nowhere", "no such folder"), (tmp_path, "no finished run in it")):
+        with pytest.raises(UserError, match=f"^--run {place}: {said}"):
+            parsed(place, "--num-frames", "3")
+
+
+def test_a_file_is_no_folder_to_write_to(results: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "samples"):
+        with pytest.raises(UserError, match=f"^--out {out}: {tmp_path / 'file'} is a file, a folder is wanted$"):
+            make(out, results, *LINE)
 
 
 @pytest.mark.parametrize(

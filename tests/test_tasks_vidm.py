@@ -210,6 +210,7 @@ def test_content_starts_from_an_image_model(tmp_path: Path) -> None:
     [
         ("motion", ["--video-timesteps", "3", "--n-frames", "6"], r"--video-timesteps 3: at least --n-frames 6"),
         ("motion", ["--preview.frames", "-1"], r"preview.frames -1"),
+        ("motion", ["--preview.frames", "1"], r"preview.frames 1: 2 or more, or 0 for no videos"),
         ("motion", ["--preview.steps", "0"], r"preview.steps 0: between 1 and"),
         ("motion", ["--process", "flow", "--loss-weighting", "none"], r"diffusion.process flow: .*use ddpm$"),
         ("motion", ["--model", "VIDM-content"], r"VIDM-content is of the other stage; this one trains VIDM-motion$"),
