@@ -149,6 +149,19 @@ def test_of_uncompressed_clips_three_frames_are_read(folder: Path, monkeypatch: 
     assert sum(asked) == 5 * 4 * 3 * stream.reader.row_bytes
 
 
+def test_of_compressed_clips_what_lies_between_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = open_shards(DataConfig(path=(str(write_set(tmp_path / "set", [2], codec="mp4", lengths=(30,))),)))
+    plain, asked = reading.decode_window, list[tuple[int, int]]()
+
+    def noted(payload: bytes, start: int, n_frames: int, size: tuple[int, int] | None = None) -> np.ndarray:
+        asked.append((start, n_frames))
+        return plain(payload, start, n_frames, size)
+
+    monkeypatch.setattr(reading, "decode_window", noted)
+    TripleReader(shards, 30).read(np.array([1]), np.array([24]))
+    assert asked == [(0, 1), (24, 2)]
+
+
 @pytest.mark.parametrize("lengths", [LENGTHS, (12,)])
 def test_compressed_clips_give_the_frames_that_decoding_the_whole_gives(tmp_path: Path, lengths: tuple[int, ...]) -> None:
     shards = open_shards(DataConfig(path=(str(write_set(tmp_path / "set", [4], codec="mp4", lengths=lengths, size=(17, 32))),)))
