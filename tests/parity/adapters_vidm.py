@@ -15,9 +15,9 @@ from tests.parity.data_cases import numbers, resized
 def check_crop(case: Case) -> None:
     size = (case.config("resolution"),) * 2
     clip = resized(case.input("video_tchw_0_255"), size, "vidm")
-    case.expect("video_cthw", clip.transpose(0, 1), 1e-6)
-    case.expect("image_chw", clip[0], 1e-6)
-    case.expect("image_model_range", clip[0] / 255 * 2 - 1, 1e-6)
+    case.expect("video_cthw", clip.transpose(0, 1), 1e-5)
+    case.expect("image_chw", clip[0], 1e-5)
+    case.expect("image_model_range", clip[0] / 255 * 2 - 1, 1e-5)
 
 
 @adapter("vidm", "evaluation reader: frame subsampling of a video file")
