@@ -229,7 +229,7 @@ def test_make_bench_runs_every_benchmark() -> None:
     assert scripts == set(re.findall(r"for name in ([\w ]+);", line)[0].split())
 
 
-@pytest.mark.parametrize("system", ["pvdm", "hvdm"])
+@pytest.mark.parametrize("system", ["pvdm", "hvdm", "vidm"])
 def test_long_video_measures_each_length_in_its_own_process(output: Callable[..., str], system: str) -> None:
     tiny = ("--system", system, "--device", "cpu", "--image-size", "64", "--clip-frames", "8", "--steps", "1", "1")
     text = output(long_video.main, *tiny, "--frames", "9", "17")
