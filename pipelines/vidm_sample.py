@@ -14,12 +14,9 @@ from pipelines.loading import diffusion_of, is_official
 from pipelines.pictures import find_pictures, hash_picture, read_picture
 from pipelines.runs import find_family
 from pipelines.sampling import Sampler, Sampling, count_steps
-from pipelines.vidm import Drawing, FrameOrder, VIDMPipeline, as_released
+from pipelines.vidm import RELEASED, Drawing, FrameOrder, VIDMPipeline, as_released
 from utils.config import flag, to_dict
 from utils.errors import ConfigError, UserError
-
-STEPS = 100
-"""Where none are given: the release's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +216,7 @@ def _pipeline(config: VIDMSampleConfig, device: torch.device) -> VIDMPipeline:
 
 def _sampling(config: VIDMSampleConfig, process: DiffusionConfig, given: int | None) -> Sampling:
     """The release's sampling, in `given` steps where they are. Raises ConfigError when it does not suit the process."""
-    steps = given or config.steps or min(STEPS, process.steps)
+    steps = given or config.steps or min(RELEASED.steps, process.steps)
     sampler = "ddpm" if config.sampler == "auto" else config.sampler
     sampling = Sampling(steps=steps, sampler=sampler, eta=config.eta, clip=True).resolved(process)
     if sampling.sampler == "ddpm" and process.steps % steps == 0:
