@@ -32,7 +32,9 @@ CAPTIONS = {
     "content_frame": "their content frames",
     "content_samples": "generated content frames",
     "motion_samples": "held-out clips, each above a generated motion of its content frame",
-    "samples": "generated clips",
+    "samples": "generated clips or frames",
+    "next": "the first frame, the one before, the true frame and the generated one",
+    "video": "generated videos that begin with the first frames of clips",
 }
 SETTINGS = "settings.json"
 """What sample.py writes beside its samples."""

@@ -357,9 +357,13 @@ def test_networks_must_be_named(results: Path) -> None:
 def test_the_report_shows_the_videos_and_both_stages(whole: Path, tmp_path: Path) -> None:
     for stage in ("content", "motion"):
         run = tmp_path / f"000-vidm-{stage}"
-        run.mkdir()
+        (run / "samples").mkdir(parents=True)
+        for preview in {"content": ("samples",), "motion": ("next", "video")}[stage]:
+            Image.new("RGB", (8, 8)).save(run / "samples" / f"step_0000002_{preview}.png")
         (run / "config.yaml").write_text(f"system: vidm\nstage: {stage}\n")
         (run / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n')
     page = report.build(tmp_path, [whole], None)
     assert "<h2>Generated videos: 4 frames, one after the other</h2>" in page
+    shown = re.findall(r'<img [^>]*alt="([^"]+)"', page)
+    assert len(shown) == 4 and not {"samples", "next", "video"} & set(shown), "each picture says what it shows"
     assert "<h2>Content generator</h2>" in page and "<h2>Motion generator</h2>" in page and page.count("<video") == 3
