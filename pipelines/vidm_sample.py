@@ -124,10 +124,11 @@ class VIDMSampleJob:
 
     def picture(self, index: int) -> Tensor:
         """The picture 3 h w in [-1, 1] at which a sample begins."""
-        # As clips are cut and resized, those of the release without smoothing.
-        smooth = not is_official(self.pipeline.motion.path)
+        # Made smaller as the frames of training were, those of the release without a filter.
+        motion = self.pipeline.motion
+        antialias = motion.card.get("data", {}).get("antialias", not is_official(motion.path))
         path = self.pictures[index % len(self.pictures)]
-        return read_picture(path, self.pipeline.image_size, antialias=smooth).to(self.pipeline.device)
+        return read_picture(path, self.pipeline.image_size, antialias=antialias).to(self.pipeline.device)
 
     def generate(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Whole videos b 3 t h w in [-1, 1]."""

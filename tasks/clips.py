@@ -103,6 +103,8 @@ class ClipInfo:
     """Distances, one of which each sample draws in its place, and says which."""
     take: Take = "window"
     """What the stream gives of a window of `n_frames`."""
+    antialias: bool = True
+    """The frames were filtered before they were made smaller."""
 
     @classmethod
     def of(cls, shards: Collection, data: DataConfig, strides: tuple[int, ...] = (), take: Take = "window") -> "ClipInfo":
@@ -121,6 +123,7 @@ class ClipInfo:
             frame_interval=data.frame_interval,
             strides=strides,
             take=take,
+            antialias=bool((shards.meta.get("transform") or {}).get("antialias", True)),
         )
 
     @property
@@ -141,6 +144,7 @@ class ClipInfo:
             "classes": list(self.classes),
             **({"frame_interval": self.frame_interval} if self.frame_interval != 1 else {}),
             **({"frame_strides": list(self.strides)} if self.strides else {}),
+            **({} if self.antialias else {"antialias": False}),
         }
 
 

@@ -228,6 +228,14 @@ def test_videos_begin_at_pictures(results: Path, pictures: Path, tmp_path: Path)
         job(results, *LINE, "--image", pictures / "bad.txt")
 
 
+def test_pictures_are_made_smaller_as_the_frames_of_training_were(pictures: Path, tmp_path: Path) -> None:
+    """The release filters nothing, and so do shards with --preset vidm: a smoother first frame was never trained."""
+    for name, told in (("filtered", {}), ("bare", {"antialias": False})):
+        export_network(tmp_path / name / "000-vidm-motion", motion_network(), "motion", data=DATA | told)
+        found = job(tmp_path / name, *LINE, "--image", pictures / "0.png").picture(0)
+        assert torch.equal(found, read_picture(pictures / "0.png", (8, 12), antialias=name == "filtered"))
+
+
 def test_the_frame_order_of_the_release_on_wish(results: Path, pictures: Path) -> None:
     line = [results, *LINE, "--image", pictures]
     right, released = job(*line), job(*line, "--release-frame-order")

@@ -1,5 +1,6 @@
 """VIDM's two stages without a stream: what they learn from, defaults, starts from other weights, cards, previews, mistakes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from launch.env import Env
 from models.layers.spynet import SpyNet
 from models.official.vidm import export_content, export_motion
 from tasks import vidm_motion
 from tasks.latent import LatentTask
 from tests import vidm_exports
-from tests.vidm_stage import SIZE, N, batch, config, module, task
+from tests.shard_sets import write_set
+from tests.vidm_stage import MODULES, SIZE, N, arguments, batch, config, module, task
 from utils.config import load_config
 from utils.errors import ConfigError, UserError
 from utils.media import to_float
@@ -114,6 +117,15 @@ def test_a_card_tells_all_that_sampling_needs(stage: str) -> None:
     if stage == "motion":
         assert card["model"]["video_timesteps"] == N and card["model"]["diffusion_timesteps"] == 1000
         assert task(stage, "--video-timesteps", "9").card()["model"]["video_timesteps"] == 9
+
+
+def test_a_card_tells_how_frames_were_made_smaller(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "clips", (4,), lengths=(N,), size=SIZE)
+    index, setting = json.loads((folder / "index.json").read_text()), config("motion", *arguments(folder, "--n-frames", str(N)))
+    for given, told in ((None, True), ({"antialias": False}, False), ({"antialias": True}, True)):
+        (folder / "index.json").write_text(json.dumps(index | {"transform": given}))
+        made, _, _ = MODULES["motion"].build(setting, Env(0, 1, 0, 1, torch.device("cpu"), "gloo"))
+        assert made.card()["data"].get("antialias", True) is told
 
 
 def test_previews_are_pictures_and_videos() -> None:
