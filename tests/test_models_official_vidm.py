@@ -22,6 +22,8 @@ LAYOUTS: list[dict[str, Any]] = [
     {"channel_mult": (2, 3), "attention_resolutions": (2,)},
     {"learn_sigma": False},
 ]
+NARROW = {"model_channels": 64, "channel_mult": (0.5, 1, 1.5), "image_size": (8, 8), "attention_resolutions": ()}
+"""Levels narrower than model_channels, which of the content network alone the tensors tell."""
 UNTOLD = {"num_head_channels": 32}
 
 
@@ -118,7 +120,7 @@ def test_tensors_that_do_not_fit_are_named() -> None:
         load_motion(export_content(content().state_dict()), video_timesteps=4)
 
 
-@pytest.mark.parametrize("changes", [*LAYOUTS, {"use_scale_shift_norm": False}, {"num_classes": 4}])
+@pytest.mark.parametrize("changes", [*LAYOUTS, NARROW, {"use_scale_shift_norm": False}, {"num_classes": 4}])
 def test_every_layout_of_the_content_network_is_told_by_its_checkpoint(changes: dict[str, Any]) -> None:
     model = content(**changes)
     official = export_content(model.state_dict())

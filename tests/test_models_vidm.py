@@ -53,6 +53,7 @@ LAYOUTS: list[dict[str, Any]] = [
     {"num_head_channels": -1, "num_heads": 4},
     {"channel_mult": (1, 2, 3), "num_res_blocks": 2, "attention_resolutions": (1, 4), "image_size": (12, 8)},
     {"channel_mult": (2,)},
+    {"model_channels": 64, "channel_mult": (0.5, 1)},
     {"learn_sigma": False},
 ]
 

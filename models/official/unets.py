@@ -94,10 +94,15 @@ def settings(state: State, zeros: Tensor | None, export: Rules) -> dict[str, Any
         "in_channels": inputs,
         "out_channels": 0 if inputs == len(last) else len(last),
         "model_channels": channels,
-        "channel_mult": tuple(width // channels for width in widths),
+        "channel_mult": multiples(widths, channels),
         "use_scale_shift_norm": scales(state, widths[0], export),
         "conditional": conditional,
     }
+
+
+def multiples(widths: Sequence[int], channels: int) -> tuple[float, ...]:
+    """Widths over model_channels, as whole numbers where they are."""
+    return tuple(width / channels if width % channels else width // channels for width in widths)
 
 
 def ends(state: State, names: Sequence[str], export: Rules) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.layers.spynet import MEAN, STD
 from models.official.checkpoint import State, unwrap
-from models.official.unets import attended, check_state, ends, export_state, import_state, layout, scales
+from models.official.unets import attended, check_state, ends, export_state, import_state, layout, multiples, scales
 from models.unets.vidm_content import ContentUNet, ContentUNetConfig
 from models.unets.vidm_motion import MotionUNet, MotionUNetConfig
 
@@ -77,7 +77,7 @@ def load_content(checkpoint: Mapping[str, Any], **known: Any) -> tuple[State, Co
     plain = _CONSTANT not in official and "time_embed.0.weight" in official
     channels = first.shape[1] if plain else first.shape[1] // 2
     told = _stages(state, "", step.shape[1]) | _output(channels, len(last))
-    told["use_scale_shift_norm"] = scales(state, told["model_channels"] * told["channel_mult"][0], EXPORT)
+    told["use_scale_shift_norm"] = scales(state, int(told["model_channels"] * told["channel_mult"][0]), EXPORT)
     if "y_embedder.embedding_table.weight" in state:
         told["num_classes"] = len(state["y_embedder.embedding_table.weight"])
     if _CONSTANT in official:
@@ -143,6 +143,8 @@ def _tables(official: State, known: Mapping[str, Any]) -> dict[str, Any]:
     for steps, frames in times:
         told = {"diffusion_timesteps": int(steps), "video_timesteps": int(frames)}
     first = official.get("encoder.input_blocks.1.0.emb_layers.coords")
+    if first is not None and first.dim() != 4:
+        raise ValueError(f"the table of coordinates has the shape {tuple(first.shape)}: (batch, height, width, 2) was expected")
     if first is not None:
         told["image_size"] = tuple(first.shape[1:3])
     for name in ("diffusion_timesteps", "video_timesteps"):
@@ -157,7 +159,7 @@ def _stages(state: State, prefix: str, channels: int = 0) -> dict[str, Any]:
     """Settings of the stages; `channels`: model_channels; 0: what divides all widths, where no other tensor tells it."""
     widths, told = layout(state, EXPORT, prefix)
     channels = channels or math.gcd(*widths)
-    told |= {"model_channels": channels, "channel_mult": tuple(width // channels for width in widths)}
+    told |= {"model_channels": channels, "channel_mult": multiples(widths, channels)}
     return told | {"attention_resolutions": attended(state, told, prefix)}
 
 

@@ -14,7 +14,7 @@ class UNetConfig(ABC):
     """Channels of what is denoised."""
     model_channels: int = 128
     """Width of the first level over channel_mult's first entry."""
-    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    channel_mult: tuple[float, ...] = (1, 2, 4, 4)
     """Width of each level over model_channels; each level but the first has half the rows and columns."""
     num_res_blocks: int = 2
     """Residual blocks of a level on the way down; one more on the way up."""
@@ -26,9 +26,9 @@ class UNetConfig(ABC):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: at least 1")
         sides = self.halved()
-        if not self.channel_mult or min(self.channel_mult) < 1 or min(map(min, sides.values())) < 1:
+        if not self.channel_mult or min(self.channel_mult) <= 0 or min(map(min, sides.values())) < 1:
             told = " and ".join(f"{name} {values}" for name, values in {"channel_mult": self.channel_mult, **sides}.items())
-            raise ValueError(f"{told}: all at least 1")
+            raise ValueError(f"{told}: all above 0")
         check_halvings(sides, len(self.channel_mult))
         check_widths(self.model_channels, self.channel_mult)
 
@@ -39,7 +39,7 @@ class UNetConfig(ABC):
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of each level."""
-        return tuple(self.model_channels * times for times in self.channel_mult)
+        return tuple(int(self.model_channels * times) for times in self.channel_mult)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ FACTORS = (2, 2)
 class PixelUNetConfig(UNetConfig):
     image_size: tuple[int, int] = (128, 128)
     """Height and width of the pictures."""
-    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4, 4)
+    channel_mult: tuple[float, ...] = (1, 1, 2, 2, 4, 4)
     """Width of each level over model_channels; each level but the first has half the rows and columns."""
     attention_resolutions: tuple[int, ...] = (16,)
     """Levels with attention, by how many times smaller their sides are (not by their sides). The middle always has it."""

@@ -175,10 +175,10 @@ def check_halvings(sides: Mapping[str, Sequence[int]], levels: int) -> None:
             )
 
 
-def check_widths(model_channels: int, channel_mult: Sequence[int]) -> None:
+def check_widths(model_channels: int, channel_mult: Sequence[float]) -> None:
     """Raises ValueError for a level whose width cannot be normalised in groups."""
     for times in channel_mult:
-        if model_channels * times % GROUPS:
+        if int(model_channels * times) % GROUPS or model_channels * times < 1:
             raise ValueError(f"model_channels {model_channels} x {times} is not a multiple of {GROUPS}")
 
 
