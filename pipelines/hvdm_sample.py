@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipelines.clip_sample import ClipSampleConfig, ClipSampleJob
 from pipelines.hvdm import HVDMPipeline
-from pipelines.loading import Loaded, is_official
+from pipelines.loading import Loaded
 from pipelines.pictures import find_pictures, hash_picture, read_picture
 from pipelines.runs import find_family
 from utils.config import flag
@@ -135,9 +135,8 @@ class HVDMSampleJob(ClipSampleJob):
     def picture(self, index: int) -> Tensor:
         """The picture 3 h w in [-1, 1] at which a sample begins."""
         height, width = self.pipeline.clip_shape[1:]
-        # As clips are cut and resized, those of the release without smoothing.
-        smooth = not is_official(self.pipeline.ae.path)
-        return read_picture(self.pictures[index % len(self.pictures)], (height, width), antialias=smooth).to(self.pipeline.device)
+        path = self.pictures[index % len(self.pictures)]
+        return read_picture(path, (height, width), antialias=self.pipeline.ae.antialias).to(self.pipeline.device)
 
     def seen_picture(self, index: int) -> Tensor:
         """The same through the autoencoder: the first frame of a still clip of it."""

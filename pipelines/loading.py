@@ -47,6 +47,11 @@ class Loaded:
     weights: Weights = "model"
     """Which of the export's weights were asked for."""
 
+    @property
+    def antialias(self) -> bool:
+        """Whether the frames it was trained on were made smaller with a filter; those of the releases were not."""
+        return bool(self.card.get("data", {}).get("antialias", not is_official(self.path)))
+
 
 def load_autoencoder(path: str | Path, weights: Weights = "ema", *, n_frames: int = 16, image_size: tuple[int, int] = (64, 64)) -> Loaded:
     """CMD's autoencoder. An official checkpoint does not say its clip size: `n_frames` and `image_size` do.

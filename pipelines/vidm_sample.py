@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusion import DiffusionConfig
 from pipelines.jobs import SampleConfig, Strip, numbered
-from pipelines.loading import diffusion_of, is_official
+from pipelines.loading import diffusion_of
 from pipelines.pictures import find_pictures, hash_picture, read_picture
 from pipelines.runs import find_family
 from pipelines.sampling import Sampler, Sampling, count_steps
@@ -124,11 +124,8 @@ class VIDMSampleJob:
 
     def picture(self, index: int) -> Tensor:
         """The picture 3 h w in [-1, 1] at which a sample begins."""
-        # Made smaller as the frames of training were, those of the release without a filter.
-        motion = self.pipeline.motion
-        antialias = motion.card.get("data", {}).get("antialias", not is_official(motion.path))
         path = self.pictures[index % len(self.pictures)]
-        return read_picture(path, self.pipeline.image_size, antialias=antialias).to(self.pipeline.device)
+        return read_picture(path, self.pipeline.image_size, antialias=self.pipeline.motion.antialias).to(self.pipeline.device)
 
     def generate(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Whole videos b 3 t h w in [-1, 1]."""

@@ -1,6 +1,7 @@
 """What every stage knows of its clips: where they come from, and how they look to the first network."""
 
 import dataclasses
+import logging
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,8 @@ from utils.config import flag
 from utils.errors import ConfigError, UserError
 from utils.media import to_float
 from utils.rng import SampleRng
+
+_log = logging.getLogger(__name__)
 
 Networks = Mapping[str, Any]
 """Name -> module, perhaps wrapped by the engine. Any: tasks call methods of their own networks (`encode`, `decode`)."""
@@ -184,6 +187,8 @@ def open_clips(
     held_out = dataclasses.replace(data, path=(data.val_path,), weights=(), flip=False, shuffle="auto", dataset_name="")
     others = _open(held_out, env).numbered_after(shards.classes)
     _check_same_kind(shards, others)
+    if env.is_main and (leak := _shared_split(shards, others)):
+        _log.warning("%s", leak)
     whole = env.world_size * config.train.accumulation
     share = held_out.frame_sample_prob
     count = len(others.single_frames(share, config.train.seed)) if share else others.num_samples
@@ -219,6 +224,15 @@ def _check_same_kind(shards: Collection, held_out: Collection) -> None:
         raise ConfigError(
             f"--val-path {held_out.location} holds {what[1]}, --data-path {shards.location} {what[0]}: both must hold the same kind"
         )
+
+
+def _shared_split(shards: Collection, held_out: Collection) -> str:
+    """A warning where validation clips are among those of training, as far as the sets say: all splits of a data set beside one of them."""
+    whole = {item.name: item.where for item in shards.sets if item.meta.get("split") == "all"}
+    for item in held_out.sets:
+        if item.name in whole and item.meta.get("split") not in (None, "all"):
+            return f"{whole[item.name]} was prepared with --split all: the clips of --val-path {item.where} are among those trained on"
+    return ""
 
 
 def check_held_out(clips: ClipInfo, valid: ClipSource | None, *, labels: bool, vectors: bool) -> None:

@@ -1,5 +1,6 @@
 """Validation clips: their labels mean what the training set's mean, and they have the condition that the model is told."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,17 @@ def test_a_model_that_is_told_nothing_is_tested_on_any_set(tmp_path: Path, held_
 def test_a_stage_that_learns_single_clips_refuses_what_was_before_them(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^--previous: nothing here goes on after the clip before; drop the flag$"):
         opened(tmp_path, {}, {}, "--previous", "--n-frames", "3")
+
+
+@pytest.mark.parametrize(("splits", "leaks"), [(("all", "test"), True), (("train", "test"), False), (("all", "all"), False)])
+def test_validation_clips_that_are_trained_on_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, splits: tuple[str, str], leaks: bool
+) -> None:
+    """As in the release of VIDM, which trains on all splits."""
+    opened(tmp_path, {}, {})
+    for name, split in zip(("train", "val"), splits, strict=True):
+        index = tmp_path / name / "index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"name": "UCF-101", "split": split}))
+    data = ["--data-path", str(tmp_path / "train"), "--val-path", str(tmp_path / "val"), "--global-batch-size", "8", "--num-workers", "0"]
+    build(config(*data, "--ae", str(tmp_path / "ae"), "--latent-scale", "1"), ENV)
+    assert ("prepared with --split all" in caplog.text) == leaks

@@ -245,6 +245,14 @@ def test_pictures_are_cut_and_resized_as_clips_are(pictures: Path, tmp_path: Pat
     assert [path.name for path in find_pictures([str(pictures / "2.PNG"), str(pictures)])] == ["2.PNG", "0.png", "1.jpg", "2.PNG"]
 
 
+def test_pictures_are_made_smaller_as_the_clips_of_training_were(results: Path, pictures: Path) -> None:
+    made = job("--run", results, "--mode", "i2v", "--image", pictures / "0.png", "--num-samples", 1)
+    ae = made.pipeline.ae
+    for told in (True, False):
+        ae.card.setdefault("data", {})["antialias"] = told
+        assert torch.equal(made.picture(0), read_picture(pictures / "0.png", (16, 16), antialias=told))
+
+
 def test_an_official_checkpoint_begins_at_a_picture_untrained(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = official(tmp_path)
     line = ["--denoiser", paths["denoiser"], "--ae", paths["ae"], "--mode", "i2v", "--image", pictures / "0.png", "--num-samples", 1]
