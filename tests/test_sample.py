@@ -12,6 +12,7 @@ import pytest
 
 from tests.cmd_family import CLIPS, family
 from tests.distributed import ROOT, environment, torchrun
+from tests.sampling import contents
 
 SETTINGS = ["--num-samples", "7", "--steps", "2", "--seed", "3"]
 
@@ -35,10 +36,6 @@ def samples(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def script(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_one_file_a_sample_a_grid_and_the_settings(samples: Path) -> None:

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import evaluate
-import sample
 from datasets.stored_video import count_frames
 from diffusion import DiffusionConfig
 from launch import report
@@ -24,17 +23,16 @@ from launch.env import Env, StopFlag, Stopped
 from launch.run import parse_launch
 from models.layers.motion import motion_energy
 from pipelines.hvdm_sample import HVDMSampleConfig, HVDMSampleJob
-from pipelines.jobs import SampleConfig
 from pipelines.long import first_frame
 from pipelines.motion import measure_motion
 from pipelines.pictures import find_pictures, read_picture
 from pipelines.systems import load_sampling
 from tests.distributed import ROOT, environment
 from tests.hvdm_exports import DATA, DIT, TOLD, UNET, export_denoiser, family, official, told_family
+from tests.sampling import CPU, config, contents, make
 from utils.errors import ConfigError, UserError
 from utils.media import write_gif, write_mp4
 
-CPU = torch.device("cpu")
 STEPS = ["--steps", "2", "--seed", "3"]
 LONG = ["--mode", "long", "--num-samples", "2", *STEPS]
 
@@ -65,26 +63,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config(*argv: object) -> SampleConfig:
-    found = load_sampling([str(word) for word in argv], "sample.py", "")
-    found.validate()
-    return found
-
-
 def job(*argv: object) -> HVDMSampleJob:
     found = config(*argv)
     assert isinstance(found, HVDMSampleConfig)
     return HVDMSampleJob(found, CPU)
-
-
-def make(out: Path, *argv: object, env: Env | None = None) -> Path:
-    """What one process writes."""
-    sample.generate(config(*argv, "--out", out), env or Env(0, 1, 0, 1, CPU, "gloo"))
-    return out
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def latents(folder: Path, name: str = "000000") -> list[Tensor]:

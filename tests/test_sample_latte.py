@@ -17,13 +17,14 @@ import sample
 from datasets.shards import ShardSet
 from datasets.stored_video import decode_window
 from launch import report
-from launch.env import Env, distributed
+from launch.env import distributed
 from pipelines.jobs import choose_classes, load_vectors
 from pipelines.latte_sample import LatteSampleConfig, LatteSampleJob
 from pipelines.systems import load_sampling
 from tests import cmd_family
 from tests.distributed import ROOT, environment, torchrun
 from tests.latte_exports import LATTE, export_denoiser, export_vae, family, identity, sd_folder
+from tests.sampling import CPU, config, contents, make
 from tests.shard_sets import write_set
 from utils.config import load_config
 from utils.errors import ConfigError, UserError
@@ -32,7 +33,6 @@ from utils.weights import write_export
 
 SETTINGS = ["--num-samples", "5", "--steps", "4", "--seed", "3", "--guidance-scale", "2"]
 WATCHED = ["--denoising-strip", "2", "--strip-samples", "3", "--save-trajectory", "x0", "--trajectory-every", "3"]
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -42,25 +42,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config(*argv: object) -> LatteSampleConfig:
-    found = load_sampling([str(word) for word in argv], "sample.py", "")
-    assert isinstance(found, LatteSampleConfig)
-    found.validate()
-    return found
-
-
 def job(*argv: object) -> LatteSampleJob:
-    return LatteSampleJob(config(*argv), CPU)
-
-
-def make(out: Path, *argv: object) -> Path:
-    """What one process writes."""
-    sample.generate(config(*argv, "--out", out), Env(0, 1, 0, 1, CPU, "gloo"))
-    return out
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    found = config(*argv)
+    assert isinstance(found, LatteSampleConfig)
+    return LatteSampleJob(found, CPU)
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import sample
 from datasets.stored_video import count_frames, decode_window, iterate_frames
 from diffusion import DiffusionConfig
 from launch import report
 from launch.env import Env, StopFlag, Stopped
-from pipelines.jobs import SampleConfig
 from pipelines.latte_sample import LatteSampleJob
 from pipelines.long import ClipFolder, chain, count_clips, fingerprint
 from pipelines.pvdm_sample import PVDMSampleConfig, PVDMSampleJob
@@ -28,9 +26,9 @@ from pipelines.systems import load_sampling
 from tests import latte_exports
 from tests.distributed import ROOT, environment, torchrun
 from tests.pvdm_exports import DIT, export_denoiser, family, official, without_condition
+from tests.sampling import CPU, config, contents, make
 from utils.errors import ConfigError, UserError
 
-CPU = torch.device("cpu")
 LONG = ["--mode", "long", "--num-samples", "2", "--steps", "3", "--next-steps", "2", "--seed", "3"]
 
 
@@ -48,26 +46,10 @@ def latte(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config(*argv: object) -> SampleConfig:
-    found = load_sampling([str(word) for word in argv], "sample.py", "")
-    found.validate()
-    return found
-
-
 def job(*argv: object) -> PVDMSampleJob:
     found = config(*argv)
     assert isinstance(found, PVDMSampleConfig)
     return PVDMSampleJob(found, CPU)
-
-
-def make(out: Path, *argv: object, env: Env | None = None) -> Path:
-    """What one process writes."""
-    sample.generate(config(*argv, "--out", out), env or Env(0, 1, 0, 1, CPU, "gloo"))
-    return out
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def latents(folder: Path, name: str = "000000") -> list[Tensor]:

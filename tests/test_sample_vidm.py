@@ -16,14 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import sample
 from datasets.stored_video import iterate_frames
 from diffusion import DiffusionConfig
 from launch import report
 from launch.env import Env, StopFlag, Stopped
 from models.official import vidm as official
 from models.unets.vidm_motion import MotionUNetConfig
-from pipelines.jobs import SampleConfig
 from pipelines.pictures import read_picture
 from pipelines.sampling import Sampling
 from pipelines.systems import load_sampling
@@ -31,11 +29,11 @@ from pipelines.vidm import VIDMPipeline, released_pixels
 from pipelines.vidm_sample import VIDMSampleConfig, VIDMSampleJob
 from tests.cmd_family import family as cmd_family
 from tests.distributed import ROOT, environment, torchrun
+from tests.sampling import CPU, config, contents, make
 from tests.vidm_exports import CONTENT, DATA, MOTION, content_network, export_network, family, motion_network
 from utils.errors import ConfigError, UserError
 from utils.media import to_uint8
 
-CPU = torch.device("cpu")
 STEPS = ["--steps", "2", "--seed", "3"]
 LINE = ["--num-samples", "3", "--num-frames", "4", *STEPS]
 
@@ -57,28 +55,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def parsed(*argv: object) -> SampleConfig:
-    """A first word without dashes is the value of --run."""
-    words = [str(word) for word in argv]
-    config = load_sampling(words if words[0].startswith("-") else ["--run", *words], "sample.py", "")
-    config.validate()
-    return config
-
-
 def job(*argv: object) -> VIDMSampleJob:
-    config = parsed(*argv)
-    assert isinstance(config, VIDMSampleConfig)
-    return VIDMSampleJob(config, CPU)
-
-
-def make(out: Path, *argv: object, env: Env | None = None) -> Path:
-    """What one process writes."""
-    sample.generate(parsed(*argv, "--out", out), env or Env(0, 1, 0, 1, CPU, "gloo"))
-    return out
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    found = config(*argv)
+    assert isinstance(found, VIDMSampleConfig)
+    return VIDMSampleJob(found, CPU)
 
 
 def shown(path: Path) -> Tensor:
@@ -325,7 +305,7 @@ def test_results_that_are_not_there_are_told_whatever_the_flags(tmp_path: Path) 
     """With --num-frames, which several systems know, it spoke of the clips of one of them."""
     for place, said in ((tmp_path / "nowhere", "no such folder"), (tmp_path, "no finished run in it")):
         with pytest.raises(UserError, match=f"^--run {place}: {said}"):
-            parsed(place, "--num-frames", "3")
+            config(place, "--num-frames", "3")
 
 
 def test_a_file_is_no_folder_to_write_to(results: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ SAMPLES=(--num-samples 10 --num-frames 32)
 
 stages() {
   say "Content generator: first frames"
-  train train_content_diffusion.py "$SHARDS" "$HELD_OUT" --max-steps 1200
+  train train_content_diffusion.py "$SHARDS" "$HELD_OUT" --max-steps 1600
   say "Motion generator: the next frame, from the first one and the one before"
   train train_motion_diffusion.py "$SHARDS" "$HELD_OUT" --max-steps 1600
   SAMPLING=(--steps 50)
