@@ -18,6 +18,7 @@ from datasets.triples import Take
 from engine.config import RunConfig
 from engine.task import Batch
 from launch.env import Env
+from tasks.held_out import check_same_kind, shared_split
 from utils.config import flag
 from utils.errors import ConfigError, UserError
 from utils.media import to_float
@@ -186,8 +187,8 @@ def open_clips(
         return ClipInfo.of(shards, data, strides, take), source, None
     held_out = dataclasses.replace(data, path=(data.val_path,), weights=(), flip=False, shuffle="auto", dataset_name="")
     others = _open(held_out, env).numbered_after(shards.classes)
-    _check_same_kind(shards, others)
-    if env.is_main and (leak := _shared_split(shards, others)):
+    check_same_kind(shards, others)
+    if env.is_main and (leak := shared_split(shards, others)):
         _log.warning("%s", leak)
     whole = env.world_size * config.train.accumulation
     share = held_out.frame_sample_prob
@@ -213,26 +214,6 @@ def _open(data: DataConfig, env: Env) -> Collection:
             differ = "clips of other lengths" if data.frame_sample_prob and seen[0][:2] == seen[other][:2] else counts
             raise UserError(f"{shards.location} is not the same for all processes ({differ}): copy the set again to the node that differs")
     return shards
-
-
-def _check_same_kind(shards: Collection, held_out: Collection) -> None:
-    """Raises ConfigError when one holds clips and the other latents, or each those of an autoencoder of its own."""
-    kinds = [str(item.meta["autoencoder"].get("sha256"))[:12] if item.is_latent else "clips" for item in (shards, held_out)]
-    names = [" and ".join(item.tensors) for item in (shards, held_out)]
-    if kinds[0] != kinds[1] or names[0] != names[1]:
-        what = [f"latents ({name}) of the autoencoder {kind}..." if name else kind for kind, name in zip(kinds, names, strict=True)]
-        raise ConfigError(
-            f"--val-path {held_out.location} holds {what[1]}, --data-path {shards.location} {what[0]}: both must hold the same kind"
-        )
-
-
-def _shared_split(shards: Collection, held_out: Collection) -> str:
-    """A warning where validation clips are among those of training, as far as the sets say: all splits of a data set beside one of them."""
-    whole = {item.name: item.where for item in shards.sets if item.meta.get("split") == "all"}
-    for item in held_out.sets:
-        if item.name in whole and item.meta.get("split") not in (None, "all"):
-            return f"{whole[item.name]} was prepared with --split all: the clips of --val-path {item.where} are among those trained on"
-    return ""
 
 
 def check_held_out(clips: ClipInfo, valid: ClipSource | None, *, labels: bool, vectors: bool) -> None:
