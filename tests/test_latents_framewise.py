@@ -21,6 +21,7 @@ from safetensors.numpy import load
 from datasets.prepare import frame_latents
 from datasets.prepare.frame_latents import LOAD_BYTES
 from datasets.prepare.latents import Share, encode_set
+from datasets.prepare.moments import Moments
 from datasets.prepare.stored import decode_clip
 from datasets.reader import ClipReader
 from datasets.shards import ShardSet
@@ -66,6 +67,16 @@ def test_any_memory_layout_of_the_encoder_gives_the_same_bytes(pixels: Path, who
             return super().encode_moments(video).permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
 
     assert folder_digests(make(pixels, tmp_path / "set", ChannelsLast(), dtype="float32")) == folder_digests(whole)
+
+
+def test_sums_do_not_depend_on_the_order_of_memory() -> None:
+    values = np.random.default_rng(0).normal(size=(16, 9, 13)).astype(np.float32)
+    found = []
+    for laid_out in (values, np.asfortranarray(values), values.transpose(1, 2, 0).copy().transpose(2, 0, 1)):
+        moments = Moments()
+        moments.add({"sample": laid_out})
+        found.append(moments.to_dict())
+    assert found[0] == found[1] == found[2]
 
 
 def test_each_frame_has_its_row(pixels: Path, whole: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass
 class Moments:
-    """Sums over the stored values of one shard, correctly rounded whatever the order of the samples."""
+    """Sums over the stored values of one shard, correctly rounded whatever the order of the samples and of their memory."""
 
     shapes: dict[str, list[int]] = field(default_factory=dict)
     sums: dict[str, list[float]] = field(default_factory=dict)
@@ -19,7 +19,7 @@ class Moments:
     def add(self, tensors: dict[str, np.ndarray]) -> None:
         """Counts the tensors of one sample."""
         for name, value in tensors.items():
-            wide = value.astype(np.float64)
+            wide = np.ascontiguousarray(value, dtype=np.float64)  # numpy adds in the order of memory, which convolutions choose
             self.shapes[name] = list(value.shape)
             self.sums.setdefault(name, []).append(float(wide.sum()))
             self.squares.setdefault(name, []).append(float(np.square(wide).sum()))
