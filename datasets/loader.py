@@ -6,9 +6,7 @@ by worker processes, because decoding holds the interpreter's lock too long for 
 
 import itertools
 import os
-import signal
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets.config import DataConfig, resolve
 from datasets.faults import Fault, FaultLog
+from datasets.loader_process import check_temporary, obey_parent_only
 from datasets.lookahead import Lookahead
 from datasets.mixture import Collection
 from datasets.order import Order
@@ -239,7 +238,8 @@ class ClipSource(Dataset[Item]):
         return {name: value.pin_memory() for name, value in item[0].items()}, item[1]
 
     def _from_processes(self, numbers: Iterator[int]) -> Iterator[Item]:
-        """The processes start now, not when the first item is asked for."""
+        """The processes start now, not when the first item is asked for. Raises ConfigError where they could hand nothing over."""
+        check_temporary()
         return iter(
             DataLoader(
                 self,
@@ -250,7 +250,7 @@ class ClipSource(Dataset[Item]):
                 pin_memory=torch.cuda.is_available(),
                 # They share the memory of the indices, and have this process for a parent; Python 3.14 would do otherwise.
                 multiprocessing_context="fork" if sys.platform == "linux" else None,
-                worker_init_fn=_obey_parent_only,
+                worker_init_fn=obey_parent_only,
                 collate_fn=_as_is,
             )
         )
@@ -275,24 +275,3 @@ def _reader(shards: Collection, data: DataConfig, strides: Sequence[int], take: 
 def _as_is(item: Any) -> Any:
     """A loader process hands on what `__getitem__` gave."""
     return item
-
-
-def _obey_parent_only(worker: int) -> None:
-    """In a loader process: signals of a launcher or a terminal, which reach all processes of a run, are left to the parent.
-
-    It still needs its samples to end the step and save. SIGTERM from the parent itself ends the process, as multiprocessing expects.
-    """
-    numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
-    if not hasattr(signal, "sigwaitinfo"):  # macOS: no way to tell who sent it
-        for number in numbers - {signal.SIGTERM}:
-            signal.signal(number, signal.SIG_IGN)
-        return
-
-    def serve() -> None:
-        while True:
-            info = signal.sigwaitinfo(numbers)
-            if info.si_signo == signal.SIGTERM and info.si_pid == os.getppid():
-                os._exit(0)
-
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    threading.Thread(target=serve, name="signals", daemon=True).start()

@@ -1,7 +1,8 @@
 """The best evaluation of a run: its weights are the run's export, and its card is all that is remembered of it."""
 
+import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import torch
 import torch.distributed as dist
 
 from engine.config import RunConfig
+from engine.runs import Run
 from launch.env import Env
 from utils.config import load_yaml
 from utils.errors import ConfigError, UserError
 from utils.files import sha256_file
 from utils.weights import CARD
+
+_log = logging.getLogger(__name__)
 
 
 class Best:
@@ -23,8 +27,9 @@ class Best:
     export there: nothing has to be in the checkpoint. An export that a kill has cut short counts as none.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, env: Env) -> None:
-        """`folder`: the run's. Every rank makes one."""
+    def __init__(self, run: Run, config: RunConfig, env: Env) -> None:
+        """Every rank makes one."""
+        self._env = env
         self._config = config.best
         self._every = config.log.eval_every
         self.metric = config.best.name
@@ -32,8 +37,8 @@ class Best:
         """Of the best evaluation; None: there is none yet, or the run keeps its last weights."""
         self.value = math.nan
         if self.metric:
-            found: list[Any] = [_read(folder / "export", self.metric) if env.is_main else None]
-            dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
+            found: list[Any] = [_read(run.folder / "export", self.metric) if env.is_main else None]
+            dist.broadcast_object_list(found, src=0, group=run.group, device=torch.device("cpu"))
             self.step, self.value = found[0] or (None, math.nan)
 
     @property
@@ -47,25 +52,27 @@ class Best:
             there = ", ".join(name.removeprefix("eval/") for name in values) or "nothing"
             raise ConfigError(f"--best-metric {self.metric}: the evaluation of this stage measures {there}")
 
-    def improves(self, values: Mapping[str, float], step: int) -> bool:
-        """Whether the evaluation after `step` steps is the best so far; the caller exports it, with `record`."""
-        if not self.metric:
-            return False
+    def keep(self, values: Mapping[str, float], step: int, export: Callable[[Mapping[str, Any]], str]) -> str:
+        """Export the weights of the evaluation after `step` steps when it is the best so far; returns what there is to say of that.
+
+        `export` takes what the card says of it and returns why it could not be written, or nothing. Then the best before remains.
+        """
         value = values.get(f"eval/{self.metric}", math.nan)
         if not math.isfinite(value) or (self.step is not None and self._config.sign * (value - self.value) <= 0):
-            return False
+            return ""
+        reason = export({"best": {"metric": self.metric, "value": value}})
+        if reason:
+            if self._env.is_main:
+                _log.warning("%s %.6g at step %d is the best, but %s; training goes on", self.metric, value, step, reason)
+            return ""
         self.step, self.value = step, value
-        return True
+        return f"{self}: exported"
 
     def exhausted(self, done: int) -> bool:
         """Whether, after `done` steps, as many evaluations as the run is patient for have passed without a better one."""
         if not self._config.patience or self.step is None:
             return False
         return done // self._every - self.step // self._every >= self._config.patience
-
-    def record(self) -> dict[str, Any]:
-        """What the export's card says of it."""
-        return {"best": {"metric": self.metric, "value": self.value}} if self.step is not None else {}
 
     def __str__(self) -> str:
         return f"best {self.metric} {self.value:.6g} at step {self.step}"

@@ -4,12 +4,16 @@
   read. So no key is written by two ranks, of which one would win unseen.
 - The loop waits for one copy of the state into a buffer that is made once. A thread writes it, computes the digests and commits.
 - That thread uses a gloo group that nothing else uses: collectives of two threads on one group would meet each other.
+- A checkpoint that cannot be written (a full disk, one that has become read-only) costs a warning, not the run.
+
+`python -m engine.checkpoint inspect|verify|convert` looks at checkpoints without a run.
 """
 
+import logging
+import os
 import shutil
 import threading
-from collections.abc import Callable
-from datetime import timedelta
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,13 +23,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from engine import manifest
 from engine.config import RunConfig
+from engine.contents import cause, saved_tensors
 from engine.manifest import latest
+from engine.runs import patient_group
 from engine.staging import Arena
 from engine.state import State, expected_tensors, make_optimizer_tensors, model_tensors, numbers, optimizer_tensors
 from launch.env import Env
@@ -34,8 +39,7 @@ from utils.files import atomic_write_bytes
 
 __all__ = ["Checkpointer", "State", "latest"]
 
-_WRITE_TIMEOUT = timedelta(hours=1)
-"""The ranks meet after each has written its part; a slow file system may take long for that."""
+_log = logging.getLogger(__name__)
 
 
 class Checkpointer:
@@ -48,15 +52,17 @@ class Checkpointer:
     def __init__(self, folder: Path, env: Env, config: RunConfig) -> None:
         self._run = folder
         self._env = env
-        self._keep_last = config.checkpoint.keep_last
+        self._keep = config.checkpoint
         self._background = config.checkpoint.background
         self._arena = Arena(pinned=env.device.type == "cuda")
         self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._outcome: str | BaseException = ""
+        """Of the last save, once its thread has ended: nothing, why there is no checkpoint, or an error of another kind."""
         self._step: int | None = None
-        if env.is_main:
-            manifest.remove_stale(folder)
-        self._group = cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT))
+        self._held = 0.0
+        self._times: dict[str, float] = {}
+        self._grace = _grace()
+        self._group = patient_group()
 
     def reserve(self, state: State) -> None:
         """Make the copy's buffer now, optimizer moments included, so that the first save holds the loop no longer than others."""
@@ -66,14 +72,17 @@ class Checkpointer:
     def save(self, step: int, state: State) -> None:
         """Write checkpoint `step`. Returns when the state may change again; `poll` or `wait` says whether it was written.
 
-        Waits for the previous save first. Nothing happens when `step` is the last one saved. Raises UserError.
+        Waits for the previous save first. Nothing happens when `step` is the last one saved.
         """
-        self.wait()
+        began = time.perf_counter()
+        self._warn(self._settle())
         if step == self._step:
             return
         self._step = step
-        temporary = self._make_folder(step)
+        temporary = self._run / "checkpoints" / f".{manifest.checkpoint_name(step)}.tmp"
         tensors = self._owned(model_tensors(state) | optimizer_tensors(state))
+        if self._background:
+            tensors = self._arena.copy(tensors)
         record = {
             "step": step,
             "samples": state["progress"].get("samples"),
@@ -82,25 +91,53 @@ class Checkpointer:
             "torch": torch.__version__,
             "world_size": self._env.world_size,
         }
-        write = self._writer(tensors, FileSystemWriter(temporary))
-        self._thread = threading.Thread(target=self._finish, args=(write, temporary, record), name="checkpoint", daemon=True)
+        self._held = time.perf_counter() - began
+        self._thread = threading.Thread(target=self._finish, args=(tensors, temporary, record), name="checkpoint", daemon=True)
         self._thread.start()
         if not self._background:
-            self.wait()
+            self._thread.join()
+
+    @property
+    def writing(self) -> bool:
+        """Whether a save is in flight."""
+        return self._thread is not None and self._thread.is_alive()
 
     def poll(self) -> None:
-        """Raise the UserError of a background save that failed. Costs nothing; called at every step."""
-        if self._thread is not None and not self._thread.is_alive():
-            self.wait()
+        """Warn of a save that could not be written; the next one tries again. Costs nothing; called at every step."""
+        if not self.writing:
+            self._warn(self._settle())
 
     def wait(self) -> None:
-        """Return when no save is in flight. Raises the UserError of one that failed."""
+        """Return when no save is in flight. Raises UserError when the last one could not be written and nothing has said so yet."""
+        reason = self._settle()
+        if reason:
+            raise UserError(f"{reason}; mend that and start the same command again to go on from {self._newest()}")
+
+    def read(self) -> dict[str, float]:
+        """On the main rank, of a checkpoint written since the last call: `time/checkpoint`, the seconds that it took, and
+        `time/checkpoint_held`, those of them that training waited for (for the checkpoint before it too)."""
+        times, self._times = self._times, {}
+        return times
+
+    def _settle(self) -> str:
+        """Wait for the save in flight; returns, once, why the last one is not there. Raises what is no fault of the file system."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
+        outcome, self._outcome = self._outcome, ""
+        if isinstance(outcome, BaseException):
+            raise outcome
+        if outcome:
+            self._step = None
+        return outcome
+
+    def _warn(self, reason: str) -> None:
+        if reason and self._env.is_main:
+            _log.warning("%s; training goes on, the next checkpoint tries again; until then there is %s", reason, self._newest())
+
+    def _newest(self) -> str:
+        newest = latest(self._run)
+        return newest.name if newest else "no checkpoint"
 
     def load(self, path: Path, state: State) -> None:
         """Fill the state from a committed checkpoint, in place: modules, optimizers, and the progress and task dictionaries.
@@ -111,14 +148,14 @@ class Checkpointer:
         self.wait()
         record = manifest.read_manifest(path)
         reader = FileSystemReader(path)
-        saved = _saved_tensors(reader, path, record)
+        saved = saved_tensors(reader, path, record)
         wanted = model_tensors(state)
         _compare({key: value for key, value in saved.items() if not key.startswith("optim.")}, wanted, path)
         wanted |= make_optimizer_tensors(state, {key: value for key, value in saved.items() if key.startswith("optim.")})
         try:
             dcp.load(cast("dict[str, Any]", wanted), storage_reader=reader, process_group=self._group)
         except CheckpointException as error:
-            raise UserError(f"{path} cannot be read: {_cause(error)}") from error
+            raise UserError(f"{path} cannot be read: {cause(error)}") from error
         for kind, modules in (("networks", state["networks"]), ("ema", state["ema"])):
             for name, module in modules.items():
                 prefix = f"{kind}.{name}."
@@ -130,54 +167,58 @@ class Checkpointer:
     def _owned(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: value for key, value in tensors.items() if self._env.is_main or isinstance(value, DTensor)}
 
-    def _make_folder(self, step: int) -> Path:
-        """A fresh temporary folder, made by rank 0; its failure is everybody's."""
-        temporary = self._run / "checkpoints" / f".{manifest.checkpoint_name(step)}.tmp"
-        outcome = [""]
-        if self._env.is_main:
-            try:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-                if (self._run / "config.yaml").is_file():
-                    atomic_write_bytes(temporary / "config.yaml", (self._run / "config.yaml").read_bytes())
-            except OSError as error:
-                outcome = [str(error)]
-        dist.broadcast_object_list(outcome, src=0, group=self._group, device=torch.device("cpu"))
-        if outcome[0]:
-            raise self._error(outcome[0])
-        return temporary
+    def _finish(self, tensors: dict[str, Tensor], temporary: Path, record: dict[str, Any]) -> None:
+        """In the thread, on every rank: make the folder, write the files, take their digests, let rank 0 commit, agree on the outcome."""
+        try:
+            began = time.perf_counter()
+            if self._env.device.type == "cuda":
+                torch.cuda.set_device(self._env.device)  # a new thread begins on GPU 0, which may be another rank's
+            reason = self._agree(_make_folder(temporary, self._run) if self._env.is_main else "")
+            if not reason:
+                parts: list[Any] = [None] * self._env.world_size
+                dist.all_gather_object(parts, self._write(tensors, temporary), group=self._group)
+                reason = next((problem for _, problem in parts if problem), "")
+                files = {name: entry for part, _ in parts for name, entry in part.items()}
+                reason = self._agree(reason or (self._commit(temporary, record, files) if self._env.is_main else ""))
+            if reason:
+                if self._env.is_main:
+                    shutil.rmtree(temporary, ignore_errors=True)  # for the room
+                self._outcome = f"the checkpoint of step {record['step']} could not be written to {temporary.parent}: {reason}"
+            elif self._env.is_main:
+                self._tell(record["step"], sum(entry["bytes"] for entry in files.values()), time.perf_counter() - began)
+        except BaseException as problem:
+            self._outcome = problem
 
-    def _writer(self, tensors: dict[str, Tensor], writer: FileSystemWriter) -> Callable[[], Any]:
-        """Copy the state, unless the caller waits anyway; returns what writes it.
+    def _agree(self, reason: str) -> str:
+        """What rank 0 says went wrong, or nothing, on every rank."""
+        agreed = [reason]
+        dist.broadcast_object_list(agreed, src=0, group=self._group, device=torch.device("cpu"))
+        return agreed[0]
+
+    def _tell(self, step: int, size: int, seconds: float) -> None:
+        """Rank 0: how long a checkpoint took, and whether a stop would have the time for one."""
+        held = self._held if self._background else self._held + seconds
+        self._times = {"time/checkpoint": self._held + seconds, "time/checkpoint_held": held}
+        _log.info("checkpoint of step %d: %.2f GB in %.1f s, training waited %.1f s", step, size / 1e9, self._held + seconds, held)
+        if self._grace and 2 * seconds > self._grace:
+            cure = "set TORCH_ELASTIC_SHUTDOWN_TIMEOUT (launch/ does so, by GRACE), or write checkpoints to a faster disk"
+            what = "a stop may have to wait for two checkpoints"
+            _log.warning("%s, %.0f s; torchrun kills its processes %.0f s after the signal: %s", what, 2 * seconds, self._grace, cure)
+            self._grace = 0.0
+
+    def _write(self, tensors: dict[str, Tensor], temporary: Path) -> tuple[dict[str, dict[str, Any]], str]:
+        """Write this rank's part; returns the digests of its files and what went wrong, or nothing.
 
         `dcp.async_save` is the same in two threads more and keeps the loop for some work on each tensor.
         """
-        state = cast("dict[str, Any]", self._arena.copy(tensors) if self._background else tensors)
-        return lambda: dcp.save(state, storage_writer=writer, process_group=self._group)
-
-    def _finish(self, write: Callable[[], Any], temporary: Path, record: dict[str, Any]) -> None:
-        """In the thread, on every rank: wait for the files, take their digests, let rank 0 commit, agree on the outcome."""
+        # Without its copying ahead, which would wait for the GPU's queue of training steps every few MB: the copies are on the host.
+        writer = FileSystemWriter(temporary, per_thread_copy_ahead=0)
         try:
-            if self._env.device.type == "cuda":
-                torch.cuda.set_device(self._env.device)  # a new thread begins on GPU 0, which may be another rank's
-            error = ""
-            files: dict[str, dict[str, Any]] = {}
-            try:
-                write()
-                own = (f"__{self._env.rank}_", *((".metadata", "config.yaml") if self._env.is_main else ()))
-                files = manifest.digest_files(temporary, [place.name for place in temporary.iterdir() if place.name.startswith(own)])
-            except (OSError, CheckpointException) as problem:
-                error = _cause(problem)
-            parts: list[Any] = [None] * self._env.world_size
-            dist.all_gather_object(parts, (files, error), group=self._group)
-            outcome = [next((problem for _, problem in parts if problem), "")]
-            if self._env.is_main and not outcome[0]:
-                outcome = [self._commit(temporary, record, {name: entry for part, _ in parts for name, entry in part.items()})]
-            dist.broadcast_object_list(outcome, src=0, group=self._group, device=torch.device("cpu"))
-            if outcome[0]:
-                self._failure = self._error(outcome[0])
-        except BaseException as problem:
-            self._failure = problem
+            dcp.save(cast("dict[str, Any]", tensors), storage_writer=writer, process_group=self._group)
+            own = (f"__{self._env.rank}_", *((".metadata", "config.yaml") if self._env.is_main else ()))
+            return manifest.digest_files(temporary, [place.name for place in temporary.iterdir() if place.name.startswith(own)]), ""
+        except (OSError, CheckpointException) as problem:
+            return {}, cause(problem)
 
     def _commit(self, temporary: Path, record: dict[str, Any], files: dict[str, dict[str, Any]]) -> str:
         """Rank 0: make the checkpoint visible and delete old ones; returns what went wrong, or nothing."""
@@ -185,29 +226,36 @@ class Checkpointer:
         try:
             text = identity.read_text().strip() if identity.is_file() else ""
             final = manifest.commit(temporary, record | {"identity": text, "files": files})
-            manifest.prune(self._run, self._keep_last, final)
         except OSError as error:
             return str(error)
+        try:
+            manifest.abandon_newer(self._run, record["step"])  # of a state that the run has gone back from
+            manifest.prune(self._run, self._keep.keep_last, final, self._keep.keep_every)
+        except OSError as error:
+            _log.warning("a checkpoint of %s could not be set aside or deleted: %s", self._run, error)
         return ""
 
-    def _error(self, reason: str) -> UserError:
-        return UserError(
-            f"the checkpoint of step {self._step} could not be written to {self._run / 'checkpoints'}: {reason}; "
-            "mend that and start the same command again to go on from the checkpoint before it"
-        )
 
-
-def _saved_tensors(reader: FileSystemReader, path: Path, record: dict[str, Any]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Name -> full shape and dtype of the tensors in a checkpoint."""
+def _make_folder(temporary: Path, run: Path) -> str:
+    """A fresh temporary folder with the run's settings; returns what went wrong, or nothing."""
     try:
-        entries = reader.read_metadata().state_dict_metadata
-    except Exception as error:
-        # Its format is a pickle of torch's own classes: a newer torch writes what an older one cannot read.
-        raise UserError(
-            f"{path / '.metadata'}, written by torch {record.get('torch')}, cannot be read by torch {torch.__version__} "
-            f"({type(error).__name__}): resume with that version or a newer one; to move weights only, use the run's export/ (safetensors)"
-        ) from error
-    return {key: (entry.size, entry.properties.dtype) for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        if (run / "config.yaml").is_file():
+            atomic_write_bytes(temporary / "config.yaml", (run / "config.yaml").read_bytes())
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _grace() -> float:
+    """Seconds that torchrun leaves its processes after a signal, as far as it says so; 0: nothing is known."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0.0
+    try:
+        return float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+    except ValueError:
+        return 0.0
 
 
 def _compare(saved: dict[str, tuple[torch.Size, torch.dtype]], wanted: dict[str, Tensor], path: Path) -> None:
@@ -222,9 +270,9 @@ def _compare(saved: dict[str, tuple[torch.Size, torch.dtype]], wanted: dict[str,
             raise UserError(f"{path}: {key} has another shape ({shapes}): it was saved by another configuration of the model")
 
 
-def _cause(error: BaseException) -> str:
-    """One line on what went wrong first."""
-    if isinstance(error, CheckpointException):
-        rank, (problem, _) = min(error.failures.items(), key=lambda item: item[0])
-        return f"{_cause(problem)} (rank {rank})"
-    return " ".join(f"{error}".split()) or type(error).__name__
+if __name__ == "__main__":
+    import sys
+
+    from engine.checkpoint_tool import main
+
+    sys.exit(main())

@@ -1,5 +1,6 @@
 """The settings that every training stage shares. A stage's own config adds `system`, `data`, `model`, ... to `RunConfig`."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -8,14 +9,14 @@ from utils.config import flag
 from utils.errors import ConfigError
 
 _LOWEST = {
-    "train": {"global_batch_size": 1, "accumulation": 1, "epochs": 1, "max_steps": 0, "max_bad_steps": 0},
+    "train": {"global_batch_size": 1, "accumulation": 1, "micro_batch": 0, "epochs": 1, "max_steps": 0, "max_bad_steps": 0},
     "optim": {
         "lr": 0, "eps": 0, "weight_decay": 0, "clip_norm": 0, "clip_start": 0, "warmup_steps": 0, "warmup_start": 0, "final_lr_ratio": 0,
     },
     "ema": {"every": 1},
-    "parallel": {"shard_size": 0, "timeout": 1},
-    "checkpoint": {"every": 0, "keep_last": 0},
-    "log": {"every": 0, "preview_every": 0, "eval_every": 0, "eval_batches": 0},
+    "parallel": {"shard_size": 0, "timeout": 1, "step_timeout": 0},
+    "checkpoint": {"every": 0, "keep_last": 0, "keep_every": 0},
+    "log": {"every": 0, "preview_every": 0, "eval_every": 0, "eval_batches": 0, "status_every": 0},
     "best": {"patience": 0},
 }  # fmt: skip
 """Group -> setting -> the least that it may be."""
@@ -34,6 +35,9 @@ class TrainConfig:
     """Samples per optimiser step over all ranks and accumulation steps."""
     accumulation: int = flag(1, "accumulation", "gradient-accumulation", "gradient-accumulation-steps")
     """Micro-batches per optimiser step; gradients are exchanged on the last one only."""
+    micro_batch: int = flag(0, "micro-batch-size")
+    """Samples of a micro-batch on one rank, at most: accumulation is raised as far as that takes, so that a run fits on fewer GPUs.
+    0: as accumulation says."""
     epochs: int = flag(1, "epochs")
     """Passes over the training set."""
     max_steps: int = flag(0, "max-steps", "max-train-steps")
@@ -94,10 +98,16 @@ class ParallelConfig:
         "none", "activation-checkpointing", "gradient-checkpointing", bare="block"
     )
     """Recompute activations in the backward: block: all of each block; selective: all but the outputs of matrix products and attention."""
+    optim_offload: bool = flag(False, "optim-offload")
+    """Keep the shards of weights, gradients, AdamW's moments and averages in host memory and step there; for fsdp and hsdp.
+    Experimental: not yet run on GPUs."""
     compile: Literal["auto", "on", "off"] = flag("auto", "compile")
     """torch.compile of each block; auto: on with a GPU."""
     timeout: float = 600.0
     """Seconds after which a collective that a rank does not join is an error."""
+    step_timeout: float = flag(0.0, "step-timeout")
+    """Seconds that a step may take, the first of a process excepted, before the run is ended with a line that names the rank all wait
+    for; several times the slowest step, data included. 0: four fifths of `timeout`."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,8 @@ class CheckpointConfig:
     """Steps between checkpoints; one is always written at the end and on a stop signal."""
     keep_last: int = flag(3, "keep-last")
     """Checkpoints kept; older ones are deleted after a newer one is committed. 0: all."""
+    keep_every: int = flag(0, "keep-every")
+    """Never delete the checkpoints of steps that are multiples of this; 0: no step is special."""
     background: bool = flag(True, "ckpt-background")
     """Write in a background thread from a copy of the state, while training goes on."""
 
@@ -122,6 +134,25 @@ class LogConfig:
     """Global batches per evaluation, at most."""
     tensorboard: bool = flag(True, "tensorboard")
     """Write TensorBoard files beside metrics.jsonl."""
+    status_every: float = flag(60.0, "status-every")
+    """Seconds without a line after which one says how far the run is, where the output is no terminal; 0: never."""
+    profile_steps: str = flag("", "profile-steps")
+    """First and last step to record, as log lines count them, such as 10:15: traces and tables of operators go to <run>/profile/."""
+    profile_ranks: Literal["first", "all"] = flag("first", "profile-ranks")
+    """Ranks that record these steps."""
+    memory_history: bool = flag(False, "memory-history")
+    """Note who allocates what on a GPU, for the snapshot that is left in <run>/profile/ when its memory runs out."""
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """First and last step of `profile_steps`; None for none. Raises ConfigError."""
+        if not self.profile_steps:
+            return None
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", self.profile_steps)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last:
+            raise ConfigError(f"--profile-steps {self.profile_steps}: give the first and the last step as log lines count them: 10:15")
+        return first, last
 
 
 @dataclass(frozen=True)
@@ -174,6 +205,12 @@ class RunConfig:
                 raise ConfigError(f"{name} {' '.join(map(str, values))}: 0 or more, and below 1")
         if not self.optim.warmup_start <= 1:
             raise ConfigError(f"optim.warmup_start {self.optim.warmup_start}: a share of lr, at most 1")
+        every, kept = self.checkpoint.every, self.checkpoint.keep_every
+        if every and kept and every % kept and kept % every:
+            raise ConfigError(f"--keep-every {kept}: checkpoints are written every {every} steps (--ckpt-every): give a multiple of that")
+        if self.parallel.optim_offload and self.parallel.mode == "ddp":
+            raise ConfigError("--optim-offload moves the shards of a network to host memory: use it with --parallel fsdp or hsdp")
+        assert self.log.profiled != (0, 0)  # or it raises
         if self.best.metric:
             assert self.best.sign  # or it raises
         elif self.best.patience:

@@ -19,14 +19,17 @@ class Feed:
         self._device = device
         self.waited = 0.0
         """Seconds that the device could have worked while the loop waited for samples; the reader sets it back to 0."""
+        self.worked = 0.0
+        """Seconds of the processor that this thread had in the meantime; the reader sets it back to 0."""
 
     def step(self) -> list[Batch]:
         """The micro-batches of the next step."""
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.thread_time()
         batches = [next(self._batches) for _ in range(self._accumulation)]
         # A GPU that still has queued work does not wait, however long the host does.
         if self._device.type != "cuda" or torch.cuda.current_stream().query():
             self.waited += time.perf_counter() - started
+        self.worked += time.thread_time() - worked
         return [to_device(batch, self._device) for batch in batches]
 
     def close(self) -> None:

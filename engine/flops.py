@@ -66,17 +66,22 @@ def meta_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, tensors)
 
 
+def meta_modules(networks: Mapping[str, Network], phase: str) -> dict[str, nn.Module]:
+    """Meta copies of the networks as they are in the turn of `phase`."""
+    modules = {name: meta_copy(network.module) for name, network in networks.items()}
+    for name, module in modules.items():
+        module.train(networks[name].strategy != "frozen")
+        if name != phase:
+            module.requires_grad_(False)
+    return modules
+
+
 def count_flops(task: Task, networks: Mapping[str, Network], phase: str, batch_size: int) -> float | None:
     """FLOPs per sample, forward and backward, of one turn; None, with a warning, where a loss does not run on meta tensors.
 
     Recomputation by activation checkpointing is not counted: it is no useful work. Call it before the networks are wrapped.
     """
-    modules = {name: meta_copy(network.module) for name, network in networks.items()}
-    for name, module in modules.items():
-        trained = networks[name].strategy != "frozen"
-        module.train(trained)
-        if name != phase:
-            module.requires_grad_(False)
+    modules = meta_modules(networks, phase)
     index = torch.arange(batch_size)
     batch = {**task.batch_spec(batch_size), "index": index}
     counter = FlopCounterMode(display=False)

@@ -1,6 +1,7 @@
 """A training run, from its folder to its export: `fit`."""
 
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,13 +14,15 @@ from engine.feed import Feed, fixed_batch
 from engine.flops import count_flops, peak_flops
 from engine.metrics import Meter, counted
 from engine.outputs import PREVIEW_SAMPLES, evaluate, export, finish, mark_shown, preview, shown_step
+from engine.profile import Profiler
 from engine.recorder import Recorder
 from engine.runs import open_run
 from engine.shard import samples_per_rank
 from engine.tally import Guard, Tally, name_samples
 from engine.task import BatchSource, Measuring, Task
 from engine.team import Team
-from launch.env import Env, Stopped
+from engine.watch import Watch
+from launch.env import Env
 from utils.errors import ConfigError
 from utils.rng import SampleRng, derive_seed
 
@@ -58,11 +61,13 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
     _take_up(task, state, checkpointer, run.resume_from)
     checkpointer.reserve(state)
     first, seen = progress["step"], shown_step(run.folder, progress["step"], env)
-    best = Best(run.folder, config, env)
+    best = Best(run, config, env)
     guard = Guard(env, train.max_bad_steps, progress["skipped"])
     shown = fixed_batch(valid or source, PREVIEW_SAMPLES, env)
     feed = Feed(source, first, train.accumulation, env.device)
-    meter = Meter(env, feed, total, trained[0], flops, peak)
+    meter, watch = Meter(env, feed, total, trained[0], flops, peak), Watch(run.folder, config.parallel, env)
+    profiler = Profiler(run.folder, log, env, first)
+    recorder = Recorder(run.folder, log, is_main=env.is_main, step=first, total=total, seen=seen, ranks=meter.ranks)
 
     def save() -> None:
         team.share_statistics()
@@ -76,23 +81,20 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
         if valid is not None and (ended or _due(done, log.eval_every)):
             values = evaluate(task, team, valid, config, env)
             recorder.values(done, progress["samples"], values)
-            if best.improves(values, done):
-                export(run.folder, task, team, progress, config, env, best.record())
-                recorder.say(f"{best}: exported")
+            recorder.say(best.keep(values, done, partial(export, run, task, team, progress, config, env)))
         ended = ended or best.exhausted(done)
         if ended or _due(done, log.preview_every):
             recorder.preview(done, preview(task, team, shown, config, env))
         mark_shown(run.folder, done, env)
         return ended
 
-    with closing(feed), Recorder(run.folder, log, is_main=env.is_main, step=first, total=total, seen=seen) as recorder:
+    with closing(run), watch, closing(feed), recorder, profiler:
         begun = f"{run.folder}: from step {first} to {total}, {env.world_size} process(es) on {env.device.type}"
-        for line in (begun, *late_averages(networks, total)):
-            recorder.say(line)
+        recorder.say(run.note, begun, *late_averages(networks, total))
         if best.unknown and valid is not None and first < total:
             best.check(evaluate(task, team, valid, config, env, limit=1))
         ended = show(first >= total) if seen < first else first >= total or best.exhausted(first)
-        for step in range(first, first if ended else total):
+        for step in profiler.steps(watch.steps(range(first, first if ended else total))):
             batches = feed.step()
             torch.manual_seed(derive_seed(train.seed, f"step {step} rank {env.rank}"))  # for dropout; all else is addressed
             finite, turns = torch.ones((), dtype=torch.bool, device=env.device), []
@@ -120,27 +122,29 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
             recorder.advance()
             checkpointer.poll()
 
-            stop = guard.must_stop(lambda bad, ranks: name_samples(source.describe, bad, ranks, global_batch, env.world_size))
+            stop = guard.stop(lambda bad, ranks: name_samples(source.describe, bad, ranks, global_batch, env.world_size))
+            watch.rest()
             ended = done == total
             if stop or ended or _due(done, log.every):
-                recorder.values(done, progress["samples"], meter.read(done, guard.skipped) | counted(source))
-            with meter.pause(stop or ended or _due(done, config.checkpoint.every)) as due:
+                recorder.values(done, progress["samples"], meter.read(done, guard.skipped) | counted(source) | checkpointer.read())
+            guard.take_back(progress, global_batch)
+            with meter.pause(bool(stop) or ended or (_due(done, config.checkpoint.every) and not guard.failing)) as due:
                 if due:
                     save()
             if stop:
                 checkpointer.wait()
-                recorder.say(f"stopped by a signal and saved at step {done}: the same command goes on from here")
-                raise Stopped
+                recorder.say(f"stopped, and saved at step {progress['step']}: the same command goes on from here")
+                raise stop
             with meter.pause(ended or _due(done, log.eval_every) or _due(done, log.preview_every)) as due:
                 if due:
                     ended = show(ended)
             if ended:
-                save()
+                save()  # the same step, unless the one above could not be written, or there is patience no longer
                 break
 
         feed.close()
         checkpointer.wait()
-        recorder.say(finish(run.folder, task, team, progress, config, env, best, min(first, seen)))
+        recorder.say(finish(run, task, team, progress, config, env, best, min(first, seen)))
     return run.folder
 
 

@@ -1,4 +1,4 @@
-"""What a log line says: sums on the device between log lines, clocks on the host, one host synchronisation per line."""
+"""What a log line says: sums on the device and clocks on the host; the host waits for the device at log lines alone."""
 
 import resource
 import time
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.feed import Feed
+from engine.ranks import Ranks, busy
 from engine.tally import Sums
 from engine.task import BatchSource, Counting
 from launch.env import Env
@@ -23,7 +24,8 @@ class Meter:
 
     Keys of a line: `loss` (the first network's) and `loss/<network>` (the others'), `train/<metric>`, `lr/<network>`,
     `grad_norm/<network>` (before clipping; mean over the steps that were not skipped); `time/step` in seconds, `time/data_wait` as
-    a share of it (the worst rank's), `clips_per_s`, `memory_gib` (peak, the worst rank's), `mfu`, `skipped`, `eta_s`.
+    a share of it (the worst rank's), `clips_per_s`, `memory_gib` (peak, the worst rank's), `mfu`, `skipped`, `eta_s`; of several
+    ranks `time/slowest_rank`, `time/slowest_own` and `time/spread`, as `Ranks.compare` has them.
     """
 
     def __init__(self, env: Env, feed: Feed, total: int, main_network: str, flops: Mapping[str, float | None], peak: float | None) -> None:
@@ -33,6 +35,7 @@ class Meter:
         self._main = main_network
         self._flops = flops
         self._peak = peak
+        self.ranks = Ranks(env)
         self._sums: dict[tuple[str, tuple[str, ...]], Tensor] = {}
         """Phase and names of its metrics -> their sums. A loss may get further terms at any step, such as a discriminator's."""
         self._rates: dict[str, float] = {}
@@ -44,8 +47,8 @@ class Meter:
         self._samples = 0
         self._work: float | None = 0.0
         self._paused = 0.0
-        self._feed.waited = 0.0
-        self._started = time.perf_counter()
+        self._feed.waited = self._feed.worked = 0.0
+        self._started, self._busy = time.perf_counter(), busy()
 
     def turn(self, phase: str, sums: Sums, norm: Tensor, finite: Tensor, rate: float, samples: int) -> None:
         """Add one optimiser turn. Sums of a turn that was left out do not count."""
@@ -75,14 +78,15 @@ class Meter:
             yield False
             return
         self._drain()
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), busy()
         yield True
         self._drain()
         self._paused += time.perf_counter() - started
+        self._busy += busy() - worked
 
     def read(self, step: int, skipped: Tensor) -> dict[str, float]:
         """Values of the log line after `step` steps, and a fresh start. Every rank calls it."""
-        numbers = torch.cat([*self._sums.values(), skipped.view(1)]).tolist()  # the interval's one host sync
+        numbers = torch.cat([*self._sums.values(), skipped.view(1)]).tolist()
         seconds = time.perf_counter() - self._started - self._paused
         line = self._means(numbers) | {f"lr/{phase}": self._rates[phase] for phase, _ in self._sums} | self._pace(step, seconds)
         line["skipped"] = numbers[-1]
@@ -103,21 +107,21 @@ class Meter:
         return {key: total / count for (_, key), (total, count) in found.items() if count > 0}
 
     def _pace(self, step: int, seconds: float) -> dict[str, float]:
-        worst = torch.tensor([self._feed.waited / max(seconds, 1e-9), peak_memory(self._env.device) / GIB], dtype=torch.float64)
-        worst = worst.to(self._env.device)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        wait, memory = worst.tolist()
-        step_time = seconds / max(self._steps, 1)
+        steps = max(self._steps, 1)
+        waited, worked = self._feed.waited / steps, (busy() - self._busy - self._feed.worked) / steps
+        table = self.ranks.gather([waited, self.ranks.pace(worked), peak_memory(self._env.device) / GIB])
+        waits, paces, memory = table.T.tolist()
+        step_time = seconds / steps
         pace = {
             "time/step": step_time,
-            "time/data_wait": wait,
+            "time/data_wait": max(waits) / max(step_time, 1e-9),
             "clips_per_s": self._samples / max(seconds, 1e-9),
-            "memory_gib": memory,
+            "memory_gib": max(memory),
             "eta_s": step_time * (self._total - step),
         }
         if self._peak and self._work:
             pace["mfu"] = self._work / (seconds * self._peak * self._env.world_size)
-        return pace
+        return pace | self.ranks.compare(step_time, waits, paces)
 
     def _drain(self) -> None:
         if self._env.device.type == "cuda":

@@ -53,20 +53,22 @@ def clip_apart(parts: Iterable[Sequence[nn.Parameter]], clip_norm: float, diviso
         gradients = [parameter.grad for parameter in part if parameter.grad is not None]
         if gradients:
             excess = ((gradient_norm(part) / divisor + 1e-6) / clip_norm).clamp(min=1.0)
-            torch._foreach_div_(local_parts(gradients), excess.float())
+            torch._foreach_div_(local_parts(gradients), excess.float().to(gradients[0].device))
 
 
 def guarded_step(optimizer: Optimizer, norm: Tensor, clip_norm: float, divisor: Tensor, finite: Tensor) -> None:
     """Step with gradients divided by `divisor` and then clipped to `clip_norm` (0: not), or leave everything as it is.
 
     `norm`: of the undivided gradients. `finite`: bool scalar on the device; false: weights, moments and step counters stay
-    untouched. Both act inside the fused kernel: no pass over the gradients, no host synchronisation.
+    untouched. Both act inside the fused kernel: no pass over the gradients, no host synchronisation, but for parameters that
+    lie in host memory, which wait for the two numbers.
     """
     scale = divisor
     if clip_norm > 0:
         scale = divisor * ((norm / divisor + 1e-6) / clip_norm).clamp(min=1.0)
-    optimizer.grad_scale = scale.float()  # type: ignore[attr-defined]
-    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+    place = optimizer.param_groups[0]["params"][0].device
+    optimizer.grad_scale = scale.float().to(place)  # type: ignore[attr-defined]
+    optimizer.found_inf = (~finite).float().to(place)  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

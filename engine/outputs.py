@@ -1,6 +1,7 @@
 """What a run makes besides steps: evaluations, previews, the export."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,10 +13,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from engine.best import Best
 from engine.config import RunConfig
 from engine.feed import close, to_device
+from engine.runs import Run
 from engine.task import Batch, BatchSource, Task
 from engine.team import Team
 from launch.env import Env
 from utils.config import load_yaml
+from utils.errors import UserError
 from utils.files import atomic_write_text
 from utils.rng import SampleRng, derive_seed
 from utils.weights import CARD, write_export
@@ -59,36 +62,41 @@ def preview(task: Task, team: Team, batch: Batch, config: RunConfig, env: Env) -
         return task.preview(networks, batch, rng)
 
 
-def export(
-    folder: Path, task: Task, team: Team, progress: Mapping[str, Any], config: RunConfig, env: Env, record: Mapping[str, Any]
-) -> None:
+def export(run: Run, task: Task, team: Team, progress: Mapping[str, Any], config: RunConfig, env: Env, record: Mapping[str, Any]) -> str:
     """Write the first network, and its average where there is one, for later stages. Every rank calls it; rank 0 writes.
 
-    `record`: what the card says beside the step.
+    `record`: what the card says beside the step. Returns, on every rank, why it could not be written (the export before it is then
+    untouched), or nothing.
     """
     member = next(iter(team.members.values()))
     tensors = {"model": _full(member.module)}
     if member.ema:
         tensors["ema"] = _full(member.ema.module)
+    outcome = [""]
     if env.is_main:
         state = {"task": task.name, "step": progress["step"], "samples": progress["samples"], "seed": config.train.seed}
-        write_export(folder / "export", tensors, {**task.card(), **state, **record})
-    dist.barrier()
+        try:
+            write_export(run.folder / "export", tensors, {**task.card(), **state, **record})
+        except OSError as error:
+            outcome = [f"the export could not be written to {run.folder}: {error}"]
+    dist.broadcast_object_list(outcome, src=0, group=run.group, device=torch.device("cpu"))
+    return outcome[0]
 
 
-def finish(folder: Path, task: Task, team: Team, progress: Mapping[str, Any], config: RunConfig, env: Env, best: Best, seen: int) -> str:
+def finish(run: Run, task: Task, team: Team, progress: Mapping[str, Any], config: RunConfig, env: Env, best: Best, seen: int) -> str:
     """Export the last weights of a run at its end, unless there is a best evaluation's export or all is done; the line to say then.
 
     `seen`: the last step that had been saved and whose evaluation and pictures had been made when the run went on. Every rank calls it.
     """
-    card, reached = folder / "export" / CARD, progress["step"]
+    card, reached = run.folder / "export" / CARD, progress["step"]
     exported = _from_main(env, lambda: int(load_yaml(card).get("step", -1)) if card.is_file() else -1)
     if seen == reached and exported == (best.step or reached):
         more = "--patience" if best.exhausted(reached) else "--max-steps or --epochs"
         return f"nothing to do: the run is at step {reached} and exported; raise {more} to go on"
-    if best.step is None:
-        export(folder, task, team, progress, config, env, {})
-    return f"done: {folder / 'export'}" + (f" ({best})" if best.step else "")
+    reason = export(run, task, team, progress, config, env, {}) if best.step is None else ""
+    if reason:
+        raise UserError(f"{reason}; mend that and start the same command again: only the export is missing")
+    return f"done: {run.folder / 'export'}" + (f" ({best})" if best.step else "")
 
 
 def shown_step(folder: Path, first: int, env: Env) -> int:
@@ -105,7 +113,8 @@ def shown_step(folder: Path, first: int, env: Env) -> int:
 def mark_shown(folder: Path, step: int, env: Env) -> None:
     """Note that what is due after a step has been made. Every rank calls it; rank 0 writes."""
     if env.is_main:
-        atomic_write_text(folder / SHOWN, f"{step}\n")
+        with suppress(OSError):  # a full disk: what was made is made again if the run goes on from here
+            atomic_write_text(folder / SHOWN, f"{step}\n")
 
 
 def _from_main(env: Env, read: Callable[[], int]) -> int:

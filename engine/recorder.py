@@ -1,11 +1,15 @@
-"""What a run leaves to read: log.txt, metrics.jsonl, TensorBoard, samples/, and the lines or the progress bar on the terminal."""
+"""What a run leaves to read: log.txt, metrics.jsonl, heartbeat.json, TensorBoard, samples/, and the lines or the bar on the terminal.
+
+A file that cannot be written, as on a full disk, is reported once and given up: the run is worth more than its records.
+"""
 
 import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -14,6 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.config import LogConfig
+from engine.heartbeat import Heartbeat
+from engine.ranks import Ranks
+from launch.env import Stopped
 from utils.errors import UserError
 from utils.files import atomic_write_bytes, atomic_write_text
 from utils.media import gif_bytes, grid, png_bytes, to_uint8, write_mp4
@@ -24,14 +31,31 @@ _log = logging.getLogger(__name__)
 PREVIEW_FPS = 8.0
 """Frames per second of previews, slow enough to look at."""
 
+_BEHIND = 0.05
+"""Share of a step by which a rank must be behind the others, at two log lines in a row, to be named; metrics.jsonl has it always."""
+
 
 class Recorder:
     """Writes on the main rank and does nothing on the others. A context manager: it owns open files and the logging handler."""
 
-    def __init__(self, folder: Path, config: LogConfig, *, is_main: bool, step: int, total: int, seen: int | None = None) -> None:
-        """`step`: where the run goes on; lines of metrics.jsonl beyond it are dropped, and evaluations beyond `seen` (None: `step`)."""
+    def __init__(
+        self,
+        folder: Path,
+        config: LogConfig,
+        *,
+        is_main: bool,
+        step: int,
+        total: int,
+        seen: int | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """`step`: where the run goes on; lines of metrics.jsonl beyond it are dropped, and evaluations beyond `seen` (None: `step`).
+
+        `ranks`: what the meter knows of them, for the name of the slowest.
+        """
         self._active = is_main
         self._folder = folder
+        self._ranks = ranks
         if not is_main:
             return
         try:
@@ -45,9 +69,13 @@ class Recorder:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._behind: int | None = None
         self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr) if sys.stderr.isatty() else None
-        self._total = total
-        self._handler = _Handler(self._text, self._bar is not None)
+        self._step, self._total = step, total
+        self._heartbeat = Heartbeat(folder, step, total)
+        self._quiet = 0.0 if self._bar is not None else config.status_every
+        self._handler = _Handler(self._text, self._bar is not None, self._heartbeat)
+        self._failed: set[str] = set()
 
     def __enter__(self) -> "Recorder":
         if self._active:
@@ -55,43 +83,60 @@ class Recorder:
             self._level = root.level
             root.setLevel(logging.INFO)
             root.addHandler(self._handler)
+            self._heartbeat.start(self._quiet, self.say)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if not self._active:
             return
+        self._heartbeat.stop("done" if kind is None else "stopped" if issubclass(kind, Stopped | KeyboardInterrupt) else "failed")
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError, ValueError):  # the terminal is gone
+                self._bar.close()
         if self._writer is not None:
-            self._writer.close()
-        self._metrics.close()
+            with self._if_writable("TensorBoard's files"):
+                self._writer.close()
         logging.getLogger().removeHandler(self._handler)
         logging.getLogger().setLevel(self._level)
-        self._text.close()
+        for file in (self._metrics, self._text):
+            with suppress(OSError):  # what a full disk has not taken; it was reported
+                file.close()
 
     def advance(self) -> None:
-        """One more step on the bar."""
-        if self._active and self._bar is not None:
-            self._bar.update()
+        """One more step is done."""
+        if not self._active:
+            return
+        self._step += 1
+        self._heartbeat.beat(self._step)
+        if self._bar is not None:
+            with suppress(OSError, ValueError):
+                self._bar.update()
 
-    def say(self, text: str) -> None:
-        """A line to the terminal and log.txt."""
-        if self._active:
-            _log.info("%s", text)
+    def say(self, *lines: str) -> None:
+        """Lines to the terminal and log.txt; empty ones are left out."""
+        for line in filter(None, lines if self._active else ()):
+            _log.info("%s", line)
 
     def values(self, step: int, samples: int, values: Mapping[str, float]) -> None:
         """A line to metrics.jsonl (with step, samples and time), TensorBoard, terminal and log.txt."""
         if not self._active:
             return
-        line = {"step": step, "samples": samples, "time": time.time()} | {
-            key: value if math.isfinite(value) else None for key, value in values.items()
-        }
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
+        line: dict[str, object] = {"step": step, "samples": samples, "time": time.time()}
+        line |= {key: value if math.isfinite(value) else None for key, value in values.items()}
+        slowest = ""
+        if self._ranks and "time/slowest_rank" in values:
+            line["time/ranks"] = [round(seconds, 5) for seconds in self._ranks.own]
+            behind = int(values["time/slowest_rank"]) if values["time/spread"] > _BEHIND else None
+            slowest = self._ranks.hosts[behind] if behind is not None and behind == self._behind else ""
+            self._behind = behind
+        with self._if_writable("metrics.jsonl"):
+            self._metrics.write(json.dumps(line) + "\n")
+            self._metrics.flush()
         if self._writer is not None:
-            for key, value in values.items():
-                self._writer.add_scalar(key, value, step)
-        self.say(format_line(step, self._total, values))
+            with self._if_writable("TensorBoard's files"):
+                for key, value in values.items():
+                    self._writer.add_scalar(key, value, step)
+        self.say(format_line(step, self._total, values, slowest))
 
     def preview(self, step: int, videos: Mapping[str, Tensor]) -> None:
         """Videos b c t h w or images b c h w in [-1, 1]: a grid of each as a file in samples/ and in TensorBoard, where it plays."""
@@ -100,19 +145,28 @@ class Recorder:
         for name, batch in videos.items():
             picture = grid(to_uint8(batch.detach().cpu()))
             path = self._folder / "samples" / f"step_{step:07d}_{name}"
-            if picture.ndim == 3:
-                data = png_bytes(picture)
-                atomic_write_bytes(path.with_suffix(".png"), data)
-            else:
-                data = gif_bytes(picture, PREVIEW_FPS)
-                atomic_write_bytes(path.with_suffix(".gif"), data)
-                write_mp4(path.with_suffix(".mp4"), picture, PREVIEW_FPS)
+            data = png_bytes(picture) if picture.ndim == 3 else gif_bytes(picture, PREVIEW_FPS)
+            with self._if_writable("samples/"):
+                atomic_write_bytes(path.with_suffix(".png" if picture.ndim == 3 else ".gif"), data)
+                if picture.ndim == 4:
+                    write_mp4(path.with_suffix(".mp4"), picture, PREVIEW_FPS)
             if self._writer is not None:
-                _add_image(self._writer, f"preview/{name}", data, picture, step)
+                with self._if_writable("TensorBoard's files"):
+                    _add_image(self._writer, f"preview/{name}", data, picture, step)
+
+    @contextmanager
+    def _if_writable(self, what: str) -> Iterator[None]:
+        """Give up what the block writes when the disk refuses it; say so the first time."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._failed:
+                self._failed.add(what)
+                _log.warning("%s in %s cannot be written (%s): the run goes on without", what, self._folder, error)
 
 
-def format_line(step: int, total: int, values: Mapping[str, float]) -> str:
-    """The one log line format: step, then what is there of losses, metrics, norms, rates and pace."""
+def format_line(step: int, total: int, values: Mapping[str, float], slowest: str = "") -> str:
+    """The one log line format: step, then what is there of losses, metrics, norms, rates and pace; `slowest`: host of a rank to name."""
     width = len(str(total))
     parts = [f"step {step:>{width}}/{total}"]
     for key, value in values.items():
@@ -127,6 +181,8 @@ def format_line(step: int, total: int, values: Mapping[str, float]) -> str:
         parts.append(f"{values['time/step']:.3f} s/step, {values['time/data_wait']:.1%} waiting for data")
         parts.append(f"{values['clips_per_s']:.1f} clips/s")
         parts.append(f"{values['memory_gib']:.2f} GiB")
+    if slowest:
+        parts.append(f"slowest rank {values['time/slowest_rank']:.0f} ({slowest}) +{values['time/spread']:.0%}")
     if "mfu" in values:
         parts.append(f"mfu {values['mfu']:.1%}")
     if values.get("skipped"):
@@ -173,10 +229,11 @@ def _add_image(writer: object, tag: str, data: bytes, picture: Tensor, step: int
 class _Handler(logging.Handler):
     """Our own messages, and warnings of others, to log.txt and to the terminal (above the progress bar where there is one)."""
 
-    def __init__(self, file: TextIO, bar: bool) -> None:
+    def __init__(self, file: TextIO, bar: bool, heartbeat: Heartbeat) -> None:
         super().__init__(logging.INFO)
         self._file = file
         self._bar = bar
+        self._heartbeat = heartbeat
         self.setFormatter(logging.Formatter("%(asctime)s %(levelmark)s%(message)s", "%H:%M:%S"))
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -185,9 +242,12 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record)
-        self._file.write(line + "\n")
-        self._file.flush()
-        if self._bar:
-            tqdm.write(line, file=sys.stderr)
-        else:
-            print(line, flush=True)
+        self._heartbeat.mark()
+        with suppress(OSError, ValueError):  # the terminal still has it
+            self._file.write(line + "\n")
+            self._file.flush()
+        with suppress(OSError, ValueError):  # output into a full disk or a closed pipe is lost, and a run is worth more
+            if self._bar:
+                tqdm.write(line, file=sys.stderr)
+            else:
+                print(line, flush=True)

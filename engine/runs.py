@@ -1,142 +1,245 @@
 """Which folder a run writes to and where it goes on from. Rank 0 looks and decides, the others are told."""
 
-import hashlib
-import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-import torch
 import torch.distributed as dist
 
 from engine import manifest
 from engine.config import RunConfig
+from engine.heartbeat import announce
+from engine.identity import IDENTITY, differences, identity, is_run_of, settings_of
+from engine.lock import RunLock
+from launch.agent import leave_start
 from launch.env import Env
-from utils.config import from_dict, load_yaml, save_yaml, to_dict
+from utils.config import save_yaml, to_dict
 from utils.errors import ConfigError, UserError
 from utils.files import atomic_write_text
 
 T = TypeVar("T")
 
-IDENTITY = "identity"
-"""File of a run folder with the digest of the settings that make the run what it is."""
+LAUNCH = "launch"
+"""File of a run folder: by which launch it was last taken up, and to which of its checkpoints that went back."""
 
-FREE = (
-    "train.results_dir", "train.max_steps", "train.epochs", "train.resume", "train.accumulation", "train.max_bad_steps",
-    "log", "checkpoint", "parallel", "best.patience", "data.num_workers", "data.prefetch",
-    "data.on_bad_sample", "data.max_bad_share", "data.cache_dir", "data.cache_gib", "data.fetch_timeout", "data.fetch_retries",
-)  # fmt: skip
-"""Settings, or groups of them, that may change when a run goes on: they say how far, how often, where and on what it runs."""
+LATER = ("KINOFORM_ATTEMPT", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+"""Variables that are above 0 when the same command is started again by a launch script, by Slurm or by torchrun."""
+
+_PATIENCE = timedelta(hours=1)
+"""How long ranks wait for what others read or write: a slow file system may take long for that."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder and the checkpoint to go on from (None: from the start)."""
+    """A run folder, locked by rank 0 until `close`, and the checkpoint to go on from (None: from the start)."""
 
     folder: Path
     resume_from: Path | None
+    note: str = ""
+    """What to tell the user of a run that begins although there is one of its name."""
+    lock: RunLock = field(default_factory=RunLock, compare=False, repr=False)
+    group: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
+    """What ranks meet on after one of them has written for all; None: there is one rank."""
+
+    def close(self) -> None:
+        """Let another command work on the run folder."""
+        self.lock.close()
 
 
-def identity(config: RunConfig) -> str:
-    """SHA-256 of the settings without the FREE ones: equal for the same run, whatever it runs on."""
-    return hashlib.sha256(json.dumps(_fixed(to_dict(config)), sort_keys=True).encode()).hexdigest()
+def patient_group() -> dist.ProcessGroup:
+    """A group of all ranks that wait for each other's files longer than for each other's gradients. Making it is a collective."""
+    return cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=_PATIENCE))
 
 
 def open_run(config: RunConfig, task_name: str, env: Env) -> Run:
     """Find or make the run folder <results-dir>/<NNN>-<name>, as `train.resume` says.
 
-    auto: the newest run of this name and identity, else a new one; none: a new one; a path: that run, or that checkpoint of it.
-    A damaged checkpoint is passed over for the one before it, with a warning (auto), or refused (path).
-    Raises UserError or ConfigError, the same on every rank.
+    auto: the newest run of this name and identity, else a new one; none: a new one; a path: that run, or that checkpoint of it, which
+    becomes its newest. A damaged checkpoint is passed over for the one before it, with a warning (auto), or refused (path).
+    Later attempts of a launch go on with the run that it has begun: a path that was taken up stands for what the run has written
+    since, none for auto, and auto does not begin another run because of changed settings.
+    Raises UserError or ConfigError, the same on every rank; also when another command works on the run.
     """
-    return _on_main(env, lambda: _open(config, config.train.name or task_name))
+    lock, group = RunLock(), patient_group() if env.world_size > 1 else None
+    name, results = config.train.name or task_name, config.train.results_dir
+
+    def on_main(decide: Callable[[], T]) -> T:
+        def attempt() -> T | None:
+            try:
+                return decide() if env.is_main else None
+            except OSError as error:
+                raise UserError(f"the results folder {results} cannot be used ({error}): give another --results-dir") from None
+
+        return cast("T", _together(env, group, attempt)[0])
+
+    found = on_main(lambda: _find(config, name, lock))
+    checkpoint = _first_whole(found, env, group)
+    on_main(lambda: _take_up(found, checkpoint, config))
+    leave_start(str(checkpoint))
+    return Run(found.folder, checkpoint, found.note, lock, group)
 
 
-def _on_main(env: Env, decide: Callable[[], T]) -> T:
-    """Result of `decide`, called on rank 0 only; its UserError is raised on every rank."""
-    outcome: list[Any] = [None]
-    if env.is_main:
-        try:
-            outcome = [decide()]
-        except UserError as error:
-            outcome = [error]
+@dataclass(frozen=True)
+class _Found:
+    """A run folder, locked, and what to go on from."""
+
+    folder: Path
+    checkpoints: list[Path] = field(default_factory=list)
+    """The first of them that is whole."""
+    strict: bool = False
+    """Whether a damaged one is refused."""
+    back_to: str = ""
+    """The name of the checkpoint that the user goes back to."""
+    note: str = ""
+
+
+def _together(env: Env, group: dist.ProcessGroup | None, work: Callable[[], T]) -> list[T]:
+    """What `work` returns on each rank; a UserError of any rank is raised on all."""
+    own: T | UserError
+    try:
+        own = work()
+    except UserError as error:
+        own = error
+    outcomes: list[Any] = [own] * env.world_size
     if env.world_size > 1:
-        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    return outcome[0]
+        dist.all_gather_object(outcomes, own, group=group)
+    for outcome in outcomes:
+        if isinstance(outcome, UserError):
+            raise outcome
+    return outcomes
 
 
-def _open(config: RunConfig, name: str) -> Run:
+def _find(config: RunConfig, name: str, lock: RunLock) -> _Found:
+    """Rank 0: the run folder, and its checkpoints, that the settings name."""
     if not re.fullmatch(r"[\w.+=-]+", name):
         raise ConfigError(f"--run-name {name!r}: letters, digits and . _ + = - only")
-    results = config.train.results_dir
-    try:
-        results.mkdir(parents=True, exist_ok=True)
-        if config.train.resume == "auto":
-            run = _newest(results, name, config) or Run(_create(results, name, config), None)
-        elif config.train.resume == "none":
-            run = Run(_create(results, name, config), None)
-        else:
-            run = _named(Path(config.train.resume), config)
-        save_yaml(run.folder / "config.yaml", to_dict(config))
-    except OSError as error:
-        raise UserError(f"the results folder {results} cannot be used ({error}): give another --results-dir") from None
-    return run
+    results, resume = config.train.results_dir, config.train.resume
+    results.mkdir(parents=True, exist_ok=True)
+    if resume not in ("auto", "none"):
+        return _named(Path(resume), config, lock)
+    runs = _runs(results, name)
+    begun = [folder for folder in runs if _is_later() and _launch_of(folder)[:2] == _launch()]
+    usable = begun or (runs if resume == "auto" else [])
+    found = next((folder for folder in reversed(usable) if is_run_of(folder, config)), None)
+    if begun and not found:
+        what = _passed_over(begun[-1], config) or f"not going on with {begun[-1]}, a run with other settings"
+        raise ConfigError(f"{what}, though this launch began it: give the same settings again, or another --run-name")
+    if resume == "none" and not found:
+        return _Found(_create(results, name, config, lock))
+    if found:
+        _claim(found, lock)
+        return _Found(found, manifest.folders(found)[::-1])
+    note = _passed_over(runs[-1], config) if runs else ""
+    folder = _create(results, name, config, lock)
+    before = _runs(results, name)
+    if any(other not in runs and is_run_of(other, config) for other in before[: before.index(folder)]):
+        lock.close()  # the same command was started twice at once: the other was quicker
+        shutil.rmtree(folder)
+        return _find(config, name, lock)
+    return _Found(folder, note=note)
 
 
-def _runs(results: Path, name: str = "") -> list[tuple[int, Path]]:
-    """Number and folder of the runs of a name (empty: any), lowest number first."""
-    pattern = re.compile(rf"(\d{{3,}})-{re.escape(name)}" + ("" if name else ".*"))
-    matches = ((pattern.fullmatch(place.name), place) for place in results.iterdir())
-    return sorted((int(match.group(1)), place) for match, place in matches if match and place.is_dir())
+def _first_whole(found: _Found, env: Env, group: dist.ProcessGroup | None) -> Path | None:
+    """The first checkpoint whose files are what was written; damaged ones before it are reported and renamed out of the way.
 
+    Every rank reads its share of the files.
+    """
 
-def _newest(results: Path, name: str, config: RunConfig) -> Run | None:
-    for _, folder in reversed(_runs(results, name)):
-        if (folder / IDENTITY).is_file() and _is_run_of(folder, config):
-            return Run(folder, _newest_good(folder))
-    return None
+    def look() -> str | None:
+        try:
+            return manifest.find_damage(checkpoint, env.rank, env.world_size)
+        except OSError as error:
+            cure = f"start again when it can be; to go on from the one before, rename {checkpoint}"
+            raise UserError(f"a checkpoint cannot be read, which is no damage ({error}): {cure}") from None
 
-
-def _is_run_of(folder: Path, config: RunConfig) -> bool:
-    """Whether a run folder is of these settings. One of an older version counts with the defaults of the settings added since."""
-    wanted = identity(config)
-    if (folder / IDENTITY).read_text().strip() == wanted:
-        return True
-    try:
-        return identity(from_dict(type(config), load_yaml(folder / "config.yaml"), str(folder))) == wanted
-    except UserError:
-        return False
-
-
-def _newest_good(folder: Path) -> Path | None:
-    """Newest checkpoint whose files are what was written; damaged newer ones are reported and renamed out of the way."""
-    for checkpoint in reversed(manifest.folders(folder)):
-        damage = manifest.find_damage(checkpoint)
+    for checkpoint in found.checkpoints:
+        damage = next(filter(None, _together(env, group, look)), None)
         if damage is None:
             return checkpoint
-        aside = manifest.set_aside(checkpoint)
-        _log.warning("%s; kept as %s, going back to the checkpoint before it", damage, aside.name)
+        if found.strict:
+            cure = "give an earlier checkpoint, or --resume auto to go back to the last good one"
+            raise UserError(f"--resume {checkpoint}: {damage}; {cure}")
+        if env.is_main:
+            try:
+                kept = f"kept as {manifest.set_aside(checkpoint, 'damaged').name}"
+            except OSError as error:
+                kept = f"it cannot be renamed ({error})"
+            _log.warning("%s; %s, going back to the checkpoint before it", damage, kept)
     return None
 
 
-def _create(results: Path, name: str, config: RunConfig) -> Path:
-    """A new folder with the next number. It appears under its name by a rename, with its identity inside."""
-    temporary = results / f".{name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+def _take_up(found: _Found, checkpoint: Path | None, config: RunConfig) -> None:
+    """Rank 0: what others will find in the folder of a run that goes on, or begins."""
+    if found.back_to and checkpoint:
+        manifest.abandon_newer(found.folder, manifest.step_of(checkpoint))
+    atomic_write_text(found.folder / LAUNCH, "\n".join((*_launch(), found.back_to)) + "\n")
+    save_yaml(found.folder / "config.yaml", to_dict(config))
+
+
+def _is_later() -> bool:
+    """Whether this is not the first start of the command by what launched it."""
+    return any(os.environ.get(name, "0") not in ("", "0") for name in LATER)
+
+
+def _launch() -> tuple[str, str]:
+    """What tells this launch from others over all its attempts: its job or, without one, rank 0's folder of statuses."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    return job, "" if job else os.environ.get("KINOFORM_STATUS_DIR", "")
+
+
+def _launch_of(folder: Path) -> tuple[str, str, str]:
+    """What `_take_up` noted last: job, folder of statuses, the checkpoint that was gone back to."""
+    try:
+        job, statuses, back_to = (folder / LAUNCH).read_text().splitlines()
+    except (OSError, ValueError):
+        return "?", "?", ""
+    return job, statuses, back_to
+
+
+def _claim(folder: Path, lock: RunLock) -> None:
+    """Take a run folder: from here on its heartbeat is ours, and what a killed process left half-written is nobody's."""
+    lock.take(folder)
+    announce(folder)
+    manifest.remove_leftovers(folder)
+
+
+def _runs(results: Path, name: str = "") -> list[Path]:
+    """Folders of the runs of a name (empty: any), lowest number first."""
+    pattern = re.compile(r"\d{3,}-" + (re.escape(name) if name else ".*"))
+    return sorted((place for place in results.iterdir() if pattern.fullmatch(place.name) and place.is_dir()), key=_number)
+
+
+def _number(run: Path) -> int:
+    return int(run.name.partition("-")[0])
+
+
+def _passed_over(run: Path, config: RunConfig) -> str:
+    """Why a run of this name is not the one to go on with; nothing when that cannot be said."""
+    try:
+        changes = differences(settings_of(run, config), to_dict(config))
+    except (UserError, OSError):
+        return ""
+    return f"not going on with {run}, a run with other settings: {changes}" if changes else ""
+
+
+def _create(results: Path, name: str, config: RunConfig, lock: RunLock) -> Path:
+    """A new folder with the next number. It appears under its name by a rename, locked, with its identity inside."""
+    temporary = results / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
     temporary.mkdir()
+    _claim(temporary, lock)
     atomic_write_text(temporary / IDENTITY, identity(config) + "\n")
     save_yaml(temporary / "config.yaml", to_dict(config))
     while True:
-        number = max((number for number, _ in _runs(results)), default=-1) + 1
+        number = max(map(_number, _runs(results)), default=-1) + 1
         folder = results / f"{number:03d}-{name}"
         try:
             temporary.rename(folder)  # fails on a folder that is not empty: another process took the number
@@ -147,43 +250,20 @@ def _create(results: Path, name: str, config: RunConfig) -> Path:
         return folder
 
 
-def _named(place: Path, config: RunConfig) -> Run:
-    """The run, or checkpoint of a run, at a path that the user gave."""
+def _named(place: Path, config: RunConfig, lock: RunLock) -> _Found:
+    """The run, or the checkpoint of a run, at a path that the user gave."""
     place = place.resolve()
-    is_checkpoint = place.parent.name == "checkpoints"
-    folder = place.parent.parent if is_checkpoint else place
-    if not place.exists() or not (folder / IDENTITY).is_file():
+    back_to = place.name if place.parent.name == "checkpoints" else ""
+    folder = place.parent.parent if back_to else place
+    again = _is_later() and (not back_to or _launch_of(folder)[::2] == (_launch()[0], back_to))
+    if not (folder / IDENTITY).is_file() or not (place.exists() or again):
         what = "does not exist" if not place.exists() else "is neither a run folder nor one of its checkpoints"
         raise UserError(f"--resume {place}: {what}; give <results-dir>/<NNN>-<name> or .../checkpoints/step_<step>")
-    if not _is_run_of(folder, config):
-        changes = _differences(load_yaml(folder / "config.yaml"), to_dict(config))
+    if not is_run_of(folder, config):
+        changes = differences(settings_of(folder, config), to_dict(config))
         raise UserError(f"--resume {place}: that run has other settings: {changes}; give the same ones, or start anew with --resume none")
-    checkpoint = place if is_checkpoint else next(reversed(manifest.folders(folder)), None)
-    if checkpoint is None:
+    _claim(folder, lock)
+    checkpoints = [place] if back_to and not again else manifest.folders(folder)[::-1]
+    if not checkpoints:
         raise UserError(f"--resume {place}: the run has no checkpoint yet; --resume auto starts it again in its folder")
-    damage = manifest.find_damage(checkpoint)
-    if damage is not None:
-        raise UserError(f"--resume {place}: {damage}; give an earlier checkpoint, or --resume auto to go back to the last good one")
-    return Run(folder, checkpoint)
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted settings that belong to the identity."""
-    return {key: value for key, value in _flatten(config).items() if key not in FREE and key.split(".")[0] not in FREE}
-
-
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    before, now = _fixed(theirs), _fixed(ours)
-    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    listed = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys[:5])
-    return listed + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+    return _Found(folder, checkpoints, strict=not again, back_to=back_to)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -65,13 +65,16 @@ def shard_size(parallel: ParallelConfig, world_size: int, local_world_size: int)
 
 def samples_per_rank(config: RunConfig, env: Env) -> int:
     """Samples of a step on one rank. Raises ConfigError when the global batch cannot be cut evenly."""
-    parts = env.world_size * config.train.accumulation
-    size = config.train.global_batch_size
+    accumulation, size = config.train.accumulation, config.train.global_batch_size
+    parts = env.world_size * accumulation
     if size % parts or size < parts:
         lower = size // parts * parts
         near = f"{lower} or {lower + parts}" if lower else f"{parts}"
-        cut = f"{env.world_size} rank(s) x {config.train.accumulation} micro-batch(es)"
-        raise ConfigError(f"--global-batch-size {size} cannot be cut into {cut}: use {near}")
+        cut = f"{env.world_size} rank(s) x {accumulation} micro-batch(es)"
+        worlds = [ranks for ranks in range(1, 2 * env.world_size) if size % (ranks * accumulation) == 0]
+        nearest = sorted(sorted(worlds, key=lambda ranks: abs(ranks - env.world_size))[:4])
+        ranks = f", or {' or '.join(map(str, nearest))} rank(s)" if nearest else ""
+        raise ConfigError(f"--global-batch-size {size} cannot be cut into {cut}: use {near}{ranks}")
     return size // env.world_size
 
 
@@ -90,13 +93,13 @@ def parallelize(network: Network, parallel: ParallelConfig, env: Env, mesh: Devi
         module.requires_grad_(False).eval()
     else:
         for unit in units:
-            _recompute(unit, parallel.activation_checkpointing)
+            recompute(unit, parallel.activation_checkpointing)
     if not average and compiles(parallel, env):
         _compile(units or ([module] if network.strategy == "fsdp" else []))
     module.to(env.device)
     if sharded:
         assert mesh is not None
-        _shard(module, units, network.methods, mesh, precision_policy(parallel, env.device))
+        _shard(module, units, network.methods, mesh, precision_policy(parallel, env.device), offload_policy(parallel, env.device))
         return module
     return module if frozen or average else Replicated(module, network.methods, env.device)
 
@@ -116,6 +119,11 @@ def precision_policy(parallel: ParallelConfig, device: torch.device) -> MixedPre
     if parallel.precision == "fp32" or device.type != "cuda":
         return MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def offload_policy(parallel: ParallelConfig, device: torch.device) -> OffloadPolicy:
+    """Where the shards of a network lie between steps."""
+    return CPUOffloadPolicy(pin_memory=device.type == "cuda") if parallel.optim_offload else OffloadPolicy()
 
 
 def unit_policy(unit: nn.Module, policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
@@ -176,11 +184,18 @@ class _Entry(nn.Module):
         return call(*args, **kwargs)
 
 
-def _shard(module: nn.Module, units: Sequence[nn.Module], methods: Sequence[str], mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+def _shard(
+    module: nn.Module,
+    units: Sequence[nn.Module],
+    methods: Sequence[str],
+    mesh: DeviceMesh,
+    policy: MixedPrecisionPolicy,
+    offload: OffloadPolicy,
+) -> None:
     for unit in units:
         if unit is not module:
-            fully_shard(unit, mesh=mesh, mp_policy=unit_policy(unit, policy))
-    fully_shard(module, mesh=mesh, mp_policy=policy)
+            fully_shard(unit, mesh=mesh, mp_policy=unit_policy(unit, policy), offload_policy=offload)
+    fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for method in methods:
         register_fsdp_forward_method(module, method)
 
@@ -195,7 +210,7 @@ def _compile(units: Sequence[nn.Module]) -> None:
         unit.compile(dynamic=False)
 
 
-def _recompute(unit: nn.Module, kind: str) -> None:
+def recompute(unit: nn.Module, kind: str) -> None:
     """Make a unit forget its activations and compute them again in the backward pass; its name and its class stay."""
     if kind == "none":
         return

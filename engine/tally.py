@@ -1,5 +1,6 @@
 """The sums of an optimiser turn, exchanged in one all-reduce, and what must follow from them on every rank at the same step."""
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,9 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.manifest import checkpoint_name
 from engine.task import LossOutput
-from launch.env import Env
+from launch.env import Env, Stopped
 from utils.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 _NAMED_SAMPLES = 8
 """Samples of a bad micro-batch that the error names, at most."""
@@ -72,9 +76,9 @@ class Guard:
     """
 
     def __init__(self, env: Env, max_bad_steps: int, skipped: int) -> None:
+        self._is_main = env.is_main
         self._cuda = env.device.type == "cuda"
         self._max_bad_steps = max_bad_steps
-        self._row = torch.zeros((), dtype=torch.float64, device=env.device)
         self.skipped = torch.full((), float(skipped), dtype=torch.float64, device=env.device)
         """Steps left out since the run began, float64 scalar on the device."""
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
@@ -82,10 +86,9 @@ class Guard:
 
     def end_step(self, step: int, finite: Tensor, turns: list[Sums]) -> None:
         """Record the outcome of step `step`: `finite` is false when any of its turns was left out."""
-        self._row = (self._row + 1).masked_fill(finite, 0.0)  # torch.where would copy the number to the GPU and wait
         self.skipped += ~finite
         bad = torch.stack([turn.bad for turn in turns]).amax(0)
-        packed = torch.cat([turns[-1].stop.view(1), self._row.view(1), bad])
+        packed = torch.cat([turns[-1].stop.view(1), finite.double().view(1), bad])
         event = None
         if self._cuda:
             packed = packed.to("cpu", non_blocking=True)
@@ -93,34 +96,57 @@ class Guard:
             event.record()
         self._pending.append((step, packed, event))
 
-    def must_stop(self, describe: Callable[[int, list[int]], str]) -> bool:
-        """Whether a rank was asked to stop. Raises UserError after too many bad steps in a row.
+    def stop(self, describe: Callable[[int, list[int]], str]) -> Stopped | UserError | None:
+        """What to raise once the state is saved: Stopped where a rank was asked to stop, UserError after too many bad steps in a row.
 
         `describe(step, ranks)` names samples of a step for the message.
         """
         stop = False
-        while len(self._pending) > int(self._cuda):
+        while len(self._pending) > int(self._cuda and not self._too_many()):  # the step that is under way may have been a good one
             step, packed, event = self._pending.popleft()
             if event is not None:
                 event.synchronize()
-            asked, row, *bad = packed.tolist()
+            asked, finite, *bad = packed.tolist()
             stop = stop or asked > 0
-            if row == 0:
+            if finite:
                 self._bad.clear()
                 continue
             self._bad.append((step, [rank for rank, flag in enumerate(bad) if flag]))
-            if 0 < self._max_bad_steps <= row:
-                raise UserError(self._message(step, describe))
-        return stop
+            if len(self._bad) == 1 and self._is_main:
+                what = self._beginning(describe)
+                _log.warning("step %d skipped, loss or gradient not finite: %s; skipped steps that follow are only counted", step + 1, what)
+        if self._too_many():
+            return UserError(self._message(describe))
+        return Stopped() if stop else None
 
-    def _message(self, step: int, describe: Callable[[int, list[int]], str]) -> str:
-        first, ranks = self._bad[0]
-        what = f"the loss of rank {ranks[0]}" if ranks else "a gradient"
+    @property
+    def failing(self) -> bool:
+        """Whether the last steps were bad: a checkpoint now would only hide the last good one from a run that starts again."""
+        return len(self._bad) > 1
+
+    def _too_many(self) -> bool:
+        return 0 < self._max_bad_steps <= len(self._bad)
+
+    def take_back(self, progress: dict[str, int], global_batch_size: int) -> None:
+        """Let bad steps that end the run, as they have changed no weights, count as not done."""
+        if self._too_many():
+            progress["step"] -= len(self._bad)
+            progress["samples"] -= len(self._bad) * global_batch_size
+            self.skipped -= len(self._bad)
+
+    def _message(self, describe: Callable[[int, list[int]], str]) -> str:
+        first, last = self._bad[0][0], self._bad[-1][0]
         return (
-            f"steps {first + 1} to {step + 1}: loss or gradient not finite {len(self._bad)} times in a row, all skipped "
-            f"(train.max_bad_steps {self._max_bad_steps}); it began with {what} on {describe(first, ranks)}: "
-            "look at these samples, lower --lr, set --clip-norm, or train in --precision fp32"
+            f"steps {first + 1} to {last + 1}: loss or gradient not finite {len(self._bad)} times in a row, all skipped "
+            f"(train.max_bad_steps {self._max_bad_steps}); it began with {self._beginning(describe)}: "
+            "look at these samples, lower --lr, set --clip-norm, or train in --precision fp32; "
+            f"the state before them is saved as {checkpoint_name(first)}"
         )
+
+    def _beginning(self, describe: Callable[[int, list[int]], str]) -> str:
+        """What was not finite in the first bad step of the row, and on which samples."""
+        step, ranks = self._bad[0]
+        return f"{f'the loss of rank {ranks[0]}' if ranks else 'a gradient'} on {describe(step, ranks)}"
 
 
 def name_samples(source_describe: Callable[[int], str], step: int, ranks: list[int], global_batch_size: int, world_size: int) -> str:

@@ -89,7 +89,7 @@ class Team:
             if unused:
                 cure = "freeze it, or train with --parallel fsdp"
                 raise UserError(f"network {name!r}: the loss does not use {unused[0]}, which DDP cannot work with: {cure}")
-        return gradient_norm(member.parameters)
+        return gradient_norm(member.parameters).to(self._env.device)  # of shards in host memory it lies there
 
     def step(self, name: str, step: int, total: int, norm: Tensor, divisor: Tensor, finite: Tensor) -> float:
         """Update network `name` with its gradient over `divisor`, unless not `finite`; returns the learning rate."""

@@ -3,6 +3,7 @@
 import pickle
 import struct
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from utils.config import dump_yaml, load_yaml
 from utils.errors import UserError
-from utils.files import atomic_path, atomic_write_text, sha256_file
+from utils.files import atomic_path, fsync_path, sha256_file
 
 CARD = "config.yaml"
 _DAMAGED = (EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error)
@@ -23,17 +24,25 @@ _DAMAGED = (EOFError, ValueError, LookupError, TypeError, AttributeError, Assert
 def write_export(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], card: Mapping[str, Any]) -> None:
     """Write an export: <name>.safetensors for each of `tensors` ("model", and "ema" where there is one), then config.yaml.
 
-    Each file is replaced whole; the card comes last and names the digests, so a mixture of two exports is noticed. The bytes
-    are a function of the arguments. Call it on one rank, with full tensors.
+    All files are written before the first is replaced, so one that cannot be written (OSError) leaves the export before it; the card
+    is replaced last and names the digests, so a mixture of two exports is noticed. The bytes are a function of the arguments. Call it
+    on one rank, with full tensors.
     """
     folder = Path(folder)
     digests: dict[str, str] = {}
-    for name, values in tensors.items():
-        own = {key: value.detach().cpu().contiguous().clone() for key, value in sorted(values.items())}
-        with atomic_path(folder / f"{name}.safetensors") as temporary:
-            save_file(own, temporary, metadata={"format": "pt"})
-        digests[f"{name}.safetensors"] = sha256_file(folder / f"{name}.safetensors")
-    atomic_write_text(folder / CARD, dump_yaml({**card, "files": digests}))
+    with ExitStack() as files:
+        last = files.enter_context(atomic_path(folder / CARD))  # a stack is left in reverse order
+        for name, values in tensors.items():
+            own = {key: value.detach().cpu().contiguous().clone() for key, value in sorted(values.items())}
+            temporary = files.enter_context(atomic_path(folder / f"{name}.safetensors"))
+            try:
+                save_file(own, temporary, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+            fsync_path(temporary)
+            digests[f"{name}.safetensors"] = sha256_file(temporary)
+        last.write_text(dump_yaml({**card, "files": digests}), encoding="utf-8")
+        fsync_path(last)
     for stale in set(folder.glob("*.safetensors")) - {folder / name for name in digests}:
         stale.unlink()
 
