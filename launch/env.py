@@ -1,14 +1,13 @@
 """The processes of a run: ranks, device, process group, signals. Nothing else in the project initialises `torch.distributed`."""
 
-import ctypes
 import importlib.util
 import os
 import signal
 import socket
-import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -17,14 +16,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launch.agent import follow_agent
+from launch.peers import Peers
 from utils.errors import UserError
 
 EXIT_STOPPED = 75
 """Exit status of a run that a signal stopped after it saved: start the same command again (EX_TEMPFAIL)."""
 
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _ROOT = Path(__file__).resolve().parent.parent
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_FLIGHT_RECORDER = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+"""NCCL keeps its last collectives, and writes them down when one times out (the engine says where)."""
 
 
 class Stopped(Exception):
@@ -78,6 +80,8 @@ class Env:
     backend: str
     """Of the default group: "gloo", or "cpu:gloo,cuda:nccl" with GPUs."""
     stop: StopFlag = field(default_factory=StopFlag)
+    peers: Peers | None = None
+    """The other processes, where there are any and they wait for each other."""
 
     @property
     def is_main(self) -> bool:
@@ -96,34 +100,45 @@ def distributed(timeout: float) -> Iterator[Env]:
 
     `timeout`: seconds after which a collective that a rank does not join is an error. On a clean end (also an agreed `Stopped`)
     the ranks meet in a barrier first: a group torn down while a peer still uses it aborts the peer. After an error there is no
-    meeting: the process should end at once, which frees the peers (see `launch.run.run_main`).
-    Raises UserError for a master address that cannot be resolved or reached and for a missing GPU.
+    meeting: the others are told, and the process should end at once, which frees them (see `launch.run.run_main`).
+    Raises UserError for a master address that cannot be resolved or reached and for a missing GPU, and LostPeer, which names it, in
+    place of an error of a collective that another rank has left.
     """
     check_packages()
     env = _read_environment()
-    _follow_agent()
+    follow_agent()
+    # A signal until then ends the process at once: there is nothing to save, and Python would not hear it while it waits for the others.
     _initialise(env, timeout)
     restore = _install_handlers(env.stop)
     try:
+        if env.world_size > 1:
+            env = replace(env, peers=Peers(env.rank, env.world_size, env.local_world_size, timeout))
         yield env
     except Stopped as stopped:
         stopped.received = env.stop.received
-        if stopped.agreed or env.world_size == 1:
+        if stopped.agreed or env.peers is None:
             _leave(env)
+        else:
+            env.peers.explain(stopped)
         raise
     except SystemExit as end:
         if end.code in (None, 0, EXIT_STOPPED):
             _leave(env)
         raise
-    except BaseException:
+    except BaseException as error:
         if env.world_size == 1:
             dist.destroy_process_group()
+        else:
+            restore.clear()  # torchrun's SIGTERM for the end of another rank must not come before this one has said why it ends
+        if env.peers is not None and (lost := env.peers.explain(error)):
+            raise lost from error
         raise
     else:
         _leave(env)
     finally:
         for number, handler in restore.items():
             signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
 
 def independent() -> Env:
@@ -133,7 +148,8 @@ def independent() -> Env:
     """
     check_packages()
     env = _read_environment()
-    _follow_agent()
+    follow_agent()
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # ignored by what starts the processes of a Slurm job; there is nothing to save here
     if env.device.type == "cuda":
         torch.cuda.set_device(env.device)
     return env
@@ -160,25 +176,6 @@ def check_master(address: str, port: int) -> None:
             f"{socket.gethostname()} cannot resolve the master address {address!r} ({error.strerror or error}): "
             "give --master_addr a host name or IP address that every node knows"
         ) from None
-
-
-def _follow_agent() -> None:
-    """Have this process killed when the torchrun agent that started it is: workers have sessions of their own, so a signal to
-    the agent's process group misses them, and they would go on writing to the run that the next start continues."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-    if _adopted(os.getppid()):
-        raise UserError("the torchrun agent that started this process is gone")
-
-
-def _adopted(parent: int) -> bool:
-    """Whether `parent` is one of those that take in orphans, and not an agent that is process 1 of a container."""
-    try:
-        takes_orphans = parent == 1 or Path(f"/proc/{parent}/comm").read_text().strip() == "systemd"
-        return takes_orphans and not Path(f"/proc/{parent}/exe").samefile("/proc/self/exe")
-    except OSError:
-        return parent == 1
 
 
 def _read_environment() -> Env:
@@ -210,6 +207,8 @@ def _initialise(env: Env, timeout: float) -> None:
     _history.initialised = True
     if env.device.type == "cuda":
         torch.cuda.set_device(env.device)
+        for name, value in _FLIGHT_RECORDER.items():
+            os.environ.setdefault(name, value)
     limit = timedelta(seconds=timeout)
     if env.world_size == 1:
         dist.init_process_group(env.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
@@ -231,6 +230,8 @@ def _initialise(env: Env, timeout: float) -> None:
 def _leave(env: Env) -> None:
     # NCCL would guess the device of a rank that has used it for nothing yet.
     dist.barrier(device_ids=[env.device.index] if env.device.type == "cuda" else None)
+    if env.peers is not None:
+        env.peers.leave()
     dist.destroy_process_group()
 
 
@@ -248,4 +249,18 @@ def _install_handlers(stop: StopFlag) -> dict[signal.Signals, Any]:
             raise KeyboardInterrupt
         stop.set(number)
 
-    return {number: signal.signal(number, handle) for number in _SIGNALS}
+    replaced = {number: signal.signal(number, handle) for number in _SIGNALS}
+    _spare_children()
+    return replaced
+
+
+def _spare_children() -> None:
+    """Keep SIGUSR1, which Slurm sends to every process of a step, from programs that this process starts (compilers, say): they do not
+    inherit the handler, and would die, but they do inherit what the main thread blocks. Another thread takes the signal for it."""
+
+    def take() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        threading.Event().wait()
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    threading.Thread(target=take, name="kinoform-signals", daemon=True).start()

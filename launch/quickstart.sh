@@ -6,6 +6,7 @@
 #   OUT=folder ...                       where everything goes (default: quickstart, or quickstart/<system>)
 # Stop it at any time (Ctrl-C); the same command goes on where it was.
 set -euo pipefail
+shopt -s extglob
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -16,7 +17,7 @@ STAGES=launch/quickstart/$SYSTEM.sh
 OUT=${OUT:-quickstart${DATA:+/$(basename "$DATA")}$([ "$SYSTEM" = cmd ] || echo "/$SYSTEM")}
 PROCESSES=${PROCESSES:-2}
 CONFIG=configs/$SYSTEM/tiny.yaml
-SIZE="32 32"
+SIZE=(32 32)
 LENGTH=8             # frames of a stored clip
 SAMPLES=(--num-samples 20)
 # bf16 where the processor computes in it: one and a half times as fast as fp32.
@@ -39,7 +40,7 @@ train() { # script, training set, validation set, further flags
   torchrun "$script" --config "$CONFIG" --data-path "$set" --val-path "$held_out" --results-dir "$RUNS" --precision "$PRECISION" "$@"
 }
 run_of() { # newest run folder of a stage
-  ls -d "$RUNS"/[0-9]*-"$1" | tail -n 1
+  compgen -G "$RUNS/[0-9][0-9]+([0-9])-$1" | sort -V | tail -n 1
 }
 encode_sets() { # SHARDS and HELD_OUT by the autoencoder AE, with further flags -> LATENTS and HELD_OUT_LATENTS
   say "Clips -> latents: the generators need not encode each clip again and again"
@@ -52,19 +53,20 @@ encode_sets() { # SHARDS and HELD_OUT by the autoencoder AE, with further flags 
   fi
 }
 
+# shellcheck source=launch/quickstart/hvdm.sh
 source "$STAGES"      # the system's `stages`: trains, and sets SAMPLING and, where there is one, AE
 mkdir -p "$OUT"
 if [ -n "$DATA" ]; then
   say "Videos of $DATA -> shards"
   SHARDS=$OUT/shards
-  "$PYTHON" preprocess.py shards "$DATA" --out "$SHARDS" --image-size $SIZE --clip-length $LENGTH
+  "$PYTHON" preprocess.py shards "$DATA" --out "$SHARDS" --image-size "${SIZE[@]}" --clip-length $LENGTH
   HELD_OUT=$SHARDS
 else
   say "Moving digits -> video files -> shards"
   SHARDS=$OUT/shards/train
   HELD_OUT=$OUT/shards/held-out
-  "$PYTHON" preprocess.py shards --dataset-name synthetic-digits --num-videos 1000 --seed 0 --out "$SHARDS" --image-size $SIZE --clip-length $LENGTH
-  "$PYTHON" preprocess.py shards --dataset-name synthetic-digits --num-videos 64 --seed 1 --out "$HELD_OUT" --image-size $SIZE --clip-length $LENGTH
+  "$PYTHON" preprocess.py shards --dataset-name synthetic-digits --num-videos 1000 --seed 0 --out "$SHARDS" --image-size "${SIZE[@]}" --clip-length $LENGTH
+  "$PYTHON" preprocess.py shards --dataset-name synthetic-digits --num-videos 64 --seed 1 --out "$HELD_OUT" --image-size "${SIZE[@]}" --clip-length $LENGTH
 fi
 
 stages

@@ -3,27 +3,24 @@
 Exit status: 0 done; 1 error; 2 wrong configuration; 75 stopped by a signal and saved; 130 interrupted.
 """
 
-import errno
 import logging
 import os
-import re
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
 import torch
-import torch.distributed as dist
 
+from launch.agent import leave_status
 from launch.env import EXIT_STOPPED, Env, Stopped, check_master, had_process_group
+from launch.failures import report
 from utils.errors import ConfigError, UserError
 
 LAUNCH_HELP = """Launcher options, given to the script itself (under torchrun they are ignored):
-  --nnodes N             nodes of the run (default 1); this or the next flag starts torchrun
+  --nnodes N             nodes of the run (default 1), or lowest:highest; this or the next flag starts torchrun
   --nproc_per_node G     processes per node: a number, or `gpu` for one per GPU (default 1)
   --node_rank R          which of several nodes this is, from 0
   --master_addr HOST     name or address of node 0, known to every node
@@ -34,8 +31,6 @@ LAUNCH_HELP = """Launcher options, given to the script itself (under torchrun th
 
 _VALUE_FLAGS = ("nnodes", "nproc_per_node", "node_rank", "local_rank", "master_addr", "master_port")
 _SWITCHES = ("dry_run", "print_config")
-_PEER_LOST = re.compile(r"connection (was )?(closed|reset|refused)|broken pipe|remote process (exited|has)|nccl.*abort", re.IGNORECASE)
-_PEER_LOST_LINE = "lost the connection to another process, which failed or was killed; its own log says why"
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ def parse_launch(description: str, argv: list[str] | None = None) -> Launch:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     else:
         local = _processes(given.get("nproc_per_node", "1"))
-        world_size = local * _number(given, "nnodes", 1)
+        world_size = local * _nodes(given)[1]
     starts = "nnodes" in given or "nproc_per_node" in given
     if starts and "RANK" not in os.environ and not (wants_help or dry_run or print_config):
         _start_torchrun(given, local, rest)
@@ -83,23 +78,21 @@ def parse_launch(description: str, argv: list[str] | None = None) -> Launch:
 def run_main(main: Callable[[], None]) -> NoReturn:
     """Run a script's `main` and end the process with the documented status; a user's mistake is one line on stderr, from one rank.
 
-    The line is `error: ...`, with `[rank N]` from other ranks than 0. Of the processes of one torchrun agent the first to fail
-    prints; a rank that only lost its peer, or fails the same way, is silent. Other exceptions are ours and keep their traceback.
-    As torchrun does not hand on the status of its workers, status 75 also creates the file named by KINOFORM_STOPPED_FILE, if set.
+    Other exceptions are ours and keep their traceback (see `launch.failures.report`).
+    As torchrun does not hand on the status of its workers, it also goes to the folder KINOFORM_STATUS_DIR (`launch.agent.leave_status`).
     """
+    leave_status(None)
     status = 0
     try:
         main()
     except Stopped as stop:
         status = 130 if stop.received == signal.SIGINT else EXIT_STOPPED
-        if status == EXIT_STOPPED and os.environ.get("KINOFORM_STOPPED_FILE"):
-            Path(os.environ["KINOFORM_STOPPED_FILE"]).touch()
     except SystemExit as end:
-        status = _report(UserError(end.code)) if isinstance(end.code, str) else int(end.code or 0)
+        status = report(UserError(end.code)) if isinstance(end.code, str) else int(end.code or 0)
     except KeyboardInterrupt:
         status = 130
     except BaseException as error:  # also torch's CheckpointException, which is no Exception
-        status = _report(_mendable(error) or error)
+        status = report(error)
     _end(status)
 
 
@@ -129,6 +122,13 @@ def _number(given: dict[str, str], name: str, default: int, lowest: int = 1) -> 
     return int(text)
 
 
+def _nodes(given: dict[str, str]) -> tuple[int, int]:
+    """Lowest and highest number of nodes."""
+    lowest, _, highest = given.get("nnodes", "1").partition(":")
+    least = _number({"nnodes": lowest}, "nnodes", 1)
+    return least, _number({"nnodes": highest or lowest}, "nnodes", 1, lowest=least)
+
+
 def _processes(text: str) -> int:
     if text in ("gpu", "auto"):
         return max(torch.cuda.device_count(), 1)
@@ -136,67 +136,30 @@ def _processes(text: str) -> int:
 
 
 def _start_torchrun(given: dict[str, str], local: int, rest: list[str]) -> NoReturn:
-    nodes = _number(given, "nnodes", 1)
-    where = ["--standalone"]
-    if nodes > 1:
-        if "master_addr" not in given or "node_rank" not in given:
-            raise ConfigError(f"--nnodes {nodes} needs --node_rank and --master_addr on every node (or use torchrun, or slurm/)")
-        node_rank = _number(given, "node_rank", 0, lowest=0)
-        if node_rank >= nodes:
-            raise ConfigError(f"--node_rank {node_rank}: must be below --nnodes {nodes}")
-        port = _number(given, "master_port", 29500)
-        check_master(given["master_addr"], port)
-        where = [f"--node-rank={node_rank}", f"--master-addr={given['master_addr']}", f"--master-port={port}"]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={local}", *where, "--max-restarts=0"]
+    least, nodes = _nodes(given)
+    where = ["--standalone"] if nodes == 1 else _meeting_point(given, least, nodes)
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={least}:{nodes}", f"--nproc-per-node={local}", *where]
+    command.append("--max-restarts=0")
     command.append("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # passed on; its default leaves out SIGUSR1 and dies of it
     # A restart inside torchrun can meet the addresses of dead peers in the agents' shared store.
-    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **os.environ}
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "KINOFORM_NODES": str(nodes), **os.environ}
     # The lone -- keeps torchrun from reading flags of the script as abbreviations of its own (--run).
     os.execve(sys.executable, [*command, "--", sys.argv[0], *rest], environment)
 
 
-def _mendable(error: BaseException) -> UserError | None:
-    """The line for what the machine, not the code, is short of; None for other errors."""
-    if isinstance(error, torch.OutOfMemoryError):
-        cure = "a larger --accumulation, --activation-checkpointing block, --parallel fsdp on more GPUs or a smaller --global-batch-size"
-        return UserError(f"out of GPU memory ({str(error).split('. ')[0]}): try {cure}; --dry-run shows what the state takes")
-    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-        what = " ".join(str(error).split()).rstrip(". ")
-        return UserError(f"{what}: where memory ran out, give a smaller --num-workers or data.prefetch")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return UserError(f"{error}: make room, or write elsewhere, and start the same command again to go on from the last checkpoint")
-    return None
-
-
-def _report(error: BaseException) -> int:
-    """Print what this process has to say of an error; returns the exit status."""
-    status = 2 if isinstance(error, ConfigError) else 1
-    ours = not isinstance(error, UserError)
-    peer_lost = ours and isinstance(error, RuntimeError) and dist.is_initialized() and _PEER_LOST.search(str(error)) is not None
-    first = _first_to_fail()
-    rank = os.environ.get("RANK", "0")
-    if ours and not peer_lost:
-        traceback.print_exception(error)
-    elif first:
-        text = _PEER_LOST_LINE if peer_lost else " ".join(str(error).split())
-        prefix = "" if rank == "0" else f"[rank {rank}] "
-        sys.stderr.write(f"error: {prefix}{text}\n")
-    return status
-
-
-def _first_to_fail() -> bool:
-    """Whether no other process of this torchrun agent has reported an error before. Without an agent: always."""
-    place = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
-    if not place:
-        return True
-    try:
-        # <folder of the agent's attempt>/<local rank>/error.json
-        (Path(place).parent.parent / "kinoform_reported").touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    except OSError:
-        return True
-    return True
+def _meeting_point(given: dict[str, str], least: int, nodes: int) -> list[str]:
+    """torchrun's flags by which the nodes find each other: by their ranks where all must be there, else by who comes."""
+    if "master_addr" not in given or ("node_rank" not in given and least == nodes):
+        needed = "--node_rank and --master_addr" if least == nodes else "--master_addr"
+        raise ConfigError(f"--nnodes {given['nnodes']} needs {needed} on every node (or use launch/multi_node.sh, torchrun, or slurm/)")
+    address, port = given["master_addr"], _number(given, "master_port", 29500)
+    check_master(address, port)
+    if least < nodes:
+        return ["--rdzv-backend=c10d", f"--rdzv-endpoint={address}:{port}", "--rdzv-id=kinoform"]
+    node_rank = _number(given, "node_rank", 0, lowest=0)
+    if node_rank >= nodes:
+        raise ConfigError(f"--node_rank {node_rank}: must be below --nnodes {nodes}")
+    return [f"--node-rank={node_rank}", f"--master-addr={address}", f"--master-port={port}"]
 
 
 def _end(status: int) -> NoReturn:
@@ -205,6 +168,7 @@ def _end(status: int) -> NoReturn:
     Where the group is still there, peers may be waiting for this process in a collective. Where it is not, torch 2.15 aborts now
     and then while the interpreter takes its threads down, long after the work is done.
     """
+    leave_status(status)
     if not had_process_group():
         sys.exit(status)
     logging.shutdown()

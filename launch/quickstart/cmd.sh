@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034
 # CMD: autoencoder -> latents -> content model -> motion model. Sourced by launch/quickstart.sh.
 stages() {
   say "Autoencoder: a clip to a content frame and a motion latent, and back"

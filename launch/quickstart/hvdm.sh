@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034
 # HVDM: hybrid autoencoder -> latents of clip pairs, of stills and of motion -> denoiser -> clips, long videos, videos that begin at
 # pictures, and three amounts of motion. Sourced by launch/quickstart.sh.
 LENGTH=32            # four clips of 8 frames: each is learnt alone, and as the continuation of the one before it

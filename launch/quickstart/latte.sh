@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034
 # Latte: frame VAE -> latents -> transformer over the latents of a clip. Sourced by launch/quickstart.sh.
 stages() {
   say "Frame VAE: single frames to latents, and back"

@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034
 # PVDM: triplane autoencoder -> its adversarial phase -> latents of clip pairs -> denoiser -> clips, and videos of two and eight clips.
 # Sourced by launch/quickstart.sh.
 LENGTH=32            # four clips of 8 frames: each is learnt alone, and as the continuation of the one before it

@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034
 # VIDM: content generator (first frames) and motion generator (every next frame) on the frames themselves -> videos of 32 frames.
 # Sourced by launch/quickstart.sh.
 LENGTH=32            # frame r is learnt from the first frame and frame r - 1, for every r up to 31

@@ -1,0 +1,40 @@
+# shellcheck shell=bash
+# What the job scripts share; they source it from the repository's folder, where they were submitted.
+GRACE=${GRACE:-240}
+PROCESSES=${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}
+source launch/restarts.sh
+KINOFORM_STATUS_DIR=$SLURM_SUBMIT_DIR
+STATUSES=$((SLURM_JOB_NUM_NODES * PROCESSES))
+RESEND=yes
+shell=()
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi # srun does not take it over by itself
+
+# run_step COMMAND...: runs it by srun on all nodes, and again when it fails; ends the job, which queues again when it was stopped.
+# `shell`: the words of a command that srun is to start it by.
+run_step() {
+  local status run_in srun_args
+  read -ra run_in <<<"${RUN_IN:-}"
+  read -ra srun_args <<<"${SRUN_ARGS:-}"
+  run_again leash srun --kill-on-bad-exit=1 "${srun_args[@]}" "${shell[@]}" "${run_in[@]}" "$@"
+  status=$?
+  if [ -n "$asked" ] && [ $status -ne 0 ] && [ $status -ne 2 ] && queue_again; then exit 0; fi
+  exit $status
+}
+
+queue_again() { # unless Slurm is ending the job; a busy controller is asked again for a minute or more
+  local state
+  for _ in {1..20}; do
+    state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)
+    case $state in
+      CANCELLED | COMPLETING | PENDING | PREEMPTED | TIMEOUT) return 1 ;;
+      ?*) if scontrol requeue "$SLURM_JOB_ID"; then say "stopped: job $SLURM_JOB_ID queues again"; return 0; fi ;;
+    esac
+    sleep 3
+  done
+  return 1
+}
+
+newest_run() { # the newest run folder of a name
+  shopt -s extglob
+  compgen -G "$1/[0-9][0-9]+([0-9])-$2" | sort -V | tail -n 1
+}
