@@ -11,7 +11,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt
 TESTS ?= tests
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 3 --dist worksteal  # of two cores: a third of the time tests wait for processes
+SCRIPTS := $(wildcard launch/*.sh launch/*/*.sh slurm/*.sh slurm/*.sbatch slurm/*/*.sh) .ci/run
 
 .PHONY: venv quickstart test lint format bench clean help
 .DEFAULT_GOAL := help
@@ -40,13 +41,15 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
+	@if command -v shellcheck >/dev/null; then shellcheck -x $(SCRIPTS) && echo "shellcheck: $(words $(SCRIPTS)) scripts"; \
+	else echo "shellcheck is not installed: the shell scripts were not checked"; fi
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	@for name in train_step latte_step pvdm_step hvdm_step vidm_step vidm_frame wavelet long_video checkpoint stream preprocess formats; do echo "== benchmarks/$$name.py"; $(BIN)/python -m benchmarks.$$name || exit 1; done
+	@for name in train_step latte_step pvdm_step hvdm_step vidm_step vidm_frame wavelet long_video checkpoint watching stream preprocess formats; do echo "== benchmarks/$$name.py"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

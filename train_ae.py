@@ -9,6 +9,7 @@ The same line starts a run, resumes it and finds it finished. Exit status: 0 don
 and saved; 130 Ctrl-C; 2 wrong settings; 1 any other error.
 """
 
+from engine.elastic import for_ranks
 from engine.loop import fit
 from engine.plan import report
 from engine.task import BatchSource, Task
@@ -50,10 +51,12 @@ def main() -> None:
         return
     if launch.dry_run:
         env = launch.env()
+        config = for_ranks(config, env)
         task, source, _ = build(config.for_planning(), env)
         print(report(task, source, config, env), end="")
         return
     with distributed(config.parallel.timeout) as env:
+        config = for_ranks(config, env)
         task, source, valid = build(config, env)
         fit(task, source, config, env, valid=valid)
 

@@ -8,6 +8,7 @@ and saved; 130 Ctrl-C; 2 wrong settings; 1 any other error.
 """
 
 from datasets.loader import ClipSource
+from engine.elastic import for_ranks
 from engine.loop import fit
 from engine.plan import report
 from engine.task import Task
@@ -38,10 +39,12 @@ def main() -> None:
         return
     if launch.dry_run:
         env = launch.env()
+        config = for_ranks(config, env)
         task, source, _ = build(config, env)
         print(report(task, source, config, env), end="")
         return
     with distributed(config.parallel.timeout) as env:
+        config = for_ranks(config, env)
         task, source, valid = build(config, env)
         fit(task, source, config, env, valid=valid)
 

@@ -1,7 +1,11 @@
-"""How long a checkpoint holds up training, against `torch.save` of the same state in the same run, and how it slows the steps meanwhile.
+"""How long a background checkpoint holds up training, against one that training waits for, and how it slows the steps meanwhile.
 
-The state is a diffusion transformer's weights, AdamW's moments and the moving average. `torch.save` writes it to the same file system
-without a flush or a digest; the checkpointer does both in the background.
+The state is a diffusion transformer's weights, AdamW's moments and the moving average. Both are the checkpointer's, in the same run:
+flushed to the disk, with digests, committed. `torch.save` of the same tensors, neither flushed nor digested, stands beside them.
+
+"Held" is what the call to save takes. Not in it: the time by which steps beside the writer are slower (its own line, per step), and the
+wait for a save before it that is not done yet, of which there is none here. A run's log says of each checkpoint how long training waited,
+for the one before it too.
 """
 
 import argparse
@@ -19,7 +23,6 @@ from torch.distributed.tensor import DTensor
 from benchmarks.common import machine, now, processes, seconds
 from engine.checkpoint import Checkpointer, State
 from engine.config import CheckpointConfig, EmaConfig, OptimConfig, ParallelConfig, RunConfig
-from engine.manifest import checkpoint_name
 from engine.state import model_tensors, optimizer_tensors
 from engine.task import Network
 from engine.team import Team
@@ -27,7 +30,7 @@ from launch.env import Env
 from models.transformers.dit import ContentDiT, DiTConfig
 from tasks.clips import units
 
-TARGET = 0.20
+TARGET = 0.05
 
 
 class Training:
@@ -40,6 +43,8 @@ class Training:
         network = ContentDiT(DiTConfig((16, 16), 4, hidden_size=width, depth=depth, num_heads=width // 64))
         self.parameters = sum(parameter.numel() for parameter in network.parameters())
         self.config = RunConfig(parallel=ParallelConfig(mode=parallel, precision="fp32"), checkpoint=CheckpointConfig(keep_last=1))
+        self.waiting = dataclasses.replace(self.config, checkpoint=CheckpointConfig(keep_last=1, background=False))
+        """The same settings with checkpoints that the loop waits for."""
         self._team = Team({"model": Network(network, optim=OptimConfig(), ema=EmaConfig(), units=units)}, self.config, env)
         self._x = torch.randn(batch, 4, 16, 16, device=env.device)
         self._one = torch.ones((), device=env.device)
@@ -77,6 +82,8 @@ class Training:
 class Times:
     """Seconds, one figure a round (a step)."""
 
+    plain: list[float] = dataclasses.field(default_factory=list)
+    """`torch.save`."""
     synchronous: list[float] = dataclasses.field(default_factory=list)
     held: list[float] = dataclasses.field(default_factory=list)
     total: list[float] = dataclasses.field(default_factory=list)
@@ -89,13 +96,16 @@ class Times:
 
 
 def measure(training: Training, checkpointer: Checkpointer, folder: Path, args: argparse.Namespace, env: Env) -> Times:
-    """Rounds of: steps alone, `torch.save`, a background save that is waited for, one beside running steps."""
+    """Rounds of: steps alone, `torch.save`, a synchronous save, a background save that is waited for, one beside running steps."""
     times, device = Times(), env.device
+    synchronous = Checkpointer(folder / "synchronous", env, training.waiting)
     plain = folder / "plain.pt"
     for _ in range(args.rounds):
         times.step += [seconds(training.step, device) for _ in range(args.steps)]
-        times.synchronous.append(seconds(lambda: torch.save(training.tensors(), plain), device))
+        times.plain.append(seconds(lambda: torch.save(training.tensors(), plain), device))
         plain.unlink()
+        times.synchronous.append(seconds(lambda: synchronous.save(training.done, training.state()), device))
+        synchronous.wait()
 
         started = now(device)
         times.held.append(seconds(lambda: checkpointer.save(training.done, training.state()), device))
@@ -103,15 +113,12 @@ def measure(training: Training, checkpointer: Checkpointer, folder: Path, args: 
         times.total.append(now(device) - started)
 
         training.step()
-        committed = folder / "checkpoints" / checkpoint_name(training.done)
         started = now(device)
         times.held.append(seconds(lambda: checkpointer.save(training.done, training.state()), device))
-        while True:
+        while checkpointer.writing:
             taken = seconds(training.step, device)
-            checkpointer.poll()
-            if committed.exists():
-                break
-            times.busy_step.append(taken)
+            if checkpointer.writing:
+                times.busy_step.append(taken)
         times.busy_total.append(now(device) - started)
         checkpointer.wait()
     return times
@@ -119,11 +126,12 @@ def measure(training: Training, checkpointer: Checkpointer, folder: Path, args: 
 
 def report(times: Times, bytes_saved: int) -> None:
     """Prints medians and ratios."""
-    synchronous, held, total, busy_total, step = (
-        statistics.median(values) for values in (times.synchronous, times.held, times.total, times.busy_total, times.step)
+    plain, synchronous, held, total, busy_total, step = (
+        statistics.median(values) for values in (times.plain, times.synchronous, times.held, times.total, times.busy_total, times.step)
     )
-    print(f"  torch.save of the same state      {synchronous:>7.3f} s   {bytes_saved / synchronous / 1e9:.2f} GB/s")
+    print(f"  loop held by a synchronous save   {synchronous:>7.3f} s   {bytes_saved / synchronous / 1e9:.2f} GB/s")
     print(f"  loop held by a background save    {held:>7.3f} s   ratio {held / synchronous:.3f} (target below {TARGET})")
+    print(f"  torch.save of the same state      {plain:>7.3f} s   ratio {plain / synchronous:.3f}")
     print(f"  until committed, loop waiting     {total:>7.3f} s   ratio {total / synchronous:.3f}")
     print(f"  until committed, loop going on    {busy_total:>7.3f} s   ratio {busy_total / synchronous:.3f}")
     print(f"  step alone                        {step:>7.3f} s")
