@@ -2,10 +2,12 @@
 
 Each part is a fresh start of a toy run. MODE: plain, ddp, fsdp, hsdp. Actions, in order: `train:N` steps, `save:STEP`, `wait`,
 `poll:SECONDS`, `reserve`, `load[:PATH]` (default: the latest), `diverge` (the ranks get different values), `digest` (prints a
-digest of all tensors and numbers). `width:N` first: another size; `sync` anywhere: no background saves.
+digest of all tensors and numbers), `unlimit` (files may have any size from now on). `width:N` first: another size; `sync`
+anywhere: no background saves.
 """
 
 import hashlib
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -133,6 +135,7 @@ def perform(action: str, run: Path, toy: Toy, checkpointer: Checkpointer) -> Non
         "diverge": toy.diverge,
         "load": load,
         "digest": digest,
+        "unlimit": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)),
     }
     actions[name]()
 

@@ -29,7 +29,7 @@ NARROW = {
     ("tasks", "engine"): {"engine.task", "engine.config"},
     ("tasks", "launch"): {"launch.env"},
     ("pipelines", "launch"): {"launch.env"},
-    ("engine", "launch"): {"launch.env"},
+    ("engine", "launch"): {"launch.agent", "launch.env", "launch.failures"},
 }
 """(importer, imported) -> the only modules that may be imported."""
 

@@ -135,29 +135,49 @@ def test_kill_during_a_save_leaves_the_one_before(tmp_path: Path) -> None:
     assert found is not None and found.name == "step_0000001"
     assert manifest.find_damage(found) is None
     assert digests(1, tmp_path, "plain", "width:256", "load", "digest") == before
+    manifest.remove_leftovers(tmp_path)
     assert not temporary.exists()
 
 
-def test_full_disk_is_one_line_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+def small_files() -> None:
+    """A disk that has no room for a checkpoint, until an `unlimit`."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("how", ["background", "sync"])
+def test_full_disk_is_a_warning_and_the_next_save_tries_again(tmp_path: Path, how: str) -> None:
+    """What was half written is deleted: it may be what the next try needs."""
+    first = digests(2, tmp_path, "fsdp", "train:1", "save:1", "digest")
+    actions = ["fsdp", "load", "digest", "train:1", "save:2", "train:1", "save:3", "poll:1", "unlimit", "train:1", "save:4", "digest"]
+    result = work(2, tmp_path, *actions, *(["sync"] if how == "sync" else []), before=small_files)
+    assert result.returncode == 0, result.stderr
+    found = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("DIGEST")]
+    assert found[:1] == first
+    warnings = [line for line in result.stderr.splitlines() if "training goes on" in line]
+    assert [f"checkpoint of step {step}" in line for step, line in zip((2, 3), warnings, strict=True)] == [True, True]
+    assert all("too large" in line and str(tmp_path) in line and "step_0000001" in line for line in warnings)
+    assert sorted(place.name for place in (tmp_path / "checkpoints").iterdir()) == ["step_0000001", "step_0000004"]
+    assert digests(1, tmp_path, "plain", "load", "digest") == found[1:]
+
+
+def test_full_disk_at_the_last_save_is_one_line_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
     digests(2, tmp_path, "fsdp", "train:1", "save:1")
-
-    def small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
     began = time.monotonic()
-    result = work(2, tmp_path, "fsdp", "load", "train:1", "save:2", "poll:60", before=small_files)
-    assert result.returncode != 0 and time.monotonic() - began < 45
+    result = work(2, tmp_path, "fsdp", "load", "train:1", "save:2", "wait", before=small_files)
+    assert result.returncode != 0 and time.monotonic() - began < 100
     (line,) = errors(result)
     assert "checkpoint of step 2" in line and "too large" in line and str(tmp_path) in line
-    assert [place.name for place in manifest.committed(tmp_path)] == ["step_0000001"]
+    assert sorted(place.name for place in (tmp_path / "checkpoints").iterdir()) == ["step_0000001"]
 
 
-def test_unwritable_folder_is_one_line(tmp_path: Path) -> None:
+def test_unwritable_folder_is_a_warning_and_at_the_last_save_one_line(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    result = work(2, tmp_path, "ddp", "train:1", "save:1", "poll:60")
+    result = work(2, tmp_path, "ddp", "train:1", "save:1", "poll:0.1", "train:1", "save:2", "wait")
     assert result.returncode != 0
     (line,) = errors(result)
-    assert "checkpoint of step 1" in line and "checkpoints" in line
+    assert "checkpoint of step 2" in line and "no checkpoint" in line
+    (warning,) = [line for line in result.stderr.splitlines() if "training goes on" in line]
+    assert "checkpoint of step 1" in warning
 
 
 def test_checkpoint_of_another_model_is_refused(seen: dict[str, str], run: Path) -> None:

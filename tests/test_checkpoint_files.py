@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from engine import manifest
+from engine.config import CheckpointConfig, RunConfig
+from utils.errors import ConfigError
 from utils.files import atomic_path
 
 
@@ -54,13 +56,47 @@ def test_pruning_keeps_the_newest_and_the_one_just_written(tmp_path: Path) -> No
     assert steps(tmp_path) == [12]
 
 
+def test_checkpoints_of_some_steps_are_never_pruned(tmp_path: Path) -> None:
+    for step in range(5, 45, 5):
+        manifest.prune(tmp_path, 2, make(tmp_path, step), keep_every=15)
+    assert steps(tmp_path) == [15, 30, 35, 40]
+    with pytest.raises(ConfigError, match=r"--keep-every 15: checkpoints are written every 10 steps"):
+        RunConfig(checkpoint=CheckpointConfig(every=10, keep_every=15)).validate()
+    for every, kept in ((10, 100), (100, 10), (0, 7), (10, 0)):
+        RunConfig(checkpoint=CheckpointConfig(every=every, keep_every=kept)).validate()
+
+
+def test_what_was_set_aside_goes_with_the_checkpoints_of_its_age(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20):
+        make(tmp_path, step)
+    manifest.set_aside(tmp_path / "checkpoints/step_0000005", "damaged")
+    manifest.abandon_newer(tmp_path, 10)
+    manifest.prune(tmp_path, 2, make(tmp_path, 12))
+    assert sorted(place.name for place in (tmp_path / "checkpoints").iterdir()) == [
+        "step_0000010", "step_0000012", "step_0000015.abandoned", "step_0000020.abandoned",
+    ]  # fmt: skip
+    make(tmp_path, 18)
+    manifest.prune(tmp_path, 2, make(tmp_path, 22))
+    assert sorted(place.name for place in (tmp_path / "checkpoints").iterdir())[:2] == ["step_0000018", "step_0000020.abandoned"]
+
+
+def test_half_written_files_of_a_killed_run_are_deleted_and_no_others(tmp_path: Path) -> None:
+    kept = ["config.yaml", "export/model.safetensors", "samples/.hidden", ".step.tmp", "checkpoints/.a.00000000.tmp"]
+    stale = [".config.yaml.0123abcd.tmp", "export/.model.safetensors.00000000.tmp", "samples/.a.gif.ffffffff.tmp"]
+    for name in kept + stale:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    manifest.remove_leftovers(tmp_path)
+    assert [name for name in kept + stale if (tmp_path / name).exists()] == kept
+
+
 def test_leftovers_are_removed_and_an_interrupted_replacement_undone(tmp_path: Path) -> None:
     checkpoint = make(tmp_path, 5)
     places = tmp_path / "checkpoints"
     (places / ".step_0000010.tmp").mkdir()
     checkpoint.rename(places / ".step_0000005.old")
     (places / "notes").mkdir()
-    manifest.remove_stale(tmp_path)
+    manifest.remove_leftovers(tmp_path)
     assert sorted(place.name for place in places.iterdir()) == ["notes", "step_0000005"]
     assert manifest.latest(tmp_path) == checkpoint
 

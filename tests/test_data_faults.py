@@ -20,7 +20,7 @@ from datasets.reader import ClipReader
 from datasets.shards import ShardSet
 from engine.metrics import counted
 from launch.env import Env
-from launch.run import _mendable
+from launch.failures import mendable
 from tasks.clips import _open as open_clips_of
 from tests import distributed
 from tests.shard_sets import crc, frames_of, sample_of, spoil, write_set
@@ -239,7 +239,7 @@ def test_a_loader_process_that_is_killed_is_said_in_a_line(tmp_path: Path) -> No
         for _ in range(20):
             next(stream)
             time.sleep(0.05)
-    line = str(_mendable(caught.value))
+    line = str(mendable(caught.value))
     assert line.startswith("DataLoader worker (pid") and "--num-workers" in line and "\n" not in line
 
 

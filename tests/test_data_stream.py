@@ -6,6 +6,7 @@ import multiprocessing
 import shutil
 import subprocess
 import tarfile
+import tempfile
 import time
 from itertools import islice
 from pathlib import Path
@@ -212,6 +213,13 @@ def test_a_set_that_is_not_whole_is_refused_in_one_line(shards: ShardSet, tmp_pa
 def test_a_video_folder_is_answered_with_the_command_to_run(source: Path) -> None:
     with pytest.raises(UserError, match=rf"python preprocess.py shards {source} --out {source}-shards"):
         ShardSet.open(source)
+
+
+def test_a_temporary_folder_with_a_long_name_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = make(source, tmp_path / "set", codec="mp4")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 80)))
+    with pytest.raises(ConfigError, match=r"TMPDIR .* is longer than 75 characters"):
+        next(clip_source(shards, workers=1).batches(0))
 
 
 def test_loader_processes_leave_signals_to_their_parent(source: Path, tmp_path: Path) -> None:

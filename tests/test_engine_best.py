@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -17,13 +18,14 @@ from distributed import run
 from toy_task import ToySource, ToyTask, toy_config
 
 import engine.outputs
+import utils.weights
 from engine.config import BestConfig, LogConfig, RunConfig
 from engine.loop import fit
 from engine.task import Batch, LossOutput, Network
 from launch.env import Env, Stopped, distributed
 from tests.test_engine_loop import lines
 from utils.config import load_yaml
-from utils.errors import ConfigError
+from utils.errors import ConfigError, UserError
 from utils.rng import SampleRng
 from utils.weights import read_export, write_export
 
@@ -135,6 +137,46 @@ def test_values_that_are_not_finite_are_never_the_best(tmp_path: Path) -> None:
         assert card(found)["step"] == 4
         without = train(env, settings(tmp_path / "none", max_steps=4), nothing)
         assert card(without)["step"] == 4 and "best" not in card(without)
+
+
+def test_a_full_disk_at_the_best_evaluation_keeps_the_best_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save = utils.weights.save_file
+    full = [6, 12]  # the 2nd file of the export after 6 steps, and what comes at the end of a run without a metric
+
+    def refuse(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
+        if "ema" in path.name and int(tensors["count"]) in full:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save(tensors, path, **options)
+
+    monkeypatch.setattr(utils.weights, "save_file", refuse)
+    with distributed(60) as env:
+        folder = train(env, settings(tmp_path / "best", **{"ema.every": 1}))
+        said = capsys.readouterr().out
+        assert "warning: psnr 23 at step 6 is the best, but the export could not be written" in said and "No space left" in said
+        assert card(folder)["step"] == 10 and read_export(folder)[1]["best"]["value"] == 22.5, "better than that after 4 steps"
+        full += [10]
+        with pytest.raises(UserError, match=r"the export could not be written to .*No space left.*only the export is missing"):
+            train(env, settings(tmp_path / "last", metric=""))
+        full.clear()
+        train(env, settings(tmp_path / "last", metric=""))
+
+
+def test_an_export_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_export(tmp_path, {"model": {"a": torch.zeros(1)}, "ema": {"a": torch.zeros(1)}}, {"step": 1})
+    before = {place.name: place.read_bytes() for place in tmp_path.iterdir()}
+    save = utils.weights.save_file
+
+    def refuse(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
+        if "ema" in path.name:
+            raise SafetensorError("No space left on device")
+        save(tensors, path, **options)
+
+    monkeypatch.setattr(utils.weights, "save_file", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        write_export(tmp_path, {"model": {"a": torch.ones(1)}, "ema": {"a": torch.ones(1)}}, {"step": 2})
+    assert {place.name: place.read_bytes() for place in tmp_path.iterdir()} == before
 
 
 def test_what_cannot_be_compared_is_one_line(tmp_path: Path) -> None:

@@ -274,18 +274,33 @@ def test_steps_that_are_not_finite_change_nothing(tmp_path: Path, processes: int
         assert steps["optim.net.head.weight.step"] == 2
 
 
-def give_up(env: Env, folder: str) -> str:
+def give_up(env: Env, folder: str, every: int) -> str:
     try:
-        train(env, folder, {"max_steps": 9, "max_bad_steps": 3}, bad_from=1)
+        train(env, folder, {"max_steps": 9, "max_bad_steps": 3, "checkpoint.every": every}, bad_from=2)
     except UserError as error:
         return str(error)
     return ""
 
 
-def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_samples(tmp_path: Path) -> None:
-    for message in run(give_up, folder=str(tmp_path)):
-        assert message.startswith("steps 2 to 4: loss or gradient not finite 3 times in a row")
-        assert "rank 0" in message and "toy/8, toy/9, toy/10, toy/11" in message and "toy/12" not in message
+def complete(env: Env, folder: str) -> str:
+    return str(train(env, folder, {"max_steps": 9}))
+
+
+@pytest.mark.parametrize("every", [2, 100])
+def test_too_many_bad_steps_in_a_row_end_the_run_at_its_last_good_state_and_name_the_samples(tmp_path: Path, every: int) -> None:
+    for message in run(give_up, folder=str(tmp_path / "bad"), every=every):
+        assert message.startswith("steps 3 to 5: loss or gradient not finite 3 times in a row")
+        assert "rank 0" in message and "toy/16, toy/17, toy/18, toy/19" in message and "toy/20" not in message
+        assert message.endswith("saved as step_0000002")
+    (folder,) = (tmp_path / "bad").glob("*-toy")
+    record = json.loads((folder / "checkpoints/step_0000002/manifest.json").read_text())
+    assert record["progress"] == {"step": 2, "samples": 16, "skipped": 0}
+    assert [place.name for place in (folder / "checkpoints").iterdir()] == ["step_0000002"]
+    # Without what made them bad, the steps are done again and nothing is lost.
+    whole = Path(run(complete, folder=str(tmp_path / "whole"))[0])
+    assert run(complete, folder=str(tmp_path / "bad")) == [str(folder)] * 2
+    assert (folder / "export/model.safetensors").read_bytes() == (whole / "export/model.safetensors").read_bytes()
+    assert [line["step"] for line in lines(folder)] == list(range(1, 10))
 
 
 def test_max_steps_is_exact_and_a_finished_run_goes_on_only_with_a_larger_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import ROOT, environment, torchrun
+from tests import preprocessing
+from tests.distributed import ROOT, environment, run, torchrun
+from tests.scripts import commands, kill
 
 SETTINGS = ["--config", "configs/cmd/tiny.yaml", "--model.dim", "16", "--model.depth", "1", "--global-batch-size", "4"]
 SETTINGS += ["--num-workers", "0", "--preview-every", "0", "--eval-every", "0", "--no-tensorboard"]
-SETTINGS += ["--max-steps", "60", "--ckpt-every", "2", "--keep-last", "2"]
+SETTINGS += ["--max-steps", "30", "--ckpt-every", "2", "--keep-last", "2"]
 
 
 def arguments(shards: Path, results: Path) -> list[str]:
@@ -40,24 +42,26 @@ def kill_when(due: Callable[[], bool], command: list[str], delay: float = 0.0) -
 @pytest.mark.slow
 def test_killed_at_three_moments_and_started_again(tmp_path: Path) -> None:
     shards, killed, whole = tmp_path / "shards", tmp_path / "killed", tmp_path / "whole"
-    flags = ["--num-videos", "8", "--image-size", "16", "16", "--clip-length", "8", "--workers", "1", "--out", str(shards)]
-    made = [sys.executable, "preprocess.py", "shards", "--dataset-name", "synthetic-digits", *flags]
-    subprocess.run(made, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=300)
+    size = ["--num-videos", "8", "--image-size", "16", "16", "--clip-length", "8"]
+    preprocessing.run("--dataset-name", "synthetic-digits", *size, "--out", shards)
+    script, *line = arguments(shards, killed)
 
-    def checkpoints(pattern: str) -> list[Path]:
-        return list(killed.glob(f"*/checkpoints/{pattern}"))
-
-    command = arguments(shards, killed)
-    kill_when(lambda: bool(checkpoints(".step_0000002.tmp/*")), command)  # while the first checkpoint is written
-    kill_when(lambda: len(checkpoints("step_*")) > 1, command, delay=0.05)
-    reached = max(place.name for place in checkpoints("step_*"))
-    kill_when(lambda: bool(list(killed.glob("*/export/*.safetensors"))), command)  # while the export is written
-    assert "step_0000002" < reached < "step_0000060"
-
-    for results in (killed, whole):
-        done = torchrun(arguments(shards, results), timeout=300)
-        assert done.returncode == 0, done.stdout
+    kill(script, line, "engine.manifest.digest_files", "step_0000002")  # while the first checkpoint is written
     (folder,) = killed.iterdir()
+    checkpoints = folder / "checkpoints"
+    assert [place.name for place in checkpoints.iterdir()] == [".step_0000002.tmp"]
+
+    kill_when(lambda: len(list(checkpoints.glob("step_*"))) > 1, [script, *line], delay=0.05)
+    reached = max(place.name for place in checkpoints.glob("step_*"))
+    assert "step_0000002" < reached < "step_0000030"
+
+    kill(script, line, "os.replace", "export/model.safetensors")  # while the export is written
+    assert (folder / "export" / "ema.safetensors").exists() and not (folder / "export" / "config.yaml").exists()
+
+    done = torchrun([script, *line], timeout=300)
+    assert done.returncode == 0, done.stdout
+    _, *other = arguments(shards, whole)
+    run(commands, script=script, lines=[other])
     for name in ("model.safetensors", "ema.safetensors", "config.yaml"):
         assert (folder / "export" / name).read_bytes() == (whole / folder.name / "export" / name).read_bytes()
-    assert sorted(place.name for place in (folder / "checkpoints").iterdir()) == ["step_0000058", "step_0000060"]
+    assert sorted(place.name for place in checkpoints.iterdir()) == ["step_0000028", "step_0000030"]

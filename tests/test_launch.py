@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.agent import leave_start, leave_status
 from launch.env import StopFlag, check_packages, distributed
 from launch.run import parse_launch
 from tests.distributed import environment
@@ -69,13 +70,28 @@ def test_exit_status_and_line_of_one_process(case: str, expected: int, line: str
     assert err.splitlines() == ([line] if line else [])
 
 
-def test_a_stop_leaves_the_file_that_a_batch_script_looks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = tmp_path / "stopped"
-    monkeypatch.setenv("KINOFORM_STOPPED_FILE", str(place))
-    assert finish(start(WORKER, "interrupted"))[0] == 130
-    assert not place.exists()
-    assert finish(start(WORKER, "signalled"))[0] == 75
-    assert place.exists()
+def test_each_process_leaves_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's own is 1 whatever its workers end with."""
+    monkeypatch.setenv("KINOFORM_STATUS_DIR", str(tmp_path))
+    for case, status in (("interrupted", "130"), ("settings", "2"), ("fine", "0"), ("signalled", "75")):
+        finish(start(WORKER, case))
+        assert (tmp_path / "0-0").read_text() == f"{status}\n"
+    assert finish(start(*PAIR, WORKER, "killed", "1"))[0] == 1
+    assert {place.name: place.read_text() for place in tmp_path.iterdir()} == {"0-0": "1\n"}
+
+
+def test_a_status_is_not_named_by_the_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After another machine has joined, the same process of a machine has another one, and its old status must not stay."""
+    for name, value in {"KINOFORM_STATUS_DIR": str(tmp_path), "RANK": "0", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    leave_start("step_2")
+    leave_status(75)
+    monkeypatch.setenv("RANK", "3")
+    leave_status(None)
+    assert [place.name for place in tmp_path.iterdir()] == ["begun"]
+    leave_start("step_4")
+    assert {place.name: place.read_text() for place in tmp_path.iterdir()} == {"begun": "step_4\n", "0-1": "training\n"}
 
 
 def test_the_end_does_not_wait_for_threads() -> None:
@@ -103,7 +119,7 @@ def test_a_bug_keeps_its_traceback() -> None:
         ("settings", "", r"error: (\[rank 1\] )?--lr fast: not a number"),
         ("mistake", "", r"error: (\[rank 1\] )?the file of rank [01] is missing"),
         ("mistake", "1", r"error: \[rank 1\] the file of rank 1 is missing"),
-        ("killed", "1", r"error: lost the connection to another process.*"),
+        ("killed", "1", r"error: the (run lost a rank|ranks lost each other): rank 1 on .* is gone: killed, or crashed"),
     ],
 )
 def test_one_line_for_two_ranks_within_seconds(case: str, who: str, pattern: str) -> None:
@@ -247,9 +263,16 @@ def test_handlers_set_the_flag_and_are_put_back(monkeypatch: pytest.MonkeyPatch)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     with distributed(10.0) as env:
         assert not env.stop
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        limit = time.monotonic() + 20
+        while not env.stop and time.monotonic() < limit:
+            time.sleep(0.01)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
             os.kill(os.getpid(), number)
         assert env.stop and env.stop.received == signal.SIGUSR1
+        struck = subprocess.run([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGUSR1)"], check=False, timeout=20)
+        assert struck.returncode == 0, "Slurm sends it to every process of a step, also to programs that a rank has started"
+    assert signal.SIGUSR1 not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert before == {number: signal.getsignal(number) for number in before}
     with pytest.raises(KeyboardInterrupt), distributed(10.0) as env:
         os.kill(os.getpid(), signal.SIGINT)

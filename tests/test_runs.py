@@ -12,7 +12,8 @@ import pytest
 
 from engine import manifest
 from engine.config import RunConfig, TrainConfig
-from engine.runs import identity, open_run
+from engine.identity import identity
+from engine.runs import open_run
 from launch.env import Env
 from tests.distributed import run
 from utils.config import flag, load_yaml, save_yaml
@@ -95,6 +96,24 @@ def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_what_was_added(t
         open_run(replace(other, train=replace(other.train, resume=str(folder))), "toy", ENV)
 
 
+def test_a_new_run_says_which_of_its_name_it_is_not_and_why(tmp_path: Path) -> None:
+    assert open_run(config(tmp_path), "toy", ENV).note == ""
+    assert open_run(config(tmp_path), "toy", ENV).note == "", "it goes on"
+    assert open_run(config(tmp_path), "other", ENV).note == ""
+    note = open_run(config(tmp_path, depth=6, seed=3), "toy", ENV).note
+    assert note.startswith(f"not going on with {tmp_path / '000-toy'}, a run with other settings: ") and "\n" not in note
+    assert "model.depth was 4 and is 6" in note and "train.seed was 0 and is 3" in note
+    older = load_yaml(tmp_path / "000-toy/config.yaml")
+    del older["model"]["size"]
+    save_yaml(tmp_path / "002-toy/config.yaml", older)
+    assert open_run(config(tmp_path, depth=7), "toy", ENV).note.endswith("model.depth was 4 and is 7"), (
+        "what was added since is no difference"
+    )
+    (tmp_path / "003-toy/config.yaml").write_text("[")
+    assert open_run(config(tmp_path, depth=8), "toy", ENV).note == ""
+    assert open_run(config(tmp_path, depth=9, resume="none"), "toy", ENV).note == ""
+
+
 def test_auto_goes_back_past_damaged_checkpoints_and_says_which(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = open_run(config(tmp_path), "toy", ENV).folder
     good, flipped, bare = save(folder, 5), save(folder, 10), save(folder, 15)
@@ -175,7 +194,9 @@ def open_on_each_rank(env: Env, results: str) -> list[str | None]:
 
 
 def test_ranks_agree(tmp_path: Path) -> None:
-    checkpoint = save(open_run(config(tmp_path), "toy", ENV).folder, 5)
+    here = open_run(config(tmp_path), "toy", ENV)
+    here.close()
+    checkpoint = save(here.folder, 5)
     first, second = run(open_on_each_rank, results=str(tmp_path))
     assert first == second
     assert first[1] == str(checkpoint)
