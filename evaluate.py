@@ -17,9 +17,9 @@ from typing import Any, Protocol, TypeVar
 from launch.env import Env, distributed
 from launch.run import Launch, parse_launch, run_main
 from pipelines.encoders import ENCODERS
-from pipelines.motion import MotionConfig, measure_motion
-from pipelines.quality import FvdConfig, VisConfig, measure_fvd, measure_vis
-from pipelines.reconstruction import ReconstructConfig, measure_reconstruction
+from evaluation.motion import MotionConfig, measure_motion
+from evaluation.quality import FvdConfig, VisConfig, measure_fvd, measure_vis
+from evaluation.reconstruction import ReconstructConfig, measure_reconstruction
 from utils.config import dump_yaml, load_config, to_dict
 from utils.errors import ConfigError, UserError
 from utils.files import atomic_write_text

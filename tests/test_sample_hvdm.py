@@ -24,7 +24,7 @@ from launch.run import parse_launch
 from models.layers.motion import motion_energy
 from pipelines.hvdm_sample import HVDMSampleConfig, HVDMSampleJob
 from pipelines.long import first_frame
-from pipelines.motion import measure_motion
+from evaluation.motion import measure_motion
 from pipelines.pictures import find_pictures, read_picture
 from pipelines.systems import load_sampling
 from tests.distributed import ROOT, environment

@@ -18,7 +18,7 @@ from metrics.features import FeatureRows
 from metrics.frechet import Moments, frechet_distance
 from metrics.i3d import I3D
 from metrics.inception_score import inception_score, probabilities
-from pipelines.quality import FvdConfig, VisConfig, measure_fvd, measure_vis
+from evaluation.quality import FvdConfig, VisConfig, measure_fvd, measure_vis
 from tests import distributed
 from tests.scripted_detectors import Long, Maps, ToyC3D, ToyI3D, level, save_script, write_arrays
 from utils.errors import ConfigError, UserError

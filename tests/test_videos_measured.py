@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from launch.env import Env
-from pipelines.protocols import PROTOCOLS, Clips, choose_clips
-from pipelines.videos import FolderVideos, open_videos
+from evaluation.protocols import PROTOCOLS, Clips, choose_clips
+from evaluation.videos import FolderVideos, open_videos
 from tests.scripted_detectors import known_frames, level, write_arrays, write_pictures
 from tests.shard_sets import write_set
 from tests.videos import write_video

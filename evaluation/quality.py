@@ -14,8 +14,8 @@ from metrics.detectors import Detector
 from metrics.features import FeatureRows
 from metrics.frechet import Moments, frechet_distance
 from metrics.inception_score import SHUFFLE_SEED, SPLITS, inception_score, is_distribution, probabilities
-from pipelines.protocols import PROTOCOLS, Clips, Protocol, Size, choose_clips
-from pipelines.videos import open_videos
+from evaluation.protocols import PROTOCOLS, Clips, Protocol, Size, choose_clips
+from evaluation.videos import open_videos
 from utils.config import flag
 from utils.errors import ConfigError, UserError
 

@@ -12,7 +12,7 @@ from av.error import FFmpegError
 
 from datasets.stored_video import iterate_frames
 from models.layers.motion import motion_energy
-from pipelines.videos import OVERVIEWS, sample_settings
+from evaluation.videos import OVERVIEWS, sample_settings
 from utils.errors import ConfigError, UserError
 from utils.media import to_float
 

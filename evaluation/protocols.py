@@ -15,7 +15,7 @@ from torch import Tensor
 from datasets.frames import last_start, spread, strided
 from datasets.transforms import resize_clip
 from launch.env import Env
-from pipelines.videos import VideoSet
+from evaluation.videos import VideoSet
 from utils.errors import UserError
 from utils.rng import hash_indices
 
