@@ -189,7 +189,8 @@ def test_checkpoint_saves_the_whole_state(env: Env, tmp_path: Path) -> None:
 
 def test_watching_prints_ratios_to_a_step(output: Callable[..., str]) -> None:
     text = output(watching.main, "--step", "0.002", "--steps", "12", "--rounds", "2", "--log-every", "4")
-    calls, threads, together, _ = ratios(text)
+    calls, threads, together, of_50_ms, _ = ratios(text)
+    assert of_50_ms < together, "the step is shorter than 50 ms"
     assert 0 < calls <= together == pytest.approx(calls + threads, abs=2e-5)
     assert "2 rounds of 12 steps" in text and "step 4/12" not in text, "log lines are written, but not between the figures"
 
