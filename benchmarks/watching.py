@@ -147,6 +147,7 @@ def _after(
 ) -> None:
     """What the loop does for its records and its safety once the work of a step is done."""
     good = sums.finite(loss)
+    checkpointer.copied()
     meter.turn("model", sums, loss, good, 1e-4, _BATCH)
     guard.end_step(step, [(sums, good)])
     meter.end_step(_BATCH, log.every)

@@ -110,6 +110,7 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
                         tally.add(output)
                 sums, norm = tally.reduce(), team.gradient_norm(phase)
                 divisor, good = sums.count / global_batch, sums.finite(norm)
+                checkpointer.copied()
                 rate = team.step(phase, step, total, norm, divisor, good)
                 meter.turn(phase, sums, norm, good, rate, global_batch)
                 turns.append((sums, good))

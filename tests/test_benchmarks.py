@@ -184,7 +184,7 @@ def test_checkpoint_saves_the_whole_state(env: Env, tmp_path: Path) -> None:
     saved = sum(value.numel() for value in tensors.values())
     assert 3.5 * weights < saved < 4.5 * weights  # weights, average, two moments (of those that are trained)
     assert sum(file.stat().st_size for file in newest.iterdir()) >= sum(value.nbytes for value in tensors.values())
-    assert len(times.held) == 2 and len(times.synchronous) == len(times.total) == len(times.busy_total) == 1
+    assert [len(figures) for figures in (times.held, times.synchronous, times.total, times.busy_total)] == [1, 1, 1, 1]
 
 
 def test_watching_prints_ratios_to_a_step(output: Callable[..., str]) -> None:
