@@ -3,8 +3,9 @@
 The state is a diffusion transformer's weights, AdamW's moments and the moving average. Both are the checkpointer's, in the same run:
 flushed to the disk, with digests, committed. `torch.save` of the same tensors, neither flushed nor digested, stands beside them.
 
-"Held" is what the call to save takes. Not in it: the time by which steps beside the writer are slower (its own line, per step), and the
-wait for a save before it that is not done yet, of which there is none here. A run's log says of each checkpoint how long training waited,
+"Held" is what the call to save takes, and what the step after it waits until its update may change what is saved. Not in it: the time by
+which steps beside the writer are slower (its own line, per step), and the wait for a save before it that is not done yet, of which there
+is none here. A run's log says of each checkpoint how long training waited,
 for the one before it too.
 """
 
@@ -50,15 +51,17 @@ class Training:
         self._one = torch.ones((), device=env.device)
         self.done = 0
 
-    def step(self) -> None:
-        """Forward, backward, AdamW and moving average."""
+    def step(self, checkpointer: Checkpointer | None = None) -> float:
+        """Forward, backward, AdamW and moving average; returns the seconds that the update waited for a copy of the state."""
         self._team.synchronise("model", last=True)
         with self._team.turn("model") as modules, self._team.autocast():
             steps = torch.full((len(self._x),), self.done % 1000, device=self._x.device)
             F.mse_loss(modules["model"](self._x, steps)[:, :4], self._x).backward()
+        waited = seconds(checkpointer.copied, self._x.device) if checkpointer else 0.0
         self._team.step("model", self.done, 1, self._team.gradient_norm("model"), self._one, self._one.bool())
         self.done += 1
         self._team.average(self.done)
+        return waited
 
     def state(self) -> State:
         """As the training loop hands it to the checkpointer."""
@@ -108,17 +111,20 @@ def measure(training: Training, checkpointer: Checkpointer, folder: Path, args: 
         synchronous.wait()
 
         started = now(device)
-        times.held.append(seconds(lambda: checkpointer.save(training.done, training.state()), device))
+        checkpointer.save(training.done, training.state())
         checkpointer.wait()
         times.total.append(now(device) - started)
 
         training.step()
         started = now(device)
-        times.held.append(seconds(lambda: checkpointer.save(training.done, training.state()), device))
+        held = seconds(lambda: checkpointer.save(training.done, training.state()), device)
+        begun = now(device)
+        held += training.step(checkpointer)
+        times.held.append(held)
         while checkpointer.writing:
-            taken = seconds(training.step, device)
-            if checkpointer.writing:
-                times.busy_step.append(taken)
+            times.busy_step.append(now(device) - begun)
+            begun = now(device)
+            training.step()
         times.busy_total.append(now(device) - started)
         checkpointer.wait()
     return times

@@ -64,7 +64,7 @@ class Trainer:
                 (output.total / count).backward()
                 tally.add(output)
             sums, norm = tally.reduce(), self.team.gradient_norm(phase)
-            self.team.step(phase, self._done, 1, norm, sums.counts[0] / count, sums.finite & norm.isfinite())
+            self.team.step(phase, self._done, 1, norm, sums.count / count, sums.finite(norm))
         self._done += 1
         self.team.average(self._done)
 

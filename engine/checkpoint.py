@@ -2,7 +2,8 @@
 
 - Every tensor has one owner: sharded tensors (DTensor) belong to all ranks, everything else to rank 0, whose values all ranks
   read. So no key is written by two ranks, of which one would win unseen.
-- The loop waits for one copy of the state into a buffer that is made once. A thread writes it, computes the digests and commits.
+- A thread copies the state into a buffer that is made once, while the loop computes its next gradients, and then writes the copy,
+  computes the digests and commits. The loop waits for the copy before it updates anything.
 - That thread uses a gloo group that nothing else uses: collectives of two threads on one group would meet each other.
 - A checkpoint that cannot be written (a full disk, one that has become read-only) costs a warning, not the run.
 
@@ -31,8 +32,8 @@ from engine.config import RunConfig
 from engine.contents import cause, saved_tensors
 from engine.manifest import latest
 from engine.runs import patient_group
-from engine.staging import Arena
-from engine.state import State, expected_tensors, make_optimizer_tensors, model_tensors, numbers, optimizer_tensors
+from engine.staging import Arena, Copy
+from engine.state import State, buffer_names, expected_tensors, make_optimizer_tensors, model_tensors, numbers, optimizer_tensors
 from launch.env import Env
 from utils.errors import UserError
 from utils.files import atomic_write_bytes
@@ -55,6 +56,8 @@ class Checkpointer:
         self._keep = config.checkpoint
         self._background = config.checkpoint.background
         self._arena = Arena(pinned=env.device.type == "cuda")
+        self._copy: Copy | None = None
+        """Of the last save, until the loop has waited for it."""
         self._thread: threading.Thread | None = None
         self._outcome: str | BaseException = ""
         """Of the last save, once its thread has ended: nothing, why there is no checkpoint, or an error of another kind."""
@@ -70,7 +73,8 @@ class Checkpointer:
             self._arena.reserve(self._owned(expected_tensors(state)))
 
     def save(self, step: int, state: State) -> None:
-        """Write checkpoint `step`. Returns when the state may change again; `poll` or `wait` says whether it was written.
+        """Write checkpoint `step`. Forward passes may follow, what changes weights only after `copied`; `poll` or `wait` says whether it
+        was written.
 
         Waits for the previous save first. Nothing happens when `step` is the last one saved.
         """
@@ -82,7 +86,7 @@ class Checkpointer:
         temporary = self._run / "checkpoints" / f".{manifest.checkpoint_name(step)}.tmp"
         tensors = self._owned(model_tensors(state) | optimizer_tensors(state))
         if self._background:
-            tensors = self._arena.copy(tensors)
+            self._copy = self._arena.copy(tensors, buffer_names(state))
         record = {
             "step": step,
             "samples": state["progress"].get("samples"),
@@ -91,11 +95,20 @@ class Checkpointer:
             "torch": torch.__version__,
             "world_size": self._env.world_size,
         }
-        self._held = time.perf_counter() - began
-        self._thread = threading.Thread(target=self._finish, args=(tensors, temporary, record), name="checkpoint", daemon=True)
+        how = tensors, self._copy, temporary, record, began
+        self._thread = threading.Thread(target=self._finish, args=how, name="checkpoint", daemon=True)
         self._thread.start()
+        self._held = time.perf_counter() - began
         if not self._background:
             self._thread.join()
+
+    def copied(self) -> None:
+        """Return when what was saved may change. Called before each update of weights; without a save it costs nothing."""
+        if self._copy is not None:
+            began = time.perf_counter()
+            self._copy.wait()
+            self._copy = None
+            self._held += time.perf_counter() - began
 
     @property
     def writing(self) -> bool:
@@ -167,12 +180,15 @@ class Checkpointer:
     def _owned(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: value for key, value in tensors.items() if self._env.is_main or isinstance(value, DTensor)}
 
-    def _finish(self, tensors: dict[str, Tensor], temporary: Path, record: dict[str, Any]) -> None:
-        """In the thread, on every rank: make the folder, write the files, take their digests, let rank 0 commit, agree on the outcome."""
+    def _finish(self, tensors: dict[str, Tensor], copy: Copy | None, temporary: Path, record: dict[str, Any], began: float) -> None:
+        """In the thread, on every rank: copy, make the folder, write the files, take their digests, let rank 0 commit, agree on the
+        outcome. `began`: when the save did."""
         try:
-            began = time.perf_counter()
             if self._env.device.type == "cuda":
                 torch.cuda.set_device(self._env.device)  # a new thread begins on GPU 0, which may be another rank's
+            if copy is not None:
+                copy.make()
+                tensors = copy.tensors
             reason = self._agree(_make_folder(temporary, self._run) if self._env.is_main else "")
             if not reason:
                 parts: list[Any] = [None] * self._env.world_size
@@ -197,9 +213,9 @@ class Checkpointer:
 
     def _tell(self, step: int, size: int, seconds: float) -> None:
         """Rank 0: how long a checkpoint took, and whether a stop would have the time for one."""
-        held = self._held if self._background else self._held + seconds
-        self._times = {"time/checkpoint": self._held + seconds, "time/checkpoint_held": held}
-        _log.info("checkpoint of step %d: %.2f GB in %.1f s, training waited %.1f s", step, size / 1e9, self._held + seconds, held)
+        held = self._held if self._background else seconds
+        self._times = {"time/checkpoint": seconds, "time/checkpoint_held": held}
+        _log.info("checkpoint of step %d: %.2f GB in %.1f s, training waited %.1f s", step, size / 1e9, seconds, held)
         if self._grace and 2 * seconds > self._grace:
             cure = "set TORCH_ELASTIC_SHUTDOWN_TIMEOUT (launch/ does so, by GRACE), or write checkpoints to a faster disk"
             what = "a stop may have to wait for two checkpoints"

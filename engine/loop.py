@@ -71,7 +71,7 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
 
     def save() -> None:
         team.share_statistics()
-        progress["skipped"] = int(guard.skipped.item())
+        progress["skipped"] = guard.skipped()
         state["task"].update(task.state())
         checkpointer.save(progress["step"], state)
 
@@ -97,7 +97,7 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
         for step in profiler.steps(watch.steps(range(first, first if ended else total))):
             batches = feed.step()
             torch.manual_seed(derive_seed(train.seed, f"step {step} rank {env.rank}"))  # for dropout; all else is addressed
-            finite, turns = torch.ones((), dtype=torch.bool, device=env.device), []
+            turns = []
             for phase in task.phases(step):
                 tally = Tally(env)
                 with team.turn(phase) as modules:
@@ -109,15 +109,15 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
                         (output.total / share).backward()
                         tally.add(output)
                 sums, norm = tally.reduce(), team.gradient_norm(phase)
-                divisor, good = sums.counts[0] / global_batch, sums.finite & norm.isfinite()
+                divisor, good = sums.count / global_batch, sums.finite(norm)
+                checkpointer.copied()
                 rate = team.step(phase, step, total, norm, divisor, good)
-                meter.turn(phase, sums, norm / divisor, good, rate, global_batch)
-                finite = finite & good
-                turns.append(sums)
+                meter.turn(phase, sums, norm, good, rate, global_batch)
+                turns.append((sums, good))
             done = step + 1
             team.average(done)
             progress |= {"step": done, "samples": progress["samples"] + global_batch}
-            guard.end_step(step, finite, turns)
+            guard.end_step(step, turns)
             meter.end_step(global_batch, log.every)
             recorder.advance()
             checkpointer.poll()
@@ -126,17 +126,17 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
             watch.rest()
             ended = done == total
             if stop or ended or _due(done, log.every):
-                recorder.values(done, progress["samples"], meter.read(done, guard.skipped) | counted(source) | checkpointer.read())
+                recorder.values(done, progress["samples"], meter.read(done, guard.skipped()) | counted(source) | checkpointer.read())
             guard.take_back(progress, global_batch)
-            with meter.pause(bool(stop) or ended or (_due(done, config.checkpoint.every) and not guard.failing)) as due:
-                if due:
+            if stop or ended or (_due(done, config.checkpoint.every) and not guard.failing):
+                with meter.paused():
                     save()
             if stop:
                 checkpointer.wait()
                 recorder.say(f"stopped, and saved at step {progress['step']}: the same command goes on from here")
                 raise stop
-            with meter.pause(ended or _due(done, log.eval_every) or _due(done, log.preview_every)) as due:
-                if due:
+            if ended or _due(done, log.eval_every) or _due(done, log.preview_every):
+                with meter.paused():
                     ended = show(ended)
             if ended:
                 save()  # the same step, unless the one above could not be written, or there is patience no longer

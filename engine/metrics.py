@@ -19,6 +19,10 @@ from launch.env import Env
 GIB = 2**30
 
 
+_TOGETHER = 64
+"""Turns that are added up at once, at most: a long way between log lines must not gather tensors without end."""
+
+
 class Meter:
     """Collects the turns of the steps since the last log line.
 
@@ -38,6 +42,9 @@ class Meter:
         self.ranks = Ranks(env)
         self._sums: dict[tuple[str, tuple[str, ...]], Tensor] = {}
         """Phase and names of its metrics -> their sums. A loss may get further terms at any step, such as a discriminator's."""
+        self._turns: dict[tuple[str, tuple[str, ...]], list[tuple[Sums, Tensor, Tensor]]] = {}
+        """Turns that wait to be added to the sums: totals, gradient norm, whether it was good."""
+        self._turn_samples = 0
         self._rates: dict[str, float] = {}
         self._warm = False
         self._restart()
@@ -50,15 +57,27 @@ class Meter:
         self._feed.waited = self._feed.worked = 0.0
         self._started, self._busy = time.perf_counter(), busy()
 
-    def turn(self, phase: str, sums: Sums, norm: Tensor, finite: Tensor, rate: float, samples: int) -> None:
-        """Add one optimiser turn. Sums of a turn that was left out do not count."""
-        values = torch.cat([sums.values, sums.counts, norm.double().view(1), torch.ones_like(sums.values[:1])])
-        values = values.masked_fill(~finite, 0.0)  # torch.where would copy the number to the GPU and wait
+    def turn(self, phase: str, sums: Sums, norm: Tensor, good: Tensor, rate: float, samples: int) -> None:
+        """Add one optimiser turn of `samples`; one that was not good does not count. `norm`: of the gradient of the sum over `samples`."""
         key = phase, tuple(sums.names)
-        self._sums[key] = self._sums[key] + values if key in self._sums else values
-        self._rates[phase] = rate
+        turns = self._turns.setdefault(key, [])
+        turns.append((sums, norm, good))
+        if len(turns) == _TOGETHER:
+            self._add_up(key, samples)
+        self._rates[phase], self._turn_samples = rate, samples
         flops = self._flops.get(phase)
         self._work = None if flops is None or self._work is None else self._work + flops * samples
+
+    def _add_up(self, key: tuple[str, tuple[str, ...]], samples: int) -> None:
+        """Add the turns that wait: many at once, as each operation on small tensors costs a step some hundredths of a millisecond."""
+        sums, norms, good = zip(*self._turns[key], strict=True)
+        n = len(key[1]) + 1
+        values = torch.stack([turn.packed[: 2 * n] for turn in sums])
+        norm = torch.stack(norms).double() * samples / values[:, n]
+        values = torch.cat([values, norm[:, None], torch.ones_like(values[:, :1])], dim=1)
+        values = values.masked_fill(~torch.stack(good)[:, None], 0.0).sum(dim=0)  # torch.where would copy the number to the GPU and wait
+        self._sums[key] = self._sums[key] + values if key in self._sums else values
+        self._turns[key].clear()
 
     def end_step(self, samples: int, log_every: int) -> None:
         """Count a step of `samples` (over all ranks)."""
@@ -72,24 +91,23 @@ class Meter:
                 self._restart()
 
     @contextmanager
-    def pause(self, due: bool) -> Iterator[bool]:
-        """Yields `due`. When it is true, time inside the block is no step time: checkpoints, evaluations, previews."""
-        if not due:
-            yield False
-            return
+    def paused(self) -> Iterator[None]:
+        """Time inside the block is no step time: checkpoints, evaluations, previews."""
         self._drain()
         started, worked = time.perf_counter(), busy()
-        yield True
+        yield
         self._drain()
         self._paused += time.perf_counter() - started
         self._busy += busy() - worked
 
-    def read(self, step: int, skipped: Tensor) -> dict[str, float]:
+    def read(self, step: int, skipped: int) -> dict[str, float]:
         """Values of the log line after `step` steps, and a fresh start. Every rank calls it."""
-        numbers = torch.cat([*self._sums.values(), skipped.view(1)]).tolist()
+        for key in [key for key, turns in self._turns.items() if turns]:
+            self._add_up(key, self._turn_samples)
+        numbers = torch.cat([*self._sums.values()]).tolist()
         seconds = time.perf_counter() - self._started - self._paused
         line = self._means(numbers) | {f"lr/{phase}": self._rates[phase] for phase, _ in self._sums} | self._pace(step, seconds)
-        line["skipped"] = numbers[-1]
+        line["skipped"] = float(skipped)
         self._sums.clear()
         self._restart()
         return line

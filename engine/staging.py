@@ -1,10 +1,14 @@
-"""The copy of the state that a background save writes: one buffer in host memory, made once.
+"""The copy of the state that a background save writes: one buffer in host memory, made once, filled while the loop goes on.
+
+Parameters, moments and averages change when a step updates them, not before: the copy is made beside that step's forward and backward
+passes, and the loop waits only for what is not copied by then. Buffers, which forward passes change, are copied at once.
 
 Memory that was never touched costs a page fault per 4 KiB, several times the copy itself; so the buffer is kept.
 """
 
+import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +17,33 @@ from torch.distributed.tensor import DTensor
 from utils.errors import UserError
 
 _ALIGNMENT = 64
+
+
+class Copy:
+    """A copy that is being made. `tensors`: in host memory, whole when `make` has returned; sharded ones stay DTensors."""
+
+    def __init__(self, tensors: dict[str, Tensor], pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self.tensors = tensors
+        self._on_host = [pair for pair in pairs if not pair[1].is_cuda]
+        self._copied = threading.Event()
+        on_gpu = [pair for pair in pairs if pair[1].is_cuda]
+        self._event = _queue(on_gpu) if on_gpu else None
+
+    def make(self) -> None:
+        """In the thread that writes: return when everything is copied."""
+        try:
+            for copy, tensor in self._on_host:
+                copy.copy_(tensor)
+        finally:
+            self._copied.set()
+        if self._event is not None:
+            self._event.synchronize()
+
+    def wait(self) -> None:
+        """In the loop: what is copied may change afterwards. For copies from a GPU its queue waits, the host does not."""
+        self._copied.wait()
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
 
 
 class Arena:
@@ -36,17 +67,20 @@ class Arena:
             _pin(buffer)
         self._buffer = buffer
 
-    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A copy of the tensors in host memory; sharded ones stay DTensors."""
+    def copy(self, tensors: Mapping[str, Tensor], at_once: Collection[str]) -> Copy:
+        """Begin a copy of the tensors; those that `at_once` names may change as soon as this returns, the others after `Copy.wait`."""
         layout = [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
         if layout != self._layout:
             self.reserve(tensors)
             self._copies, self._layout = self._views(tensors), layout
+        later = []
         for name, tensor in tensors.items():
-            _local(self._copies[name]).copy_(_local(tensor), non_blocking=self._pinned)
-        if self._pinned:
-            torch.cuda.synchronize()
-        return dict(self._copies)
+            pair = _local(self._copies[name]), _local(tensor)
+            if name in at_once:
+                pair[0].copy_(pair[1], non_blocking=self._pinned)
+            else:
+                later.append(pair)
+        return Copy(dict(self._copies), later)
 
     def _views(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parts of the buffer, one after the other, of the tensors' types, shapes, meshes and placements."""
@@ -57,6 +91,18 @@ class Arena:
             views[name] = _like(tensor, self._buffer[offset : offset + local.nbytes].view(local.dtype).view(local.shape))
             offset += _room(local)
         return views
+
+
+def _queue(pairs: list[tuple[Tensor, Tensor]]) -> torch.cuda.Event:
+    """Queue copies from the GPU beside what it computes, after all that it has been given so far; the event of their end."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for copy, tensor in pairs:
+            copy.copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+    return event
 
 
 @torch.no_grad()  # else a DTensor's part comes through a function of autograd

@@ -1,14 +1,16 @@
 """The state of a run as one flat dictionary of tensors, keyed by names that do not depend on how a module is wrapped or sharded."""
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import TypedDict, cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypedDict, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+
+T = TypeVar("T")
 
 _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")
 
@@ -31,6 +33,11 @@ def model_tensors(state: State) -> dict[str, Tensor]:
             values = cast("dict[str, Tensor]", get_model_state_dict(module))
             tensors.update({f"{kind}.{name}.{key}": value for key, value in values.items()})
     return tensors
+
+
+def buffer_names(state: State) -> set[str]:
+    """Names of the networks' buffers, as `model_tensors` has them: what a forward pass may change."""
+    return {f"networks.{name}.{key}" for name, module in state["networks"].items() for key in _names(_root(module).named_buffers())}
 
 
 def optimizer_tensors(state: State) -> dict[str, Tensor]:
@@ -80,16 +87,20 @@ def numbers(values: Mapping[str, int | float], what: str) -> dict[str, int | flo
 def _parameters(state: State) -> Iterator[tuple[Optimizer, str, nn.Parameter]]:
     """Each optimizer's parameters with the prefix of their names."""
     for name, optimizer in state["optim"].items():
-        names = _names(state["networks"][name])
+        names = {parameter: key for key, parameter in _names(_root(state["networks"][name]).named_parameters()).items()}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 assert parameter in names, f"optimizer {name!r} holds parameters that its network no longer has: built before sharding"
                 yield optimizer, f"optim.{name}.{names[parameter]}", parameter
 
 
-def _names(module: nn.Module) -> dict[nn.Parameter, str]:
-    root = module.module if isinstance(module, DistributedDataParallel) else module
-    return {parameter: _WRAPPERS.sub("", name) for name, parameter in root.named_parameters()}
+def _root(module: nn.Module) -> nn.Module:
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def _names(named: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """The same, by names that do not depend on how the module is wrapped."""
+    return {_WRAPPERS.sub("", name): value for name, value in named}
 
 
 def _scalar_device(optimizer: Optimizer, parameter: nn.Parameter) -> torch.device:

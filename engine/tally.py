@@ -1,6 +1,7 @@
 """The sums of an optimiser turn, exchanged in one all-reduce, and what must follow from them on every rank at the same step."""
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,22 +23,26 @@ _NAMED_SAMPLES = 8
 
 @dataclass
 class Sums:
-    """Totals over ranks and micro-batches of one turn; tensors are float64 on the device."""
+    """Totals over ranks and micro-batches of one turn, float64 on the device; few small tensors, as each costs a step time."""
 
     names: list[str]
-    values: Tensor
-    """(1 + len(names),): the loss, then the metrics."""
-    counts: Tensor
-    """Samples behind each of `values`."""
-    stop: Tensor
-    """Ranks that were asked to stop, scalar."""
-    bad: Tensor
-    """(world,): 1 for each rank whose own loss was not finite."""
+    packed: Tensor
+    """(2 n + 1 + world,) with n = 1 + len(names): the loss and the metrics, the samples behind each of them, the ranks that were asked
+    to stop, and 1 for each rank whose own loss was not finite."""
 
     @property
-    def finite(self) -> Tensor:
-        """Whether the loss is finite, bool scalar."""
-        return self.values[0].isfinite()
+    def values(self) -> Tensor:
+        """(1 + len(names),): the loss, then the metrics."""
+        return self.packed[: len(self.names) + 1]
+
+    @property
+    def count(self) -> Tensor:
+        """Samples behind the loss, scalar."""
+        return self.packed[len(self.names) + 1]
+
+    def finite(self, norm: Tensor) -> Tensor:
+        """Whether the loss and the norm of its gradient are finite, bool scalar."""
+        return torch.hypot(self.packed[0], norm) < math.inf
 
 
 class Tally:
@@ -65,12 +70,30 @@ class Tally:
         bad[env.rank] = ~own[0].isfinite()
         packed = torch.cat([own, known.to(env.device, non_blocking=True), bad])
         dist.all_reduce(packed)
-        n = len(values)
-        return Sums(names, packed[:n], packed[n : 2 * n], packed[2 * n], packed[2 * n + 1 :])
+        return Sums(names, packed)
+
+
+@dataclass
+class Outcome:
+    """Of a step, on its way to the host."""
+
+    step: int
+    turns: list[tuple[Sums, Tensor]]
+    """Of each turn its totals and whether it was good, in host memory."""
+    event: torch.cuda.Event | None
+    """When they will be there."""
+
+    def read(self) -> tuple[bool, bool, list[int]]:
+        """Whether a rank was asked to stop, whether all turns were good, and the ranks with a loss that was not finite."""
+        if self.event is not None:
+            self.event.synchronize()
+        flags = [sums.packed.tolist()[2 * (len(sums.names) + 1) :] for sums, _ in self.turns]
+        bad = {rank for _, *ranks in flags for rank, flag in enumerate(ranks) if flag}
+        return any(stop for stop, *_ in flags), all(bool(good) for _, good in self.turns), sorted(bad)
 
 
 class Guard:
-    """Counts skipped steps on the device and reads, one step late where there is a GPU, whether to stop.
+    """Counts skipped steps and reads, one step late where there is a GPU, whether to stop.
 
     So the host never waits for the step it has just queued, and still all ranks act at the same step.
     """
@@ -79,22 +102,22 @@ class Guard:
         self._is_main = env.is_main
         self._cuda = env.device.type == "cuda"
         self._max_bad_steps = max_bad_steps
-        self.skipped = torch.full((), float(skipped), dtype=torch.float64, device=env.device)
-        """Steps left out since the run began, float64 scalar on the device."""
-        self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self._skipped = skipped
+        self._pending: deque[Outcome] = deque()
         self._bad: list[tuple[int, list[int]]] = []
 
-    def end_step(self, step: int, finite: Tensor, turns: list[Sums]) -> None:
-        """Record the outcome of step `step`: `finite` is false when any of its turns was left out."""
-        self.skipped += ~finite
-        bad = torch.stack([turn.bad for turn in turns]).amax(0)
-        packed = torch.cat([turns[-1].stop.view(1), finite.double().view(1), bad])
+    def end_step(self, step: int, turns: list[tuple[Sums, Tensor]]) -> None:
+        """Record the turns of step `step`, each with whether it was good: a step of which one was left out is counted as skipped."""
+        on_host = [(Sums(sums.names, sums.packed.to("cpu", non_blocking=True)), good.to("cpu", non_blocking=True)) for sums, good in turns]
         event = None
         if self._cuda:
-            packed = packed.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._pending.append((step, packed, event))
+        self._pending.append(Outcome(step, on_host, event))
+
+    def skipped(self) -> int:
+        """Steps left out since the run began. Waits for the device."""
+        return self._skipped + sum(not outcome.read()[1] for outcome in self._pending)
 
     def stop(self, describe: Callable[[int, list[int]], str]) -> Stopped | UserError | None:
         """What to raise once the state is saved: Stopped where a rank was asked to stop, UserError after too many bad steps in a row.
@@ -103,18 +126,19 @@ class Guard:
         """
         stop = False
         while len(self._pending) > int(self._cuda and not self._too_many()):  # the step that is under way may have been a good one
-            step, packed, event = self._pending.popleft()
-            if event is not None:
-                event.synchronize()
-            asked, finite, *bad = packed.tolist()
-            stop = stop or asked > 0
-            if finite:
+            outcome = self._pending.popleft()
+            asked, good, ranks = outcome.read()
+            stop = stop or asked
+            if good:
                 self._bad.clear()
                 continue
-            self._bad.append((step, [rank for rank, flag in enumerate(bad) if flag]))
+            self._skipped += 1
+            self._bad.append((outcome.step, ranks))
             if len(self._bad) == 1 and self._is_main:
                 what = self._beginning(describe)
-                _log.warning("step %d skipped, loss or gradient not finite: %s; skipped steps that follow are only counted", step + 1, what)
+                _log.warning(
+                    "step %d skipped, loss or gradient not finite: %s; skipped steps that follow are only counted", outcome.step + 1, what
+                )
         if self._too_many():
             return UserError(self._message(describe))
         return Stopped() if stop else None
@@ -132,7 +156,7 @@ class Guard:
         if self._too_many():
             progress["step"] -= len(self._bad)
             progress["samples"] -= len(self._bad) * global_batch_size
-            self.skipped -= len(self._bad)
+            self._skipped -= len(self._bad)
 
     def _message(self, describe: Callable[[int, list[int]], str]) -> str:
         first, last = self._bad[0][0], self._bad[-1][0]

@@ -75,12 +75,13 @@ class Toy:
             "task": {"factor": 0.1},
         }
 
-    def train(self, steps: int) -> None:
+    def train(self, steps: int, checkpointer: Checkpointer) -> None:
         for _ in range(steps):
             step = self.state["progress"]["step"]
             x = torch.randn(8, 2, self.width, generator=torch.Generator().manual_seed(step)).to(self.env.device)
             part = x.chunk(self.env.world_size)[self.env.rank]
             self.net(part).square().mean().backward()
+            checkpointer.copied()
             self.state["optim"]["net"].step()
             self.state["optim"]["net"].zero_grad()
             with torch.no_grad():
@@ -127,7 +128,7 @@ def perform(action: str, run: Path, toy: Toy, checkpointer: Checkpointer) -> Non
             print(f"DIGEST {text}", flush=True)
 
     actions: dict[str, Callable[[], Any]] = {
-        "train": lambda: toy.train(int(value)),
+        "train": lambda: toy.train(int(value), checkpointer),
         "save": lambda: checkpointer.save(int(value), toy.state),
         "wait": checkpointer.wait,
         "poll": lambda: poll(checkpointer, float(value)),

@@ -87,6 +87,11 @@ def test_all_kinds_are_killed_at_all_moments() -> None:
     }
 
 
+def is_trial(place: Path) -> bool:
+    """Whether it is an empty file, by which torch's loader tries if files can be opened once one of its processes has died."""
+    return place.is_file() and not place.stat().st_size and re.fullmatch(r"tmp[a-z0-9_]{8}", place.name) is not None
+
+
 @pytest.fixture
 def short_folder() -> Iterator[Path]:
     """A TMPDIR: sockets in it must not have long paths."""
@@ -130,5 +135,5 @@ def test_random_kills_change_nothing(tmp_path: Path, short_folder: Path) -> None
     files = {str(place.relative_to(folder)) for place in folder.rglob("*") if "faults" not in place.parts}
     assert files == {str(place.relative_to(whole / folder.name)) for place in (whole / folder.name).rglob("*")}
     known = re.compile(r"torchelastic_.*|torchinductor_.*|pymp-.*")
-    left = [place.name for place in temporary.iterdir() if not known.fullmatch(place.name)]
-    assert not left, f"more than torch's and Python's own folders: {left}"
+    left = [place for place in temporary.iterdir() if not known.fullmatch(place.name) and not is_trial(place)]
+    assert not left, f"more than torch's and Python's own: {left}"

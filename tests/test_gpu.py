@@ -60,9 +60,10 @@ def test_a_background_save_holds_what_the_weights_were(tmp_path: Path, env: Env,
     assert checkpointer._arena._buffer.is_pinned()
     before = copies(state)
     checkpointer.save(3, state)
+    checkpointer.copied()
     with torch.no_grad():
         for part in local_parts(member.parameters):
-            part.zero_()  # at once, while the copy is being written
+            part.zero_()  # while the copy is being written
     checkpointer.wait()
     changed = copies(state)
     assert any(not torch.equal(value, changed[name]) for name, value in before.items())
