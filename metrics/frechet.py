@@ -1,75 +1,224 @@
 """Frechet distance of two sets of feature vectors, each taken as a Gaussian, in double precision and in one pass over each set."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+_LEAST_SLAB = 256
+
+
+class _Sums:
+    """Number, mean and scatter of vectors. The scatter stays where it is: a large one is slow to make anew."""
+
+    def __init__(self, n: int, mean: Tensor, scatter: Tensor) -> None:
+        self.n, self.mean, self.scatter = n, mean, scatter
+
+    def copy(self) -> "_Sums":
+        return _Sums(self.n, self.mean, self.scatter.clone())
+
+    def add_rows(self, rows: Tensor) -> None:
+        """Rows (k, dim), which are overwritten."""
+        apart = self._move(len(rows), mean := rows.mean(dim=0))
+        rows -= mean
+        self.scatter += _gram(rows)
+        self._spread(len(rows), apart)
+
+    def add(self, other: "_Sums") -> None:
+        apart = self._move(other.n, other.mean)
+        self.scatter += other.scatter
+        self._spread(other.n, apart)
+
+    def _move(self, n: int, mean: Tensor) -> Tensor:
+        """The mean once n vectors of this mean are in; returns how far apart both were."""
+        apart = mean - self.mean
+        self.mean = self.mean + apart * (n / (self.n + n))
+        return apart
+
+    def _spread(self, n: int, apart: Tensor) -> None:
+        """What the distance of two means adds to the scatter (Chan et al. 1979)."""
+        if self.n:
+            self.scatter.addr_(apart, apart, alpha=self.n * n / (self.n + n))
+        self.n += n
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """X^T X. NumPy sees that both factors are one matrix, and does half of the work."""
+    if rows.device.type != "cpu":
+        return rows.T @ rows
+    array = rows.numpy()
+    return torch.from_numpy(array.T @ array)
 
 
 class Moments:
     """Number, mean and scatter sum (x - mean)(x - mean)^T of feature vectors, float64, kept up to date batch by batch.
 
-    Centred sums (Chan et al. 1979) lose no digits to a large mean; what a rank has seen may differ in size from what others have.
+    Vectors wait until there are at least as many as they have numbers, then join the sums together: the sums do not depend on the
+    batches, to the last bit, and a set of few vectors is still there as vectors (`rows`), which is more exact. Centred sums lose no
+    digits to a large mean; what a rank has seen may differ in size from what others have.
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
-        self.n = 0
-        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
-        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self.dim = dim
+        zeros = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self._sums = _Sums(0, zeros.new_zeros(dim), zeros)
+        self._slab = zeros.new_empty(0, dim)
+        self._count = 0
+        self._whole: _Sums | None = None
+
+    @classmethod
+    def of(cls, n: int, mean: Tensor, scatter: Tensor) -> "Moments":
+        """From the sums themselves: mean (dim,), scatter (dim, dim)."""
+        made = cls(len(mean), mean.device)
+        made._sums = _Sums(n, mean.double(), scatter.double())
+        return made
+
+    def state(self) -> dict[str, Tensor]:
+        """All there is, for a file: `from_state` goes on with the same bits."""
+        sums = {"mean": self._sums.mean, "scatter": self._sums.scatter} if self._sums.n else {}
+        return {"n": torch.tensor(self._sums.n), "waiting": self._slab[: self._count], **sums}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> "Moments":
+        """What `state` gave."""
+        made = cls(state["waiting"].shape[1])
+        if int(state["n"]):
+            made._sums = _Sums(int(state["n"]), state["mean"], state["scatter"])
+        made.update(state["waiting"])
+        return made
+
+    @property
+    def n(self) -> int:
+        """Vectors seen."""
+        return self._sums.n + self._count
+
+    @property
+    def rows(self) -> Tensor | None:
+        """The vectors themselves, (n, dim), while none has joined the sums; else None."""
+        return self._slab[: self._count] if self._count and not self._sums.n else None
+
+    @property
+    def mean(self) -> Tensor:
+        """(dim,)."""
+        return self._total().mean
+
+    @property
+    def scatter(self) -> Tensor:
+        """(dim, dim)."""
+        return self._total().scatter
+
+    def _total(self) -> _Sums:
+        """The sums with the vectors that wait, which go on waiting."""
+        if not self._count:
+            return self._sums
+        if self._whole is None:
+            self._whole = self._sums.copy()
+            self._whole.add_rows(self._slab[: self._count].clone())
+        return self._whole
 
     def update(self, features: Tensor) -> None:
         """Adds rows (k, dim). ValueError for another shape, or for numbers that are not finite: one would spoil all."""
-        if features.ndim != 2 or features.shape[1] != len(self.mean):
-            raise ValueError(f"features {list(features.shape)}: (any, {len(self.mean)}) is wanted")
-        if not len(features):
-            return
+        if features.ndim != 2 or features.shape[1] != self.dim:
+            raise ValueError(f"features {list(features.shape)}: (any, {self.dim}) is wanted")
         if not features.isfinite().all():
             raise ValueError("features that are not finite: the videos or the network that they came from are broken")
-        rows = features.to(self.mean)
-        mean = rows.mean(dim=0)
-        centred = rows - mean
-        self._add(len(rows), mean, centred.T @ centred)
+        self._whole = None
+        given, room = len(features), len(self._slab)
+        if given and not room:
+            room = max(self.dim, _LEAST_SLAB)
+            self._slab = self._sums.mean.new_empty(room, self.dim)
+        start = 0
+        while start < given:
+            if self._count == room:
+                self._sum_up()
+            count = min(given - start, room - self._count)
+            self._slab[self._count : self._count + count] = features[start : start + count]
+            self._count, start = self._count + count, start + count
 
     def merge(self, other: "Moments") -> None:
         """Adds all that another one has seen."""
-        if other.n:
-            self._add(other.n, other.mean.to(self.mean), other.scatter.to(self.scatter))
+        if other._sums.n:
+            self._sum_up()
+            self._sums.add(_Sums(other._sums.n, other._sums.mean.to(self._sums.mean), other._sums.scatter.to(self._sums.mean)))
+        self.update(other._slab[: other._count])
 
-    def _add(self, n: int, mean: Tensor, scatter: Tensor) -> None:
-        total, apart = self.n + n, mean - self.mean
-        self.scatter = self.scatter + scatter + torch.outer(apart, apart) * (self.n * n / total)
-        self.mean = self.mean + apart * (n / total)
-        self.n = total
+    def _sum_up(self) -> None:
+        """The vectors that wait join the sums."""
+        if self._count:
+            self._sums.add_rows(self._slab[: self._count])
+            self._count, self._whole = 0, None
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Every rank comes to hold the moments of all ranks' vectors. To be called by all, also by one that has seen nothing."""
         if not dist.is_available() or not dist.is_initialized():
             return
-        weighted = torch.cat([self.mean.new_tensor([self.n]), self.n * self.mean])
+        self._sum_up()
+        sums = self._sums
+        weighted = torch.cat([sums.mean.new_tensor([sums.n]), sums.n * sums.mean])
         dist.all_reduce(weighted, group=group)
         total = int(weighted[0])
         mean = weighted[1:] / max(total, 1)
-        apart = self.mean - mean
-        scatter = self.scatter + self.n * torch.outer(apart, apart)
+        apart = sums.mean - mean
+        scatter = sums.scatter + sums.n * torch.outer(apart, apart)
         dist.all_reduce(scatter, group=group)
-        self.n, self.mean, self.scatter = total, mean, scatter
+        self._sums = _Sums(total, mean, scatter)
 
-    def covariance(self) -> Tensor:
-        """The unbiased covariance, (dim, dim). ValueError for fewer than two vectors."""
+    def covariance(self, *, unbiased: bool = True) -> Tensor:
+        """(dim, dim): the scatter over n - 1, or over n. ValueError for fewer than two vectors."""
+        return self._total().scatter / self.divisor(unbiased=unbiased)
+
+    def divisor(self, *, unbiased: bool = True) -> int:
+        """What a covariance divides by. ValueError for fewer than two vectors."""
         if self.n < 2:
             raise ValueError(f"{self.n} feature vectors: a covariance needs at least 2")
-        return self.scatter / (self.n - 1)
+        return self.n - 1 if unbiased else self.n
 
 
-def frechet_distance(first: Moments, second: Moments) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), with two symmetric eigenvalue problems and no complex numbers.
+def frechet_distance(first: Moments, second: Moments, *, unbiased: bool = True) -> float:
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), by eigenvalues of symmetric matrices: no complex numbers, no root of a matrix.
 
-    With S1 = R R^T the last trace is that of (R^T S2 R)^(1/2). Small sets give large values, equal distributions too: only numbers of
-    equal set sizes compare. The published code does this in float32 and is off by 1e-3 of the value, more where a few features dominate.
+    With S1 = R R^T the last trace is that of (R^T S2 R)^(1/2). Of a set of fewer vectors than numbers R is made of them, so that what is
+    zero stays zero; of two such sets the trace is the nuclear norm of R1^T R2. Small sets give large values, equal distributions too:
+    only numbers of equal set sizes compare. `unbiased`: covariances over n - 1, else over n. The published code does this in float32
+    and is off by 1e-3 of the value, more where a few features dominate.
     """
-    one, two = first.covariance(), second.covariance().to(first.mean)
-    values, vectors = torch.linalg.eigh(one)
-    root = vectors * values.clamp(min=0).sqrt()
-    product = root.T @ two @ root
-    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    apart = (first.mean - second.mean.to(first.mean)).square().sum()
-    return float(apart + one.trace() + two.trace() - 2 * cross)
+    divisors = [moments.divisor(unbiased=unbiased) for moments in (first, second)]
+    means = [moments.mean.cpu().numpy() for moments in (first, second)]
+    apart = float(np.square(means[0] - means[1]).sum())
+    few = [_few_rows(moments, divisor) for moments, divisor in zip((first, second), divisors, strict=True)]
+    if few[0] is not None and few[1] is not None:
+        cross = np.linalg.svd(few[0] @ few[1].T, compute_uv=False).sum()
+        return apart + float(np.square(few[0]).sum() + np.square(few[1]).sum() - 2 * cross)
+    covariances = [
+        moments.scatter.cpu().numpy() / divisor if rows is None else None
+        for moments, divisor, rows in zip((first, second), divisors, few, strict=True)
+    ]
+    one, two = (0, 1) if covariances[1] is not None else (1, 0)
+    rows, own, other = few[one], covariances[one], covariances[two]
+    assert other is not None
+    root = _root(own) if own is not None else rows.T
+    variance = np.trace(own) if own is not None else np.square(rows).sum()
+    cross = np.sqrt(np.linalg.eigvalsh(root.T @ other @ root).clip(min=0)).sum()
+    return apart + float(variance + np.trace(other) - 2 * cross)
+
+
+def _few_rows(moments: Moments, divisor: int) -> Array | None:
+    """Centred rows X of a set that has fewer of them than numbers, scaled: its covariance is X^T X. None for another set."""
+    if moments.rows is None or moments.n >= moments.dim:
+        return None
+    rows = moments.rows.cpu().numpy()
+    return (rows - rows.mean(axis=0)) / divisor**0.5
+
+
+def _root(covariance: Array) -> Array:
+    """R with covariance R R^T: a triangular one where the covariance has no zeros, for eigenvectors take longer."""
+    try:
+        return np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(covariance)
+        return vectors * np.sqrt(values.clip(min=0))
