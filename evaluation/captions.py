@@ -26,8 +26,8 @@ def captions_of(videos: VideoSet, numbers: Sequence[int], prompts: str = "") -> 
     elif isinstance(videos, FolderVideos):
         beside = next((videos.root / name for name in TABLES if (videos.root / name).is_file()), None)
         table = Path(prompts) if prompts else beside
-        chosen = with_captions([videos.videos[number] for number in numbers], videos.root, SourceOptions(captions=table))
-        texts = [video.caption for video in chosen]
+        captioned = with_captions(videos.videos, videos.root, SourceOptions(captions=table))
+        texts = [captioned[number].caption for number in numbers]
     else:
         raise UserError("videos that are not on disk have no captions")
     without = [videos.name(number) for number, text in zip(numbers, texts, strict=True) if not text]

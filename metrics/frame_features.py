@@ -1,7 +1,6 @@
 """Features of single frames: networks for pictures, applied to videos."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch

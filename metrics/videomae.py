@@ -1,8 +1,8 @@
 """VideoMAE's ViT-g/14 (Tong et al. 2022; Wang et al. 2023), finetuned on Something-Something v2, for a distance that looks at motion.
 
-Content-debiased FVD (Ge et al. 2024) takes its pooled features in place of I3D's logits. A video becomes cubes of 2 x 14 x 14 pixels,
-one token each; all tokens attend to all. The layers bear the names of vit_g_hybrid_pt_1200e_ssv2_ft.pth, so that file loads as it is.
-Letters: B batch, N tokens, D width.
+Content-debiased FVD (Ge et al. 2024) takes its pooled features in place of I3D's logits, of pixels / 255 without mean and deviation. A
+video becomes cubes of 2 x 14 x 14 pixels, one token each; all tokens attend to all. The layers bear the names of
+vit_g_hybrid_pt_1200e_ssv2_ft.pth, so that file loads as it is. Letters: B batch, N tokens, D width.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.files import sha256_file
 from utils.weights import load_tensors
 
 FILE = "vit_g_hybrid_pt_1200e_ssv2_ft.pth"
@@ -129,15 +128,6 @@ def positions(count: int, width: int) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1).float()
 
 
-def preprocess(videos: Tensor, size: int = 224) -> Tensor:
-    """uint8 (b, 3, t, h, w) -> float32 (b, 3, t, size, size) in [0, 1]: stretched, bilinear without antialias; no mean, no deviation."""
-    if videos.dtype != torch.uint8:
-        raise ValueError(f"videos of {videos.dtype}: uint8 is wanted, as they are stored")
-    frames = rearrange(videos, "b c t h w -> (b t) c h w").float() / 255
-    frames = F.interpolate(frames, (size, size), mode="bilinear", align_corners=False)
-    return rearrange(frames, "(b t) c h w -> b c t h w", b=len(videos))
-
-
 def load_videomae(path: str | Path, config: VideoMaeConfig | None = None) -> VideoMae:
     """The network with the weights of a file, its own state dict or one under `module` or `model`. Raises UserError, of one line."""
     tensors: Mapping[str, Any] = load_tensors(path)
@@ -151,32 +141,3 @@ def load_videomae(path: str | Path, config: VideoMaeConfig | None = None) -> Vid
             raise UserError(f"{path} is not VideoMAE's ViT-g/14 ({FILE}): {name} is {has}, {list(value.shape)} is wanted")
     net.load_state_dict({name: tensors[name].float() for name in net.state_dict()}, assign=True)
     return net.requires_grad_(False)
-
-
-class VideoMaeDetector:
-    """uint8 videos b 3 t h w -> rows (b, dim) of VideoMAE, in float32 without gradients."""
-
-    def __init__(self, path: str | Path, device: torch.device | str = "cpu", config: VideoMaeConfig | None = None) -> None:
-        """Raises UserError for a file that is not there, or no such network."""
-        self.path, self.device = Path(path), torch.device(device)
-        if not self.path.is_file():
-            raise UserError(f"{path}: no such file; VideoMAE's {FILE} is wanted (4 GB, of OpenGVLab's InternVideoMAE_models, mae-g)")
-        self.net = load_videomae(self.path, config).to(self.device)
-        self.dim = self.net.config.width
-        self.sha256 = sha256_file(self.path)
-
-    def identity(self) -> dict[str, Any]:
-        """Plain values: which file, what it is, how it is called."""
-        size = self.net.config.size
-        fit = f"stretch to {size} x {size}, bilinear"
-        return {"file": self.path.name, "sha256": self.sha256, "kind": "videomae", "pixels": "[0, 1]", "fit": fit}
-
-    @torch.no_grad()
-    def __call__(self, videos: Tensor) -> Tensor:
-        """Raises UserError for another number of frames, or where the rows are not finite."""
-        if videos.shape[2] != self.net.config.frames:
-            raise UserError(f"{self.path.name} takes videos of {self.net.config.frames} frames, not of {videos.shape[2]} (-n)")
-        rows = self.net(preprocess(videos.to(self.device), self.net.config.size))
-        if not rows.isfinite().all():
-            raise UserError(f"{self.path.name} gives numbers that are not finite: it is broken")
-        return rows

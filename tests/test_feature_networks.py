@@ -11,13 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models import inception as torchvisions
 
+from evaluation.extractors import open_extractor
+from evaluation.protocols import PROTOCOLS
 from metrics import inception, videomae
 from metrics.inception import FidInception, load_inception
-from metrics.videomae import VideoMae, VideoMaeConfig, VideoMaeDetector, load_videomae, positions
+from metrics.videomae import VideoMae, VideoMaeConfig, load_videomae, positions
 from utils.errors import UserError
 from utils.published import WeightFile
 
-TINY = VideoMaeConfig(width=24, depth=2, heads=3, hidden=40, classes=5, frames=4, size=28)
+TINY = VideoMaeConfig(width=24, depth=2, heads=3, hidden=40, classes=5, frames=4, patch=56)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +126,7 @@ def test_videomae_is_the_one_of_transformers(tiny_mae: VideoMae) -> None:
     """Another implementation with the same weights gives the same features."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed (requirements-optional.txt)")
     config = transformers.VideoMAEConfig(
-        image_size=28, patch_size=14, num_frames=4, tubelet_size=2, hidden_size=24, num_hidden_layers=2, num_attention_heads=3,
+        image_size=224, patch_size=56, num_frames=4, tubelet_size=2, hidden_size=24, num_hidden_layers=2, num_attention_heads=3,
         intermediate_size=40, layer_norm_eps=1e-6, num_labels=5, use_mean_pooling=True,
     )  # fmt: skip
     theirs = transformers.VideoMAEForVideoClassification(config).eval()
@@ -148,7 +150,7 @@ def test_videomae_is_the_one_of_transformers(tiny_mae: VideoMae) -> None:
         state |= {f"{there}attention.attention.{name}.bias": ours[f"{here}attn.{name[0]}_bias"] for name in ("query", "value")}
     theirs.load_state_dict(state)
     theirs.classifier = torch.nn.Identity()
-    video = torch.rand(2, 3, 4, 28, 28)
+    video = torch.rand(2, 3, 4, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(tiny_mae(video), theirs(video.transpose(1, 2)).logits, rtol=1e-4, atol=1e-5)
 
@@ -165,25 +167,28 @@ def test_videomae_loads_its_file_and_no_other(tmp_path: Path, tiny_mae: VideoMae
     torch.save({wrap: state, "epoch": 3} if wrap else state, tmp_path / "mae.pth")
     loaded = load_videomae(tmp_path / "mae.pth", TINY).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
-    with pytest.raises(UserError, match=r"mae\.pth is not VideoMAE's ViT-g/14 .*: .* is of shape \[24, 3, 2, 14, 14\], \[1408") as error:
+    with pytest.raises(UserError, match=r"mae\.pth is not VideoMAE's ViT-g/14 .*: .* is of shape \[24, 3, 2, 56, 56\], \[1408") as error:
         load_videomae(tmp_path / "mae.pth")
     assert "\n" not in str(error.value)
 
 
-def test_videomae_sees_stretched_videos_of_its_length(tmp_path: Path, tiny_mae: VideoMae) -> None:
-    """Pixels / 255 with no mean and no deviation; features, not classes."""
+def test_videomae_sees_stretched_videos_of_its_length(tmp_path: Path, tiny_mae: VideoMae, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pixels / 255 with no mean and no deviation, as the protocol says; features, not classes."""
+    monkeypatch.setattr(videomae, "VideoMaeConfig", lambda: TINY)
     torch.save({"module": tiny_mae.state_dict()}, tmp_path / "mae.pth")
-    detector = VideoMaeDetector(tmp_path / "mae.pth", config=TINY)
+    rules, cpu = PROTOCOLS["videomae"], torch.device("cpu")
+    detector = open_extractor("videomae", str(tmp_path / "mae.pth"), "--i3d", rules, cpu)
     videos = torch.randint(0, 256, (2, 3, 4, 14, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    seen = torch.stack([F.interpolate(video.float().transpose(0, 1), (28, 28), mode="bilinear").transpose(0, 1) for video in videos]) / 255
+    seen = torch.stack([F.interpolate(video.float().transpose(0, 1), (224, 224), mode="bilinear").transpose(0, 1) for video in videos])
     rows = detector(videos)
-    torch.testing.assert_close(rows, tiny_mae(seen).detach(), rtol=1e-4, atol=1e-5)
-    assert rows.shape == (2, 24) and not rows.requires_grad
-    assert detector.identity()["sha256"] == hashlib.sha256((tmp_path / "mae.pth").read_bytes()).hexdigest()
-    with pytest.raises(UserError, match=r"mae\.pth takes videos of 4 frames, not of 6"):
-        detector(torch.zeros(1, 3, 6, 28, 28, dtype=torch.uint8))
-    with pytest.raises(UserError, match=rf"no such file; VideoMAE's {videomae.FILE} is wanted"):
-        VideoMaeDetector(tmp_path / "gone.pth")
+    torch.testing.assert_close(rows, tiny_mae(seen / 255).detach(), rtol=1e-4, atol=1e-4)
+    about = detector.identity()
+    assert rows.shape == (2, 24) and (about["kind"], about["pixels"]) == ("videomae", "[0, 1]")
+    assert about["sha256"] == hashlib.sha256((tmp_path / "mae.pth").read_bytes()).hexdigest()
+    with pytest.raises(UserError, match=r"mae\.pth cannot take videos of 6 frames, 14 x 20: VideoMAE takes 4 frames of 224 x 224"):
+        detector(torch.zeros(1, 3, 6, 14, 20, dtype=torch.uint8))
+    with pytest.raises(UserError, match=rf"no such file; wanted is VideoMAE's ViT-g/14 \({videomae.FILE}, 4 GB\)"):
+        open_extractor("videomae", str(tmp_path / "gone.pth"), "--i3d", rules, cpu)
 
 
 # ---- files
