@@ -94,7 +94,8 @@ class VideosConfig:
     def name(self, figure: str, videos: int) -> str:
         """As published figures are called, fvd2048_16f, fvd2048_128f_subsample8f; another protocol's bears its name."""
         length = f"{self.frames}f" if self.step == 1 else f"{self.frames * self.step}f_subsample{self.step}f"
-        return f"{figure}{videos}_{length}" + ("" if self.protocol == next(iter(self.known)) else f"_{self.protocol}")
+        gap = "_" if figure[-1].isdigit() else ""
+        return f"{figure}{gap}{videos}_{length}" + ("" if self.protocol == next(iter(self.known)) else f"_{self.protocol}")
 
     def validate(self) -> None:
         """Raises ConfigError on settings that cannot work."""

@@ -149,7 +149,7 @@ def test_content_distance_grows_with_the_damage(tmp_path: Path) -> None:
     ]
     same, little, much = (one["fd_content_effl0"] for one in found)
     assert abs(same) < 1e-6 < little < much
-    assert found[0]["protocol"]["id"] == "fd_content_effl06_2f"
+    assert found[0]["protocol"]["id"] == "fd_content_effl0_6_2f"
     assert not {"fid", "fvd"} & set(found[0]) and "12 frames and 1280 features" in found[0]["notes"][-1]
 
 
