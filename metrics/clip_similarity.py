@@ -82,12 +82,13 @@ def _load(folder: Path) -> tuple[Any, Any, Any]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model, told = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
+        loaded: Any = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
         pictures = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
         tokens = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # its libraries raise their own kinds, also plain Exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} cannot be read as a CLIP of transformers: {reason[:300]}") from None
+    model, told = loaded
     lacking = sorted(told["missing_keys"])
     if lacking:
         raise UserError(f"{folder} is not a CLIP: its weights lack {lacking[0]} and {len(lacking) - 1} others")

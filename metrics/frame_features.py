@@ -66,5 +66,5 @@ def open_inception(given: str = "", device: torch.device | str = "cpu") -> Frame
     script = load_script(path, torch.device(device))
     if "return_features" not in parameters(script):
         raise UserError(f"{path} is no TorchScript of FID's Inception (inception-2015-12-05.pt): it does not know return_features")
-    how = {"kind": "torchscript", "pixels": "0..255", "resize": "by the network", "options": {"return_features": True}}
-    return FrameFeatures(lambda frames: script(frames, return_features=True), identity | how, device)
+    called: dict[str, Any] = {"kind": "torchscript", "pixels": "0..255", "resize": "by the network", "options": {"return_features": True}}
+    return FrameFeatures(lambda frames: script(frames, return_features=True), identity | called, device)

@@ -1,6 +1,7 @@
 """Features of frames: FID's Inception from either of its files, EfficientNet-Lite0, and CLIP from a local folder."""
 
 import hashlib
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -112,6 +113,14 @@ def test_a_folder_that_lacks_a_part_is_told_in_one_line(folder: Path, tmp_path: 
     with pytest.raises(UserError, match=gone.split()[0]) as error:
         Clip(tmp_path / "part")
     assert "\n" not in str(error.value)
+
+
+def test_without_transformers_the_way_out_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from metrics.clip_similarity import Clip
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install transformers"):
+        Clip(folder)
 
 
 def test_weights_of_another_network_are_no_clip(folder: Path, tmp_path: Path) -> None:
