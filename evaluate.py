@@ -4,7 +4,10 @@ evaluate.py reconstruct --ae EXPORT --data-path SHARDS    PSNR, SSIM and LPIPS o
 evaluate.py motion --samples FOLDER [FOLDER ...]          motion in folders of videos, beside each other
 evaluate.py fvd --dir1 REAL --dir2 FAKE --i3d FILE        Frechet video distance of two folders of videos
 evaluate.py kvd --dir1 REAL --dir2 FAKE --i3d FILE        kernel video distance, also of few videos
+evaluate.py fid --dir1 REAL --dir2 FAKE                   Frechet inception distance of their frames
+evaluate.py fd --dir1 REAL --dir2 FAKE                    the same through a network of a pip package: no download, no FID
 evaluate.py vis --dir2 FAKE --c3d FILE                    inception score of a folder of videos
+evaluate.py clipsim --dir2 FAKE --clip FOLDER             CLIP similarity of videos and their texts
 """
 
 import dataclasses
@@ -15,11 +18,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from evaluation.frames import FdConfig, FidConfig, measure_fd, measure_fid
 from evaluation.motion import MotionConfig, measure_motion
 from evaluation.quality import measure_fvd, measure_kvd, measure_vis
 from evaluation.reconstruction import ReconstructConfig, measure_reconstruction
 from evaluation.report import append_row, row
 from evaluation.settings import FvdConfig, KvdConfig, VideosConfig, VisConfig
+from evaluation.similarity import ClipsimConfig, measure_clipsim
 from launch.env import Env, distributed
 from launch.run import Launch, parse_launch, run_main
 from pipelines.encoders import ENCODERS
@@ -63,6 +68,21 @@ def fvd(launch: Launch) -> None:
 def kvd(launch: Launch) -> None:
     """The subcommand of that name."""
     _measure_videos(launch, "kvd", KvdConfig, measure_kvd)
+
+
+def fid(launch: Launch) -> None:
+    """The subcommand of that name."""
+    _measure_videos(launch, "fid", FidConfig, measure_fid)
+
+
+def fd(launch: Launch) -> None:
+    """The subcommand of that name."""
+    _measure_videos(launch, "fd", FdConfig, measure_fd)
+
+
+def clipsim(launch: Launch) -> None:
+    """The subcommand of that name."""
+    _measure_videos(launch, "clipsim", ClipsimConfig, measure_clipsim)
 
 
 def vis(launch: Launch) -> None:
@@ -170,7 +190,10 @@ COMMANDS: dict[str, Callable[[Launch], None]] = {
     "motion": motion,
     "fvd": fvd,
     "kvd": kvd,
+    "fid": fid,
+    "fd": fd,
     "vis": vis,
+    "clipsim": clipsim,
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from evaluation.protocols import Protocol as Rules
 from metrics.detectors import Detector
 from metrics.i3d import load_i3d
+from metrics.videomae import FILE, load_videomae
 from utils.errors import UserError
 from utils.files import sha256_file
 
@@ -28,20 +29,20 @@ def _i3d(path: Path, rules: Rules, device: torch.device) -> Extractor:
     return Detector(path, device, features=True, unit_range=rules.unit_range, fit=rules.fit, weights=load_i3d)
 
 
-def _scripted(path: Path, rules: Rules, device: torch.device) -> Extractor:
-    return Detector(path, device, features=True, unit_range=rules.unit_range, fit=rules.fit)
+def _videomae(path: Path, rules: Rules, device: torch.device) -> Extractor:
+    return Detector(path, device, features=True, unit_range=rules.unit_range, fit=rules.fit, weights=load_videomae)
 
 
 def _classifier(path: Path, rules: Rules, device: torch.device) -> Extractor:
     return Detector(path, device, features=False, unit_range=rules.unit_range, fit=rules.fit)
 
 
-LOADERS: dict[str, Callable[[Path, Rules, torch.device], Extractor]] = {"i3d": _i3d, "videomae": _scripted, "c3d": _classifier}
+LOADERS: dict[str, Callable[[Path, Rules, torch.device], Extractor]] = {"i3d": _i3d, "videomae": _videomae, "c3d": _classifier}
 """Kind of a network -> what opens its file."""
 
 NETWORKS = {
     "i3d": "StyleGAN-V's TorchScript I3D (i3d_torchscript.pt) or the I3D of PVDM, HVDM and CMD (i3d_pretrained_400.pt)",
-    "videomae": "VideoMAE ViT-g as TorchScript, (b, 3, 16, 224, 224) in [0, 1] to rows",
+    "videomae": f"VideoMAE's ViT-g/14 ({FILE}, 4 GB), or a TorchScript of it",
     "c3d": "the TorchScript C3D of UCF-101 (c3d_ucf101.pt)",
 }
 """Kind of a network -> which file that is, for messages."""

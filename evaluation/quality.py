@@ -10,7 +10,7 @@ from evaluation.extractors import Extractor, open_extractor
 from evaluation.features import Reading, Side, measure_side
 from evaluation.protocols import Role, Size
 from evaluation.report import report, too_few
-from evaluation.settings import DistanceConfig, FvdConfig, KvdConfig, VideosConfig, VisConfig
+from evaluation.settings import DistanceConfig, FrechetConfig, FvdConfig, KvdConfig, PairConfig, VideosConfig, VisConfig
 from evaluation.videos import VideoSet, open_videos
 from launch.env import Env
 from metrics.frechet import frechet_distance
@@ -30,58 +30,60 @@ def measure_fvd(config: FvdConfig, env: Env, generated: VideoSet | None = None) 
     return measure_frechet(config, env, extractor, generated)
 
 
-def measure_frechet(config: FvdConfig, env: Env, extractor: Extractor, generated: VideoSet | None = None) -> Figures:
+def measure_frechet(config: FrechetConfig, env: Env, extractor: Extractor, generated: VideoSet | None = None) -> Figures:
     """As `measure_fvd`, by a network that is there already. To be called by all ranks."""
-    sides = _sides(config, env, generated)
+    clips = sides(config, env, generated)
     keep = bool(config.bootstrap or config.fd_inf)
-    measured = [_measured(config, clips, extractor, env, keep_rows=keep) for clips in sides]
-    return _agreed(_frechet_figures(config, extractor, *measured) if env.is_main else None, env)
+    real, fake = (measured(config, one, extractor, env, keep_rows=keep) for one in clips)
+    return agreed(frechet_figures(config, extractor, real, fake) if env.is_main else None, env)
 
 
 def measure_kvd(config: KvdConfig, env: Env, generated: VideoSet | None = None) -> Figures:
     """Figures and protocol, on all ranks; the processes share the videos, each is counted once. `generated`: in place of --dir2."""
     extractor = _extractor(config, env)
-    sides = _sides(config, env, generated)
-    measured = [_measured(config, clips, extractor, env, keep_rows=True) for clips in sides]
-    return _agreed(_kernel_figures(config, extractor, *measured) if env.is_main else None, env)
+    clips = sides(config, env, generated)
+    real, fake = (measured(config, one, extractor, env, keep_rows=True) for one in clips)
+    return agreed(_kernel_figures(config, extractor, real, fake) if env.is_main else None, env)
 
 
 def measure_vis(config: VisConfig, env: Env, generated: VideoSet | None = None) -> Figures:
     """Figures and protocol, on all ranks; the processes share the videos, each is counted once. `generated`: in place of --dir2."""
     extractor = open_extractor("c3d", config.c3d, "--c3d", config.rules, env.device, config.c3d_sha256)
-    clips = _clips(config, generated or open_videos(config.dir2, "--dir2"), "generated", env, config.size, config.step)
+    clips = clips_of(config, generated or open_videos(config.dir2, "--dir2"), "generated", env, config.size, config.step)
     if len(clips) < config.splits:
         raise UserError(f"--dir2 {config.dir2}: {len(clips)} videos cannot be {config.splits} splits; give more videos, or --splits")
-    side = _measured(config, clips, extractor, env, keep_rows=True)
-    return _agreed(None if side is None else _score_figures(config, extractor, side), env)
+    side = measured(config, clips, extractor, env, keep_rows=True)
+    return agreed(None if side is None else _score_figures(config, extractor, side), env)
 
 
 def _extractor(config: DistanceConfig, env: Env) -> Extractor:
     return open_extractor(config.rules.network, config.i3d, "--i3d", config.rules, env.device, config.i3d_sha256)
 
 
-def _sides(config: DistanceConfig, env: Env, generated: VideoSet | None) -> tuple[Clips, Clips]:
+def sides(config: PairConfig, env: Env, generated: VideoSet | None) -> tuple[Clips, Clips]:
     """Real and generated clips. Raises UserError where one side has fewer than two."""
-    fake = _clips(config, generated or open_videos(config.dir2, "--dir2"), "generated", env, config.size, config.step)
-    real = _clips(config, open_videos(config.dir1, "--dir1"), "real", env, fake.size, config.real_stride or config.step)
+    fake = clips_of(config, generated or open_videos(config.dir2, "--dir2"), "generated", env, config.size, config.step)
+    real = clips_of(config, open_videos(config.dir1, "--dir1"), "real", env, fake.size, config.real_stride or config.step)
     for name, clips in (("--dir1", real), ("--dir2", fake)):
         if len(clips) < 2:
             raise UserError(f"{name} {getattr(config, name[2:])}: one video of at least {config.frames} frames; a distance needs two")
     return real, fake
 
 
-def _clips(config: VideosConfig, videos: VideoSet, role: Role, env: Env, size: Size | None, stride: int) -> Clips:
+def clips_of(config: VideosConfig, videos: VideoSet, role: Role, env: Env, size: Size | None, stride: int) -> Clips:
+    """The clips of one side, as the settings say. To be called by all ranks."""
     return choose_clips(
         videos, config.rules, role, env, count=config.count, frames=config.frames, size=size, seed=config.seed, stride=stride
     )
 
 
-def _measured(config: VideosConfig, clips: Clips, extractor: Extractor, env: Env, *, keep_rows: bool) -> Side | None:
+def measured(config: VideosConfig, clips: Clips, extractor: Extractor, env: Env, *, keep_rows: bool) -> Side | None:
+    """`measure_side`, as the settings say."""
     reading = Reading(config.batch_size, config.num_workers, None if config.no_cache else config.cache)
     return measure_side(clips, extractor, env, reading, config.seed, keep_rows=keep_rows)
 
 
-def _agreed(figures: Figures | None, env: Env) -> Figures:
+def agreed(figures: Figures | None, env: Env) -> Figures:
     """Rank 0's figures, on all ranks."""
     told = [figures]
     if env.world_size > 1:
@@ -90,21 +92,22 @@ def _agreed(figures: Figures | None, env: Env) -> Figures:
     return told[0]
 
 
-def _frechet_figures(config: FvdConfig, extractor: Extractor, real: Side | None, generated: Side | None) -> Figures:
+def frechet_figures(config: FrechetConfig, extractor: Extractor, real: Side | None, generated: Side | None) -> Figures:
+    """Distance and all that goes with it, on rank 0."""
     assert real is not None and generated is not None
     unbiased, name = config.rules.unbiased, config.rules.figure
     moments = [side.moments for side in (real, generated)]
     value = frechet_distance(moments[0], moments[1], unbiased=unbiased)
     figures: Figures = {name: value}
-    notes = too_few(config, real, generated, moments[0].dim)
+    notes = too_few(min(side.n for side in moments), moments[0].dim, config.unit)
     if config.bootstrap:
-        low, high = interval(value, bootstrap_frechet(_rows(real), _rows(generated), config.bootstrap, config.seed, unbiased=unbiased))
+        low, high = interval(value, bootstrap_frechet(rows_of(real), rows_of(generated), config.bootstrap, config.seed, unbiased=unbiased))
         figures |= {f"{name}_low": max(low, 0.0), f"{name}_high": high}
     least = min(len(real.clips), len(generated.clips))
     if config.fd_inf and least < LEAST_FOR_LIMIT:
         notes.append(f"{least} videos: --fd-inf needs at least {LEAST_FOR_LIMIT}")
     elif config.fd_inf:
-        limit, by_size = frechet_limit(_rows(real), _rows(generated), config.seed, unbiased=unbiased)
+        limit, by_size = frechet_limit(rows_of(real), rows_of(generated), config.seed, unbiased=unbiased)
         figures |= {"fd_inf": limit, "fd_by_size": {str(size): one for size, one in by_size.items()}}
     if config.noise_floor and least >= LEAST_FOR_FLOOR:
         floor = frechet_distance(*real.halves, unbiased=unbiased)
@@ -117,7 +120,7 @@ def _frechet_figures(config: FvdConfig, extractor: Extractor, real: Side | None,
 
 def _kernel_figures(config: KvdConfig, extractor: Extractor, real: Side | None, generated: Side | None) -> Figures:
     assert real is not None and generated is not None
-    one, two = _rows(real).flatten(0, 1), _rows(generated).flatten(0, 1)
+    one, two = rows_of(real).flatten(0, 1), rows_of(generated).flatten(0, 1)
     value, deviation = kernel_distance(one, two, subsets=config.subsets, size=config.subset_size, seed=config.seed)
     figures: Figures = {"kvd": value, "kvd_std": deviation}
     if config.bootstrap:
@@ -153,7 +156,7 @@ def _score_figures(config: VisConfig, extractor: Extractor, side: Side) -> Figur
     return report(config, figures, [], described, extractor, [side])
 
 
-def _rows(side: Side) -> Tensor:
+def rows_of(side: Side) -> Tensor:
     """Features (clips, k, dim)."""
     assert side.rows is not None
     return side.rows.unflatten(0, (len(side.clips), -1))

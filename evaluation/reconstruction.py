@@ -1,4 +1,4 @@
-"""How well an autoencoder gives clips back: PSNR, SSIM and a perceptual distance, with how they were measured."""
+"""How well an autoencoder gives clips back: PSNR, SSIM, a perceptual distance, rFVD and rFID, with how they were measured."""
 
 import dataclasses
 import sys
@@ -14,12 +14,13 @@ from tqdm import tqdm
 from datasets.config import DataConfig, open_shards, resolve
 from datasets.mixture import Collection
 from datasets.reader import ClipReader
+from evaluation.paired import PairedDistance, open_distances
 from launch.env import Env, Stopped
 from losses import perceptual
 from metrics.frames import SSIM_WINDOW, lpips, psnr, quantise, ssim
 from pipelines.encoders import ENCODERS, EncoderOptions, FrameEncoder, system_of
 from pipelines.loading import SD_SCALE
-from utils.errors import ConfigError
+from utils.errors import ConfigError, UserError
 from utils.media import to_float
 from utils.rng import SampleRng
 
@@ -44,6 +45,12 @@ class ReconstructConfig:
     """Network of the perceptual distance; it is left out, and said so, when its weights are not there."""
     perceptual_weights: str = ""
     """File with the network's weights; empty: the torch hub cache."""
+    i3d: str = ""
+    """The network of rFVD, the Frechet video distance of clips and reconstructions by PVDM's protocol: i3d_pretrained_400.pt or
+    i3d_torchscript.pt; empty: not measured."""
+    inception: str = ""
+    """The network of rFID, the same of single frames: pt_inception-2015-12-05-6726825d.pth or inception-2015-12-05.pt; empty: not
+    measured."""
     psnr_per_clip: bool = False
     """PSNR of the squared error of whole clips (as PVDM reports it) in place of single frames."""
     max_clips: int = 0
@@ -81,7 +88,9 @@ def measure_reconstruction(config: ReconstructConfig, env: Env) -> dict[str, Any
     frames, *size = _clip_shape(config, shards, pipeline)
     resolve(DataConfig(path=(config.data_path,), n_frames=frames, image_size=(size[0], size[1])), shards)
     total = min(config.max_clips, shards.num_samples) if config.max_clips else shards.num_samples
-    distance = _distance(config, env)
+    distance, distances = _distance(config, env), open_distances(config.i3d, config.inception, env.device)
+    if distances and total < 2:
+        raise UserError(f"--data-path {config.data_path}: one clip is measured; {distances[0].name} needs two")
     mine = np.arange(total)[env.rank :: env.world_size]
     sums: dict[str, float] = {}
     with tqdm(total=len(mine), desc="clips of rank 0", unit="clip", disable=None if env.is_main else True) as bar:
@@ -89,11 +98,14 @@ def measure_reconstruction(config: ReconstructConfig, env: Env) -> dict[str, Any
             recon = pipeline.reconstruct(clips, SampleRng(0, torch.from_numpy(samples), env.device))
             for name, values in _measures(clips, recon, distance, config).items():
                 sums[name] = sums.get(name, 0.0) + values.double().sum().item()
+            for one in distances:
+                one.update(clips, recon)
             bar.update(len(samples))
             if env.stop:
                 raise Stopped(agreed=False)
     missing = config.perceptual != "none" and distance is None
-    return _summary(config, shards, pipeline, missing, (total, frames), _reduced(sums, len(mine), total))
+    figures = _summary(config, shards, pipeline, missing, (total, frames), _reduced(sums, len(mine), total, env))
+    return _with_distances(figures, distances, (total, frames), env)
 
 
 def _open(config: ReconstructConfig, shards: Collection, device: torch.device) -> Any:
@@ -153,14 +165,29 @@ def _measures(clips: Tensor, recon: Tensor, distance: nn.Module | None, config: 
     return values
 
 
-def _reduced(sums: dict[str, float], count: int, total: int) -> dict[str, float]:
+def _reduced(sums: dict[str, float], count: int, total: int, env: Env) -> dict[str, float]:
     """Means over the clips of all processes."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (sums, count))
+    gathered: list[Any] = [(sums, count)] * env.world_size
+    if env.world_size > 1:
+        dist.all_gather_object(gathered, (sums, count))
     counted = sum(number for _, number in gathered)
     assert counted == total, f"{counted} clips were measured, {total} are there"
     names = dict.fromkeys(name for part, _ in gathered for name in part)
     return {name: sum(part.get(name, 0.0) for part, _ in gathered) / total for name in names}
+
+
+def _with_distances(figures: dict[str, Any], distances: list[PairedDistance], counts: tuple[int, int], env: Env) -> dict[str, Any]:
+    """Figures and protocol with those of whole sets. `counts`: clips, and frames of each."""
+    values: dict[str, Any] = {}
+    notes: list[str] = []
+    for one in distances:
+        values[one.name], known = one.finish(env)
+        notes += known
+    for note in notes if env.is_main else []:
+        print(f"note: {note}", file=sys.stderr, flush=True)
+    described = {one.name: one.describe(*counts) for one in distances}
+    protocol = figures["protocol"] | described
+    return figures | values | ({"notes": notes} if distances else {}) | {"protocol": protocol}
 
 
 def _summary(

@@ -14,12 +14,11 @@ from evaluation.settings import VideosConfig
 COLUMNS = ("figure", "value", "95 % interval", "real videos", "generated videos", "frames", "size", "protocol", "network sha256", "seed")
 
 
-def too_few(config: VideosConfig, real: Side, generated: Side, dim: int) -> list[str]:
-    """What to know of a distance of so few videos."""
-    least = min(len(real.clips), len(generated.clips))
+def too_few(least: int, dim: int, unit: str) -> list[str]:
+    """What to know of a distance of so few vectors, one of each `unit`."""
     if least > dim:
         return []
-    return [f"{least} videos and {dim} features: a covariance is singular, the distance is far too large"]
+    return [f"{least} {unit} and {dim} features: a covariance is singular, the distance is far too large"]
 
 
 def report(

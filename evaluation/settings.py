@@ -1,5 +1,6 @@
 """Settings of the commands that measure sets of videos by what a network sees in them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from evaluation.protocols import PRESETS, PROTOCOLS, Preset, Protocol, Size
@@ -51,9 +52,19 @@ class VideosConfig:
     """Seconds that a process waits for the others."""
 
     @property
+    def known(self) -> Mapping[str, Protocol]:
+        """Protocols by name; the figures of the first bear no name of one."""
+        return PROTOCOLS
+
+    @property
     def rules(self) -> Protocol:
         """The protocol that is named."""
-        return PROTOCOLS[self.protocol]
+        return self.known[self.protocol]
+
+    @property
+    def unit(self) -> str:
+        """What has one vector of features."""
+        return "videos"
 
     @property
     def _preset(self) -> Preset:
@@ -83,13 +94,14 @@ class VideosConfig:
     def name(self, figure: str, videos: int) -> str:
         """As published figures are called, fvd2048_16f, fvd2048_128f_subsample8f; another protocol's bears its name."""
         length = f"{self.frames}f" if self.step == 1 else f"{self.frames * self.step}f_subsample{self.step}f"
-        return f"{figure}{videos}_{length}" + ("" if self.protocol == "stylegan-v" else f"_{self.protocol}")
+        gap = "_" if figure[-1].isdigit() else ""
+        return f"{figure}{gap}{videos}_{length}" + ("" if self.protocol == next(iter(self.known)) else f"_{self.protocol}")
 
     def validate(self) -> None:
         """Raises ConfigError on settings that cannot work."""
         if not self.dir2:
             raise ConfigError("which videos? give --dir2 FOLDER, the generated ones")
-        for name, known in (("protocol", PROTOCOLS), ("preset", {"": None} | PRESETS)):
+        for name, known in (("protocol", self.known), ("preset", {"": None} | PRESETS)):
             if (value := getattr(self, name)) not in known:
                 raise ConfigError(f"--{name} {value}: known are {', '.join(filter(None, known))}{suggest(value, list(known))}")
         if self.preset:
@@ -108,16 +120,11 @@ class VideosConfig:
 
 
 @dataclass(frozen=True)
-class DistanceConfig(VideosConfig):
-    """What distances between real and generated videos have in common."""
+class PairConfig(VideosConfig):
+    """What figures of real and generated videos have in common."""
 
     dir1: str = ""
     """Real videos: of any of these kinds."""
-    i3d: str = flag("", "network")
-    """The network: StyleGAN-V's TorchScript I3D (i3d_torchscript.pt), the I3D weights of PVDM, HVDM and CMD (i3d_pretrained_400.pt), or
-    that of the protocol."""
-    i3d_sha256: str = flag("", "network-sha256")
-    """What the file's sha256 must be, or begin with: another file is refused."""
     real_stride: int = 0
     """Of real videos where theirs is another one, as of videos that were generated with a stride; 0: the same."""
 
@@ -126,20 +133,40 @@ class DistanceConfig(VideosConfig):
         super().validate()
         if not self.dir1:
             raise ConfigError("compared with which videos? give --dir1 FOLDER, the real ones")
-        if not self.i3d:
-            raise ConfigError("seen by which network? give --i3d FILE, StyleGAN-V's TorchScript I3D (i3d_torchscript.pt)")
         if self.real_stride < 0 or (self.real_stride and self.rules.spread):
             raise ConfigError(f"--real-stride {self.real_stride}: at least 0, and of no protocol that spreads frames over the whole video")
 
 
 @dataclass(frozen=True)
-class FvdConfig(DistanceConfig):
-    """Frechet video distance between real and generated videos."""
+class FrechetConfig(PairConfig):
+    """What Frechet distances have in common."""
 
     noise_floor: bool = True
     """Also the distance of one half of the real videos from the other, and that of as many generated ones from a half."""
     fd_inf: bool = False
     """Also what the distance comes to with ever more videos: a line in 1/n through subsets."""
+
+
+@dataclass(frozen=True)
+class DistanceConfig(PairConfig):
+    """What distances between videos have in common."""
+
+    i3d: str = flag("", "network")
+    """The network: StyleGAN-V's TorchScript I3D (i3d_torchscript.pt), the I3D weights of PVDM, HVDM and CMD (i3d_pretrained_400.pt), or
+    that of the protocol."""
+    i3d_sha256: str = flag("", "network-sha256")
+    """What the file's sha256 must be, or begin with: another file is refused."""
+
+    def validate(self) -> None:
+        """Raises ConfigError on settings that cannot work."""
+        super().validate()
+        if not self.i3d:
+            raise ConfigError("seen by which network? give --i3d FILE, StyleGAN-V's TorchScript I3D (i3d_torchscript.pt)")
+
+
+@dataclass(frozen=True)
+class FvdConfig(FrechetConfig, DistanceConfig):
+    """Frechet video distance between real and generated videos."""
 
 
 @dataclass(frozen=True)

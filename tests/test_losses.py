@@ -1,6 +1,7 @@
 """Losses: the formulas, and that the perceptual network's weights are found, checked, and never made up."""
 
 import hashlib
+import importlib.util
 import logging
 import math
 import shutil
@@ -54,7 +55,7 @@ def test_none_is_none():
 
 @pytest.mark.parametrize("kind", ["lpips-vgg", "lpips-alex", "lpips-squeeze", "effl0"])
 def test_missing_weights_are_one_line_that_says_it_all(kind, hub, monkeypatch):
-    monkeypatch.setattr(perceptual.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     file = perceptual.FILES[kind]
     with pytest.raises(UserError) as caught:
         perceptual.build(kind)
