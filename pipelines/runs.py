@@ -5,9 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.config import load_yaml
 from utils.errors import UserError
-from utils.weights import read_export
+from utils.weights import find_card, load_card, read_export
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +75,7 @@ def find_family(results: Path, system: str = "cmd", without: Sequence[str] = ())
     if missing:
         what = "no finished run" if len(missing) == len(stages) else f"no finished {' and no finished '.join(missing)} run"
         names = ", ".join(f"--{'ae' if stage == 'autoencoder' else stage}" for stage in stages)
-        raise UserError(f"--run {results}: {what} in it (finished: it has export/config.yaml); train it, or give {names}")
+        raise UserError(f"--run {results}: {what} in it (finished: it has export/config.json); train it, or give {names}")
     leader = stages[first][0]
     inside = bool(before) and leader.ae_kind != "sd"
     family = {"autoencoder": _autoencoder_of(leader, stages["autoencoder"])} if inside else {}
@@ -99,9 +98,8 @@ def _finished(results: Path) -> Iterator[Export]:
         raise UserError(f"--run {results}: no such folder; it is the --results-dir of the training runs")
     numbered = sorted((p for p in results.iterdir() if p.name[:3].isdecimal()), key=_number, reverse=True)
     for run in [*numbered, results]:
-        card = run / "export" / "config.yaml"
-        if card.is_file():
-            yield Export(run, load_yaml(card))
+        if find_card(run / "export") is not None:
+            yield Export(run, load_card(run / "export"))
 
 
 def _number(run: Path) -> int:
