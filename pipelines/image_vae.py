@@ -166,11 +166,16 @@ def load_image_vae(path: str, scale_factor: float, chunk: int = 16) -> ImageVae:
 
 
 def vae_of(card: Mapping[str, Any], path: str, scale_factor: float, chunk: int = 16) -> ImageVae | None:
-    """The image VAE that the autoencoder with this card was trained behind; None in pixel mode. Raises UserError for another one."""
+    """The image VAE that the autoencoder with this card was trained behind; None in pixel mode. Raises UserError for another one.
+
+    Without `path` it is the one that the card names, as that of a saved folder does.
+    """
     if card["model"]["mode"] == "pixel":
         return None
-    vae = load_image_vae(path, scale_factor, chunk)
     trained = card.get("vae", {})
+    if not path and "path" in trained:
+        path, scale_factor = trained["path"], trained["scale_factor"]
+    vae = load_image_vae(path, scale_factor, chunk)
     if trained.get("sha256", vae.sha256) != vae.sha256:
         raise UserError(f"--vae {path} is not the image VAE that the autoencoder was trained with (sha256 {trained['sha256'][:12]}...)")
     if trained.get("scale_factor", scale_factor) != scale_factor:

@@ -165,4 +165,6 @@ def _locate(path: Path, which: str) -> tuple[Path, Path]:
     for name in names:
         if (folder / f"{name}.safetensors").is_file():
             return folder, folder / f"{name}.safetensors"
+    if "parts" in load_card(folder):
+        raise UserError(f"{folder} holds the networks of a whole system, one is wanted here: give one of the folders in it")
     raise UserError(f"{folder} has no {names[-1]}.safetensors: the export is not complete; export again")
