@@ -11,7 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from models.autoencoders.frame_vae import FrameVAE
-from pipelines.loading import SD_SCALE, Weights, load_frame_vae
+from models.official.released import SD_SCALE
+from pipelines.loading import Weights, load_frame_vae
 from utils.errors import ConfigError, UserError
 from utils.files import sha256_file
 from utils.media import to_channels, to_rgb

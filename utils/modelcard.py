@@ -11,7 +11,8 @@ UNKNOWN = "unknown"
 """Licence of weights of which nobody has said one; the hub knows this word."""
 LICENSES = (
     "agpl-3.0", "apache-2.0", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-4.0",
-    "cc-by-sa-4.0", "cc0-1.0", "creativeml-openrail-m", "gpl-3.0", "lgpl-3.0", "mit", "mpl-2.0", "openrail", "openrail++", "unknown", "unlicense",
+    "cc-by-sa-4.0", "cc0-1.0", "creativeml-openrail-m", "gpl-3.0", "lgpl-3.0", "mit", "mpl-2.0", "openrail", "openrail++", "unknown",
+    "unlicense",
 )  # fmt: skip
 """Those of the hub's identifiers that weights usually have; any other licence is `other` there, with a name of its own."""
 _TRAINING = {"batch": "batch", "learning_rate": "learning rate", "precision": "arithmetic", "ema_decay": "decay of the average"}
