@@ -41,6 +41,7 @@ class ImageVae(nn.Module):
         chunk: int = 16,
         sha256: str = "",
         kind: Literal["sd", "latte"] = "sd",
+        path: str = "",
     ) -> None:
         super().__init__()
         if chunk < 1:
@@ -53,6 +54,8 @@ class ImageVae(nn.Module):
         self.sha256 = sha256
         self.kind = kind
         """sd: diffusers' AutoencoderKL; latte: a frame VAE of ours."""
+        self.path = path
+        """Where it was read."""
 
     def latent_shape(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
         """Shape b c t h w of a clip -> shape of its latents. Raises UserError when the frame is not a multiple of the factor."""
@@ -163,6 +166,7 @@ def load_image_vae(path: str, scale_factor: float, chunk: int = 16) -> ImageVae:
         scale_factor=scale_factor,
         chunk=chunk,
         sha256=sha256_file(weights),
+        path=path,
     )
 
 

@@ -4,7 +4,6 @@ config.json beside them names system and parts, README.md says what they are; wh
 elsewhere, that is in vae/ (diffusers' form). Nothing in them names a place outside, so a folder works wherever it is copied.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -124,11 +123,15 @@ def _stored(loaded: Loaded, kept: Kept) -> tuple[dict[str, dict[str, Tensor]], s
 
 
 def _save_vae(vae: ImageVae, folder: Path) -> str:
-    """Write an image VAE as diffusers does; returns the SHA-256 of its weights."""
-    vae.autoencoder.save_pretrained(folder, safe_serialization=True)
-    told = {name: value for name, value in read_json(folder / CARD).items() if name != "_name_or_path"}  # a place on this machine
-    atomic_write_text(folder / CARD, json.dumps(told, indent=2) + "\n")
-    return sha256_file(folder / "diffusion_pytorch_model.safetensors")
+    """Copy the folder of an image VAE, without what is not needed to read it; returns the SHA-256 of its weights."""
+    weights = "diffusion_pytorch_model.safetensors"
+    folder.mkdir()
+    for name in (CARD, weights):
+        if not (Path(vae.path) / name).is_file():
+            raise UserError(f"the image VAE {vae.path} has no {name}: only safetensors are saved, convert it")
+        shutil.copyfile(Path(vae.path) / name, folder / name)
+        fsync_path(folder / name)
+    return sha256_file(folder / weights)
 
 
 @contextmanager
