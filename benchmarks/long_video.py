@@ -28,7 +28,7 @@ from models.unets.vidm_content import ContentUNet
 from models.unets.vidm_motion import MotionUNet
 from models.unets.volume_unet import VolumeUNet
 from pipelines.hvdm_sample import HVDMSampleConfig, HVDMSampleJob
-from pipelines.loading import RELEASED_CLIPS
+from models.official.released import RELEASED_CLIPS
 from pipelines.long import write_videos
 from pipelines.pvdm_sample import PVDMSampleConfig, PVDMSampleJob
 from pipelines.vidm_sample import VIDMSampleConfig, VIDMSampleJob

@@ -12,10 +12,9 @@ import torch.distributed as dist
 from engine.config import RunConfig
 from engine.runs import Run
 from launch.env import Env
-from utils.config import load_yaml
 from utils.errors import ConfigError, UserError
 from utils.files import sha256_file
-from utils.weights import CARD
+from utils.weights import load_card
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +80,7 @@ class Best:
 def _read(export: Path, metric: str) -> tuple[int, float] | None:
     """Step and value of a whole export that was the best by this metric."""
     try:
-        card = load_yaml(export / CARD)
+        card = load_card(export)
         if card["best"]["metric"] == metric and all(sha256_file(export / name) == digest for name, digest in card["files"].items()):
             return int(card["step"]), float(card["best"]["value"])
     except (UserError, OSError, KeyError, TypeError, ValueError):

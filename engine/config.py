@@ -48,6 +48,8 @@ class TrainConfig:
     """auto: go on with this run when the results folder has it; none: always a new run; or the folder of a run or of one checkpoint."""
     max_bad_steps: int = flag(20, "max-bad-steps")
     """Stop after this many steps in a row whose loss or gradient is not finite (each is skipped and counted); 0: never."""
+    license: str = flag("unknown", "license")
+    """Licence of the trained weights, which their export and its README.md state: an identifier such as apache-2.0, or any other line."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,8 @@ class RunConfig:
                 value = getattr(getattr(self, group), name)
                 if not value >= lowest:  # NaN too
                     raise ConfigError(f"{group}.{name} {value}: at least {lowest}")
+        if not self.train.license.strip() or len(self.train.license.splitlines()) > 1:
+            raise ConfigError("--license: one line, such as apache-2.0, or unknown")
         shares = {"optim.betas": self.optim.betas, "ema.decay": (self.ema.decay,)}
         for name, values in shares.items():
             if not all(0 <= value < 1 for value in values):

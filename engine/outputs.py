@@ -12,16 +12,16 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from engine.best import Best
 from engine.config import RunConfig
+from engine.describe import describe
 from engine.feed import close, to_device
 from engine.runs import Run
 from engine.task import Batch, BatchSource, Task
 from engine.team import Team
 from launch.env import Env
-from utils.config import load_yaml
 from utils.errors import UserError
 from utils.files import atomic_write_text
 from utils.rng import SampleRng, derive_seed
-from utils.weights import CARD, write_export
+from utils.weights import find_card, load_card, write_export
 
 SHOWN = "shown"
 """File of a run folder with the last step that was followed by what was due after it."""
@@ -76,7 +76,8 @@ def export(run: Run, task: Task, team: Team, progress: Mapping[str, Any], config
     if env.is_main:
         state = {"task": task.name, "step": progress["step"], "samples": progress["samples"], "seed": config.train.seed}
         try:
-            write_export(run.folder / "export", tensors, {**task.card(), **state, **record})
+            card = {**task.card(), **state, **describe(run.folder, config, progress["step"]), **record}
+            write_export(run.folder / "export", tensors, card)
         except OSError as error:
             outcome = [f"the export could not be written to {run.folder}: {error}"]
     dist.broadcast_object_list(outcome, src=0, group=run.group, device=torch.device("cpu"))
@@ -88,8 +89,8 @@ def finish(run: Run, task: Task, team: Team, progress: Mapping[str, Any], config
 
     `seen`: the last step that had been saved and whose evaluation and pictures had been made when the run went on. Every rank calls it.
     """
-    card, reached = run.folder / "export" / CARD, progress["step"]
-    exported = _from_main(env, lambda: int(load_yaml(card).get("step", -1)) if card.is_file() else -1)
+    folder, reached = run.folder / "export", progress["step"]
+    exported = _from_main(env, lambda: int(load_card(folder).get("step", -1)) if find_card(folder) else -1)
     if seen == reached and exported == (best.step or reached):
         more = "--patience" if best.exhausted(reached) else "--max-steps or --epochs"
         return f"nothing to do: the run is at step {reached} and exported; raise {more} to go on"

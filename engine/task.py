@@ -82,7 +82,7 @@ class Task(Protocol):
         """Takes back what `state` gave."""
 
     def card(self) -> dict[str, Any]:
-        """Plain values written to export/config.yaml: all that later stages need to rebuild and use the exported network."""
+        """Plain values written to export/config.json: all that later stages need to rebuild and use the exported network."""
 
 
 class BatchSource(Protocol):

@@ -4,7 +4,7 @@ after another (spec, pvdm.md and hvdm.md).
 Letters: b clips, S frames of a clip, e channels of its latent.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,16 +17,16 @@ from diffusion.guidance import ClassifierFreeGuidance
 from diffusion.replacement import Replacement
 from pipelines.loading import Loaded, Weights, diffusion_of, is_official, understood
 from pipelines.sampling import Sampling, in_groups, sample
+from pipelines.saved import Saveable
 from utils.config import to_dict
 from utils.errors import UserError
 from utils.rng import SampleRng
 from utils.weights import read_card
 
 
-class ClipPipeline(ABC):
+class ClipPipeline(Saveable):
     """An autoencoder of clips and, for generation, a denoiser of its latents, which may be told of the clip before."""
 
-    system: ClassVar[str]
     usual: ClassVar[Sampling]
     """What the released checkpoints are sampled with."""
     null: ClassVar[Mapping[str, float]] = {"previous": 0.0}
@@ -53,6 +53,10 @@ class ClipPipeline(ABC):
         self.scale, self.shift = float(latent.get("scale", 1.0)), float(latent.get("shift", 0.0))
         """Latents are (what the autoencoder makes - shift) * scale; the releases' are what it makes."""
         ae.module.to(self.device)
+
+    def networks(self) -> dict[str, Loaded]:
+        """Stage -> network."""
+        return {"autoencoder": self.ae} | ({"denoiser": self.denoiser} if self.denoiser is not None else {})
 
     @property
     def clip_shape(self) -> tuple[int, int, int]:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from models.autoencoders.cmd import CMDAutoencoder
 from pipelines.image_vae import ImageVae, vae_of
 from pipelines.loading import Loaded, Weights, diffusion_of, load_autoencoder, load_content, load_motion, understood
 from pipelines.sampling import Sampling, in_groups, sample
+from pipelines.saved import Saveable
 from utils.config import to_dict
 from utils.errors import UserError
 from utils.rng import SampleRng
@@ -21,8 +22,10 @@ CONTENT_SAMPLING = Sampling(steps=50, guidance=4.0, clip=True)
 MOTION_SAMPLING = Sampling(steps=100, guidance=4.0)
 
 
-class CMDPipeline:
+class CMDPipeline(Saveable):
     """The trained networks of CMD. `content` and `motion` may be missing when only the autoencoder is used."""
+
+    system: ClassVar[str] = "cmd"
 
     def __init__(
         self,
@@ -70,6 +73,15 @@ class CMDPipeline:
         if trained_on != ae_weights:
             first = load_autoencoder(ae, trained_on, n_frames=n_frames, image_size=image_size)
         return cls(first, second, third, vae_of(first.card, vae, scale_factor), device=device, precision=precision)
+
+    def networks(self) -> dict[str, Loaded]:
+        """Stage -> network."""
+        parts = {"autoencoder": self.ae, "content": self.content, "motion": self.motion}
+        return {stage: part for stage, part in parts.items() if part is not None}
+
+    def image_vae(self) -> ImageVae | None:
+        """In latent mode."""
+        return self.vae
 
     @property
     def num_classes(self) -> int:

@@ -10,7 +10,8 @@ from models.official import hvdm_unet as official_unet
 from models.official.checkpoint import State
 from models.transformers.volume_dit import VolumeDiT, VolumeDiTConfig
 from models.unets.volume_unet import VolumeUNet, VolumeUNetConfig
-from pipelines.loading import RELEASED_CLIPS, Loaded, Weights, exported_denoiser, exported_network, is_official, released_network
+from models.official.released import RELEASED_CLIPS
+from pipelines.loading import Loaded, Weights, exported_denoiser, exported_network, is_official, released_network
 
 
 def load_hvdm_autoencoder(

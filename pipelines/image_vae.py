@@ -11,7 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from models.autoencoders.frame_vae import FrameVAE
-from pipelines.loading import SD_SCALE, Weights, load_frame_vae
+from models.official.released import SD_SCALE
+from pipelines.loading import Weights, load_frame_vae
 from utils.errors import ConfigError, UserError
 from utils.files import sha256_file
 from utils.media import to_channels, to_rgb
@@ -40,6 +41,7 @@ class ImageVae(nn.Module):
         chunk: int = 16,
         sha256: str = "",
         kind: Literal["sd", "latte"] = "sd",
+        path: str = "",
     ) -> None:
         super().__init__()
         if chunk < 1:
@@ -52,6 +54,8 @@ class ImageVae(nn.Module):
         self.sha256 = sha256
         self.kind = kind
         """sd: diffusers' AutoencoderKL; latte: a frame VAE of ours."""
+        self.path = path
+        """Where it was read."""
 
     def latent_shape(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
         """Shape b c t h w of a clip -> shape of its latents. Raises UserError when the frame is not a multiple of the factor."""
@@ -162,15 +166,21 @@ def load_image_vae(path: str, scale_factor: float, chunk: int = 16) -> ImageVae:
         scale_factor=scale_factor,
         chunk=chunk,
         sha256=sha256_file(weights),
+        path=path,
     )
 
 
 def vae_of(card: Mapping[str, Any], path: str, scale_factor: float, chunk: int = 16) -> ImageVae | None:
-    """The image VAE that the autoencoder with this card was trained behind; None in pixel mode. Raises UserError for another one."""
+    """The image VAE that the autoencoder with this card was trained behind; None in pixel mode. Raises UserError for another one.
+
+    Without `path` it is the one that the card names, as that of a saved folder does.
+    """
     if card["model"]["mode"] == "pixel":
         return None
-    vae = load_image_vae(path, scale_factor, chunk)
     trained = card.get("vae", {})
+    if not path and "path" in trained:
+        path, scale_factor = trained["path"], trained["scale_factor"]
+    vae = load_image_vae(path, scale_factor, chunk)
     if trained.get("sha256", vae.sha256) != vae.sha256:
         raise UserError(f"--vae {path} is not the image VAE that the autoencoder was trained with (sha256 {trained['sha256'][:12]}...)")
     if trained.get("scale_factor", scale_factor) != scale_factor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -10,8 +10,9 @@ from torch import Tensor
 from diffusion import build
 from diffusion.replacement import Replacement
 from pipelines.image_vae import SD_SCALE, ImageVae, open_codec
-from pipelines.loading import Loaded, Weights, diffusion_of, is_official, load_latte, understood
+from pipelines.loading import Loaded, Weights, diffusion_of, is_official, load_frame_vae, load_latte, understood
 from pipelines.sampling import Sampling, in_groups, sample
+from pipelines.saved import Saveable
 from utils.errors import UserError
 from utils.rng import SampleRng
 from utils.weights import read_card
@@ -23,8 +24,10 @@ Watch = Callable[[list[int], int, Tensor, Tensor], None]
 """(positions in the request, step k, latents x after it, estimate x0 of the clean latents), latents b C t h' w'."""
 
 
-class LattePipeline:
+class LattePipeline(Saveable):
     """A frame-wise autoencoder and, for generation, a denoiser of its latents."""
+
+    system: ClassVar[str] = "latte"
 
     def __init__(
         self,
@@ -82,6 +85,15 @@ class LattePipeline:
         if denoiser:
             model = load_latte(denoiser, weights, input_size=size, in_channels=codec.channels, num_heads=num_heads)  # type: ignore[arg-type]
         return cls(codec, autoencoder, model, device=device, precision=precision)
+
+    def networks(self) -> dict[str, Loaded]:
+        """Stage -> network; a frame VAE of ours is read once more."""
+        ours = {"autoencoder": load_frame_vae(self.autoencoder["path"], self.autoencoder["weights"])} if self.codec.kind == "latte" else {}
+        return ours | ({"denoiser": self.denoiser} if self.denoiser is not None else {})
+
+    def image_vae(self) -> ImageVae | None:
+        """Where the frames' autoencoder is none of ours."""
+        return self.codec if self.codec.kind == "sd" else None
 
     @property
     def clip_shape(self) -> tuple[int, int, int]:

@@ -15,6 +15,8 @@ from models.official import cmd as official
 from models.official import frame_vae as official_frame_vae
 from models.official import latte as official_latte
 from models.official.checkpoint import State, unwrap
+from models.official.released import SD_SCALE as SD_SCALE
+from models.official.released import latte_process
 from models.transformers.dit import ContentDiT, DiTConfig
 from models.transformers.latte import Latte, LatteConfig
 from models.transformers.motion_dit import MotionDiT, MotionDiTConfig
@@ -24,13 +26,6 @@ from utils.files import sha256_file
 from utils.weights import load_tensors, read_card, read_export
 
 Weights = Literal["ema", "model"]
-SD_SCALE = 0.18215
-"""Factor of Stable Diffusion's latents: about 1 / their standard deviation."""
-RELEASED_CLIPS: dict[str, Any] = {
-    "diffusion": {"schedule": "quad", "variance": "fixed_small"},
-    "latent": {"scale": 1.0, "shift": 0.0},
-}
-"""Process and latents of PVDM's and HVDM's released denoisers (spec, pvdm.md section 4, hvdm.md section 6), for a card."""
 OFFICIAL_SUFFIXES = (".pt", ".pth", ".ckpt")
 
 
@@ -135,7 +130,7 @@ def load_latte(
     told = to_dict(config)
     if release == "tutorial":
         del told["input_size"]  # nobody knows what it was trained on
-    card = {"system": "latte", "stage": "denoiser", "model": told, **_released_with(release, config)}
+    card = {"system": "latte", "stage": "denoiser", "model": told, **latte_process(release, config)}
     loaded = Loaded(frozen(Latte, config, state, path), config, card, sha256_file(Path(path)), str(path), weights)
     return _resized(loaded, input_size)
 
@@ -149,14 +144,6 @@ def _resized(loaded: Loaded, input_size: tuple[int, int] | None) -> Loaded:
     except ValueError as error:
         raise UserError(f"{loaded.path} cannot take other frames: {error}") from None
     return dataclasses.replace(loaded, module=frozen(Latte, config, loaded.module.state_dict(), loaded.path), config=config)
-
-
-def _released_with(release: official_latte.Release, config: LatteConfig) -> dict[str, Any]:
-    """Process and latents of a release (spec, latte.md section 3), for a card."""
-    if release == "tutorial":
-        return {"diffusion": {"variance": "fixed_small"}, "latent": {"scale": 1.0, "shift": 0.0}}
-    variance = "learned_range" if config.learn_sigma else "fixed_large"
-    return {"diffusion": {"variance": variance}, "latent": {"scale": SD_SCALE, "shift": 0.0}}
 
 
 def understood(model: Loaded, given: Mapping[str, Tensor], guidance: float) -> dict[str, Tensor]:

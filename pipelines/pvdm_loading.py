@@ -10,7 +10,8 @@ from models.official import pvdm_unet as official_unet
 from models.official.checkpoint import State
 from models.transformers.plane_dit import PlaneDiT, PlaneDiTConfig
 from models.unets.plane_unet import PlaneUNet, PlaneUNetConfig
-from pipelines.loading import RELEASED_CLIPS, Loaded, Weights, exported_denoiser, exported_network, is_official, released_network
+from models.official.released import RELEASED_CLIPS
+from pipelines.loading import Loaded, Weights, exported_denoiser, exported_network, is_official, released_network
 
 
 def load_pvdm_autoencoder(

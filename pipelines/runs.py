@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.config import load_yaml
+from pipelines.hub import fetch
+from pipelines.saved import SavedFamily, open_saved
 from utils.errors import UserError
-from utils.weights import read_export
+from utils.weights import find_card, load_card, read_export
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,11 @@ OF_PIXELS = {"vidm"}
 
 
 def systems_in(results: Path) -> list[str]:
-    """Systems of the finished runs below `results` that generate; of all finished runs where none does. Raises UserError for no folder."""
+    """Systems of the finished runs below `results` that generate; of all finished runs where none does; that of a saved folder, which may
+    be on the hub. Raises UserError for no folder."""
+    saved = open_saved(fetch(results))
+    if saved is not None:
+        return [saved.system]
     exports = [export for export in _finished(results) if export.system in GENERATORS]
     return sorted({e.system for e in exports if e.stage in GENERATORS[e.system]} or {e.system for e in exports})
 
@@ -63,10 +68,13 @@ def systems_in(results: Path) -> list[str]:
 def find_family(results: Path, system: str = "cmd", without: Sequence[str] = ()) -> dict[str, Path]:
     """Stage -> run folder: the newest finished run of a system's first generator below `results`, its autoencoder (here, or where it was
     when the run was trained), and the newest runs of the other generators on that one. An image VAE from elsewhere is left out, and so
-    are the stages `without` which it does.
+    are the stages `without` which it does. Of a saved folder, which may be on the hub, its parts.
 
     Raises UserError naming the stage that is missing.
     """
+    saved = open_saved(fetch(results))
+    if saved is not None:
+        return _saved_family(results, saved, system, without)
     found = [export for export in _finished(results) if export.system == system]
     first, *others = (stage for stage in GENERATORS[system] if stage not in without)
     before = () if system in OF_PIXELS else ("autoencoder",)
@@ -76,7 +84,7 @@ def find_family(results: Path, system: str = "cmd", without: Sequence[str] = ())
     if missing:
         what = "no finished run" if len(missing) == len(stages) else f"no finished {' and no finished '.join(missing)} run"
         names = ", ".join(f"--{'ae' if stage == 'autoencoder' else stage}" for stage in stages)
-        raise UserError(f"--run {results}: {what} in it (finished: it has export/config.yaml); train it, or give {names}")
+        raise UserError(f"--run {results}: {what} in it (finished: it has export/config.json); train it, or give {names}")
     leader = stages[first][0]
     inside = bool(before) and leader.ae_kind != "sd"
     family = {"autoencoder": _autoencoder_of(leader, stages["autoencoder"])} if inside else {}
@@ -84,6 +92,16 @@ def find_family(results: Path, system: str = "cmd", without: Sequence[str] = ())
     for stage in others:
         family[stage] = next((e for e in stages[stage] if e.ae_sha256 == leader.ae_sha256), stages[stage][0]).run
     return family
+
+
+def _saved_family(results: Path, saved: SavedFamily, system: str, without: Sequence[str]) -> dict[str, Path]:
+    """The parts that are wanted of a saved folder, if they are there."""
+    if saved.system != system:
+        raise UserError(f"--run {results}: it holds the networks of {saved.system}, not of {system}")
+    missing = [stage for stage in GENERATORS[system] if stage not in without and stage not in saved.parts]
+    if missing:
+        raise UserError(f"--run {results}: no {' and no '.join(missing)} network in it; save the whole system, or give --{missing[0]}")
+    return {stage: place for stage, place in saved.parts.items() if stage not in without}
 
 
 def _autoencoder_of(export: Export, candidates: Sequence[Export]) -> Path:
@@ -96,12 +114,11 @@ def _autoencoder_of(export: Export, candidates: Sequence[Export]) -> Path:
 def _finished(results: Path) -> Iterator[Export]:
     """Runs with an export, newest first."""
     if not results.is_dir():
-        raise UserError(f"--run {results}: no such folder; it is the --results-dir of the training runs")
+        raise UserError(f"--run {results}: no such folder; it is the --results-dir of the training runs, or a folder of saved networks")
     numbered = sorted((p for p in results.iterdir() if p.name[:3].isdecimal()), key=_number, reverse=True)
     for run in [*numbered, results]:
-        card = run / "export" / "config.yaml"
-        if card.is_file():
-            yield Export(run, load_yaml(card))
+        if find_card(run / "export") is not None:
+            yield Export(run, load_card(run / "export"))
 
 
 def _number(run: Path) -> int:

@@ -75,7 +75,7 @@ def _told(argv: Sequence[str]) -> str:
     if system:
         return system
     if run:
-        raise UserError(f"--run {run}: no finished run in it (finished: it has export/config.yaml); train it, or give other networks")
+        raise UserError(f"--run {run}: no finished run in it (finished: it has export/config.json); train it, or give other networks")
     known = {name: len(given.keys() & _names(system.config)) for name, system in SYSTEMS.items()}
     most = [name for name, count in known.items() if count == max(known.values())]
     return most[0] if len(most) < len(SYSTEMS) else ""

@@ -14,6 +14,7 @@ from torch import Tensor
 from models.unets.vidm_motion import MotionUNet
 from pipelines.loading import Loaded, Weights, diffusion_of
 from pipelines.sampling import Sampling, sample
+from pipelines.saved import Saveable
 from pipelines.vidm_frame import FrameDenoiser, one_by_one
 from pipelines.vidm_loading import load_vidm_content, load_vidm_motion
 from utils.errors import UserError
@@ -56,7 +57,7 @@ class Drawing:
     """Each video alone through the networks, so that it is the same to the last bit whatever is made with it."""
 
 
-class VIDMPipeline:
+class VIDMPipeline(Saveable):
     """The generator of all frames after the first, and, for videos from nothing, that of the first."""
 
     system: ClassVar[str] = "vidm"
@@ -103,6 +104,10 @@ class VIDMPipeline:
     def parts(self) -> dict[str, Loaded]:
         """The networks by their stages."""
         return {"motion": self.motion} | ({"content": self.content} if self.content is not None else {})
+
+    def networks(self) -> dict[str, Loaded]:
+        """Stage -> network."""
+        return self.parts
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -7,13 +7,11 @@ from typing import Any
 
 from models.official import vidm as official
 from models.official.checkpoint import State
+from models.official.released import VIDM_DATA
 from models.unets.vidm_content import ContentUNet, ContentUNetConfig
 from models.unets.vidm_motion import MotionUNet, MotionUNetConfig
 from pipelines.loading import Loaded, Weights, exported_network, is_official, released_network
 from utils.errors import UserError
-
-RELEASED_FPS = 10.0
-"""Of the release's GIFs."""
 
 
 def load_vidm_content(path: str | Path, weights: Weights = "ema", **known: Any) -> Loaded:
@@ -63,4 +61,4 @@ def _chosen(checkpoint: Mapping[str, Any], weights: Weights) -> Mapping[str, Any
 
 
 def _card(stage: str) -> dict[str, Any]:
-    return {"system": "vidm", "stage": stage, "data": {"fps": RELEASED_FPS}}
+    return {"system": "vidm", "stage": stage, **VIDM_DATA}

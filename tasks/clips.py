@@ -109,6 +109,8 @@ class ClipInfo:
     """What the stream gives of a window of `n_frames`."""
     antialias: bool = True
     """The frames were filtered before they were made smaller."""
+    licence: str = ""
+    """The licence or source notes of the shard sets."""
 
     @classmethod
     def of(cls, shards: Collection, data: DataConfig, strides: tuple[int, ...] = (), take: Take = "window") -> "ClipInfo":
@@ -128,6 +130,7 @@ class ClipInfo:
             strides=strides,
             take=take,
             antialias=bool((shards.meta.get("transform") or {}).get("antialias", True)),
+            licence="; ".join(dict.fromkeys(filter(None, (str(item.meta.get("licence") or "") for item in shards.sets)))),
         )
 
     @property
@@ -149,6 +152,7 @@ class ClipInfo:
             **({"frame_interval": self.frame_interval} if self.frame_interval != 1 else {}),
             **({"frame_strides": list(self.strides)} if self.strides else {}),
             **({} if self.antialias else {"antialias": False}),
+            **({"licence": self.licence} if self.licence else {}),
         }
 
 

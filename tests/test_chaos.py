@@ -130,7 +130,7 @@ def test_random_kills_change_nothing(tmp_path: Path, short_folder: Path) -> None
     done = torchrun(command(whole, shards), 2, 240)
     assert done.returncode == 0, done.stdout
     (folder,) = results.iterdir()
-    for name in ("model.safetensors", "ema.safetensors", "config.yaml"):
+    for name in ("model.safetensors", "ema.safetensors", "config.json", "README.md"):
         assert (folder / "export" / name).read_bytes() == (whole / folder.name / "export" / name).read_bytes()
     files = {str(place.relative_to(folder)) for place in folder.rglob("*") if "faults" not in place.parts}
     assert files == {str(place.relative_to(whole / folder.name)) for place in (whole / folder.name).rglob("*")}

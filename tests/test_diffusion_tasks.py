@@ -14,9 +14,10 @@ from pipelines.cmd_sample import CMDSampleConfig, CMDSampleJob
 from pipelines.loading import diffusion_of
 from pipelines.sampling import Sampling
 from tests.cmd_family import CLIPS, autoencoder_task, content_task, export, motion_task
-from utils.config import load_yaml, save_yaml, to_dict
+from utils.config import save_yaml, to_dict
 from utils.errors import ConfigError
 from utils.rng import SampleRng
+from utils.weights import load_card
 
 PROCESSES = {
     "flow": ["--process", "flow"],
@@ -94,10 +95,11 @@ def test_exports_say_their_process_and_generate_with_its_samplers(runs: Path) ->
 def test_cards_without_the_newer_settings_are_read(runs: Path, tmp_path: Path) -> None:
     """An export of before there was a choice of process."""
     motion = export(motion_task(runs / "000-cmd-autoencoder"), tmp_path / "motion")
-    card = load_yaml(motion / "export" / "config.yaml")
+    card = load_card(motion / "export")
     known = ("steps", "schedule", "predict", "variance", "loss", "respacing")
     card["diffusion"] = {name: card["diffusion"][name] for name in known}
     save_yaml(motion / "export" / "config.yaml", card)
+    (motion / "export" / "config.json").unlink()
     pipeline = CMDPipeline.from_exports(runs / "000-cmd-autoencoder", motion=motion)
     assert pipeline.motion is not None and diffusion_of(pipeline.motion) == motion_task(runs / "000-cmd-autoencoder").config.diffusion
 

@@ -24,10 +24,9 @@ from engine.loop import fit
 from engine.task import Batch, LossOutput, Network
 from launch.env import Env, Stopped, distributed
 from tests.test_engine_loop import lines
-from utils.config import load_yaml
 from utils.errors import ConfigError, UserError
 from utils.rng import SampleRng
-from utils.weights import read_export, write_export
+from utils.weights import load_card, read_export, write_export
 
 PSNR = {2: 20.0, 4: 21.0, 6: 23.0, 8: 22.0, 10: 22.5, 12: 23.0, 14: 24.0}
 """What the evaluation after so many steps finds."""
@@ -68,7 +67,7 @@ def train(env: Env, config: RunConfig, script: Mapping[int, float] | None = None
 
 
 def card(folder: Path) -> dict[str, Any]:
-    return load_yaml(folder / "export" / "config.yaml")
+    return load_card(folder / "export")
 
 
 KINDS = [("psnr", "auto", 6), ("eval/psnr", "auto", 6), ("psnr", "min", 2), ("loss", "auto", 2)]
@@ -257,7 +256,7 @@ def test_a_killed_run_keeps_the_same_best(tmp_path: Path) -> None:
                 run(killed, **arguments)
         (folder,) = (tmp_path / moment).glob("*-toy")
         assert run(killed, **arguments) == [str(folder)] * 2
-        for name in ("model.safetensors", "ema.safetensors", "config.yaml"):
+        for name in ("model.safetensors", "ema.safetensors", "config.json", "README.md"):
             assert (folder / "export" / name).read_bytes() == (whole / "export" / name).read_bytes(), (moment, name)
         seen = [[(line["step"], line["eval/psnr"]) for line in lines(place) if "eval/psnr" in line] for place in (folder, whole)]
         assert seen[0] == seen[1], f"{moment}: no evaluation is left out"

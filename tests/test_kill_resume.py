@@ -56,12 +56,12 @@ def test_killed_at_three_moments_and_started_again(tmp_path: Path) -> None:
     assert "step_0000002" < reached < "step_0000030"
 
     kill(script, line, "os.replace", "export/model.safetensors")  # while the export is written
-    assert (folder / "export" / "ema.safetensors").exists() and not (folder / "export" / "config.yaml").exists()
+    assert (folder / "export" / "ema.safetensors").exists() and not (folder / "export" / "config.json").exists()
 
     done = torchrun([script, *line], timeout=300)
     assert done.returncode == 0, done.stdout
     _, *other = arguments(shards, whole)
     run(commands, script=script, lines=[other])
-    for name in ("model.safetensors", "ema.safetensors", "config.yaml"):
+    for name in ("model.safetensors", "ema.safetensors", "config.json", "README.md"):
         assert (folder / "export" / name).read_bytes() == (whole / folder.name / "export" / name).read_bytes()
     assert sorted(place.name for place in checkpoints.iterdir()) == ["step_0000028", "step_0000030"]

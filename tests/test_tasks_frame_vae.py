@@ -252,7 +252,9 @@ def test_an_export_is_a_checkpoint_of_the_release(tmp_path: Path) -> None:
         folder = train(env, str(tmp_path), "--max-steps 1 --disc-weight 0")
     state, read = official.load(weights(folder), norm_channels=4)
     assert state.keys() == weights(folder).keys() and read.down_channels == (8, 16)
-    assert sorted(path.name for path in (folder / "export").iterdir()) == ["config.yaml", "model.safetensors"], "no average by default"
+    assert sorted(path.name for path in (folder / "export").iterdir()) == ["README.md", "config.json", "model.safetensors"], (
+        "no average by default"
+    )
 
 
 # ---- what it shows and hands on

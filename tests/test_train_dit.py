@@ -167,7 +167,7 @@ def test_pixel_shards_and_latent_shards_train_alike(root: Path, tmp_path: Path) 
 def test_a_measured_scale_is_one_over_the_deviation_and_survives(root: Path, tmp_path: Path) -> None:
     made = alone(arguments(root, "--n-frames", "8", "--ema-decay", "0"), tmp_path)
     card = read_card(made)
-    assert {place.name for place in (made / "export").iterdir()} == {"model.safetensors", "config.yaml"}, (
+    assert {place.name for place in (made / "export").iterdir()} == {"model.safetensors", "config.json", "README.md"}, (
         "without an average none is handed on"
     )
     setting = config(*arguments(root, "--n-frames", "8"))
@@ -231,7 +231,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(root: Path, tmp_pa
     run(commands, script="train_dit.py", lines=lines)
     assert "from step 4 to 12, 2 process(es)" in (folder / "log.txt").read_text()
     assert losses(folder) == losses(whole / folder.name) and len(losses(folder)) == 12
-    for name in ("model.safetensors", "ema.safetensors", "config.yaml"):
+    for name in ("model.safetensors", "ema.safetensors", "config.json", "README.md"):
         assert (folder / "export" / name).read_bytes() == (whole / folder.name / "export" / name).read_bytes()
 
 

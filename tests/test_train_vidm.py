@@ -139,7 +139,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(stage: str, data: 
     assert "from step 2 to 5, 2 process(es)" in (folder / "log.txt").read_text()
     assert losses(folder) == losses(whole / folder.name) and len(losses(folder)) == 5
     assert same_export(folder, whole / folder.name)
-    assert (folder / "export" / "config.yaml").read_bytes() == (whole / folder.name / "export" / "config.yaml").read_bytes()
+    assert (folder / "export" / "config.json").read_bytes() == (whole / folder.name / "export" / "config.json").read_bytes()
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ PACKAGES = {
     "pillow": "PIL",
     "safetensors": "safetensors",
     "accelerate": "accelerate",
+    "huggingface_hub": "huggingface_hub",
     "tensorboard": "tensorboard",
     "tyro": "tyro",
     "PyYAML": "yaml",

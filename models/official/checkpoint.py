@@ -8,6 +8,15 @@ from torch import Tensor
 State = dict[str, Tensor]
 
 
+class NamesError(ValueError):
+    """Names that only one side has: `missing` from a state dict, and `unknown` in it, both as the release has them."""
+
+    def __init__(self, missing: Iterable[str], unknown: Iterable[str]) -> None:
+        self.missing, self.unknown = sorted(missing), sorted(unknown)
+        problems = [f"missing {_some(self.missing)}"] * bool(self.missing) + [f"unknown {_some(self.unknown)}"] * bool(self.unknown)
+        super().__init__(f"the state dict does not fit: {'; '.join(problems)}")
+
+
 def unwrap(checkpoint: Mapping[str, Any], *entries: str) -> State:
     """The tensors of a state dict, taken from the first of `entries` that a training checkpoint has; DDP's "module." prefix is cut off.
 
@@ -23,12 +32,11 @@ def unwrap(checkpoint: Mapping[str, Any], *entries: str) -> State:
 
 
 def check_names(found: Iterable[str], required: Iterable[str], optional: Iterable[str] = ()) -> None:
-    """Raises ValueError naming missing and unknown names."""
+    """Raises NamesError, a ValueError that names missing and unknown names."""
     found, required = set(found), set(required)
     missing, unknown = required - found, found - required - set(optional)
-    problems = [f"missing {_some(missing)}"] * bool(missing) + [f"unknown {_some(unknown)}"] * bool(unknown)
-    if problems:
-        raise ValueError(f"the state dict does not fit: {'; '.join(problems)}")
+    if missing or unknown:
+        raise NamesError(missing, unknown)
 
 
 def depth_of(names: Iterable[str], prefix: str) -> int:

@@ -79,7 +79,7 @@ def export_motion(state: State) -> State:
 
 
 def autoencoder_config(
-    state: State, image_size: tuple[int, int] = (64, 64), n_frames: int = 16, mode: Literal["pixel", "latent"] = "pixel"
+    state: State, image_size: tuple[int, int] = (64, 64), n_frames: int = 16, mode: Literal["pixel", "latent"] = "pixel", heads: int = 8
 ) -> CMDAEConfig:
     """Config of the CMDAutoencoder that an official state dict fits; what its tensors do not tell must be given."""
     dim, channels, patch, _ = state["to_logit.1.weight"].shape
@@ -91,22 +91,23 @@ def autoencoder_config(
         n_frames=n_frames,
         embed_dim=state["pre_xt.weight"].shape[0],
         depth=depth_of(state, "encoder.layers."),
-        heads=8,
+        heads=heads,
         mode=mode,
         rotary="none",
     )
 
 
-def content_config(state: State, input_size: tuple[int, int] | None = None) -> DiTConfig:
-    """Config of the ContentDiT that an official state dict fits."""
-    return dit_config(state, input_size)
+def content_config(state: State, input_size: tuple[int, int] | None = None, num_heads: int = 0) -> DiTConfig:
+    """Config of the ContentDiT that an official state dict fits; `num_heads`: for a width of no named size."""
+    return dit_config(state, input_size, num_heads)
 
 
-def motion_config(state: State, input_size: tuple[int, int], keyframe_size: tuple[int, int]) -> MotionDiTConfig:
+def motion_config(state: State, input_size: tuple[int, int], keyframe_size: tuple[int, int], num_heads: int = 0) -> MotionDiTConfig:
     """Config of the MotionDiT that an official state dict fits; the sizes of latent and content frame must be given."""
     _, channels, patch, _ = state["keyframe_embedder.proj.weight"].shape
+    told = dit_settings(state, num_heads)
     return MotionDiTConfig(
-        input_size=input_size, keyframe_size=keyframe_size, keyframe_channels=channels, keyframe_patch_size=patch, **dit_settings(state)
+        input_size=input_size, keyframe_size=keyframe_size, keyframe_channels=channels, keyframe_patch_size=patch, **told
     )
 
 

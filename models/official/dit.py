@@ -32,16 +32,18 @@ def export_dit(state: State) -> State:
     return dict(state)
 
 
-def dit_settings(state: State) -> dict[str, Any]:
+def dit_settings(state: State, num_heads: int = 0) -> dict[str, Any]:
     """The settings of a DiT that its tensors tell, the label table read as having a null row, heads by the named sizes.
 
-    Raises ValueError for a width that is none of them: then `num_heads` is not known and the settings must be given.
+    Raises ValueError for a width that is none of them: then `num_heads` must be given.
     """
     _, in_channels, patch, _ = state["x_embedder.proj.weight"].shape
     width = state["pos_embed"].shape[2]
     heads = {size[0]: size[2] for size in SIZES.values()}
-    if width not in heads:
-        raise ValueError(f"the number of heads cannot be told from width {width}: it is none of the named sizes {sorted(heads)}")
+    if not num_heads and width not in heads:
+        raise ValueError(
+            f"the number of heads cannot be told from width {width}: it is none of the named sizes {sorted(heads)}; give num_heads"
+        )
     labels = state.get("y_embedder.embedding_table.weight")
     vectors = state.get("cond_embedder.proj.weight")
     return {
@@ -49,7 +51,7 @@ def dit_settings(state: State) -> dict[str, Any]:
         "patch_size": patch,
         "hidden_size": width,
         "depth": depth_of(state, "blocks."),
-        "num_heads": heads[width],
+        "num_heads": num_heads or heads[width],
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "learn_sigma": state["final_layer.linear.weight"].shape[0] == 2 * in_channels * patch**2,
         "num_classes": 0 if labels is None else len(labels) - 1,
@@ -57,8 +59,8 @@ def dit_settings(state: State) -> dict[str, Any]:
     }
 
 
-def dit_config(state: State, input_size: tuple[int, int] | None = None) -> DiTConfig:
+def dit_config(state: State, input_size: tuple[int, int] | None = None, num_heads: int = 0) -> DiTConfig:
     """Config of the ContentDiT that an official state dict fits. `input_size` None: a square with the position table's tokens."""
-    settings = dit_settings(state)
+    settings = dit_settings(state, num_heads)
     side = math.isqrt(state["pos_embed"].shape[1]) * settings["patch_size"]
     return DiTConfig(input_size=input_size or (side, side), **settings)

@@ -1,0 +1,187 @@
+"""Official checkpoints to exports of ours and back.
+
+  python -m models.official import SYSTEM STAGE FILE FOLDER [--num-heads 12] [--image-size 64 64] ...
+  python -m models.official export SYSTEM STAGE FOLDER FILE [--weights model] [--release tutorial]
+
+A checkpoint does not say all settings of its network: those that have no default must be given, and the error names them. Its names must
+be those of the network; those that only one side has are listed. Exit status: 0 done; 1 error; 2 wrong settings.
+"""
+
+import argparse
+import io
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.official.checkpoint import NamesError
+from models.official.kinds import KINDS, Kind, Read
+from utils.command import run_command
+from utils.config import from_dict, to_dict
+from utils.errors import ConfigError, UserError
+from utils.files import atomic_write_bytes, sha256_file
+from utils.modelcard import UNKNOWN
+from utils.weights import load_tensors, read_export, write_export
+
+_SIZES = ("image_size", "input_size", "keyframe_size", "latent_res")
+_NUMBERS = (
+    "n_frames", "num_heads", "num_head_channels", "plane_heads", "head_dim", "splits", "latent_frames", "in_channels", "norm_channels",
+    "video_timesteps", "diffusion_timesteps",
+)  # fmt: skip
+_AVERAGES = ("ema", "ema_state_dict")
+_PREFIXES = ("module.", "_orig_mod.", "diffusion_model.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command line."""
+    description, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser("models.official", None, description, rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="import | export")
+    for name, run, source, target in (("import", _import, "FILE", "FOLDER"), ("export", _export, "FOLDER", "FILE")):
+        command = commands.add_parser(name)
+        command.set_defaults(run=run)
+        command.add_argument("system", choices=sorted({system for system, _ in KINDS}))
+        command.add_argument("stage", choices=sorted({stage for _, stage in KINDS}))
+        command.add_argument("source", metavar=source, type=Path)
+        command.add_argument("target", metavar=target, type=Path)
+        if run is _import:
+            _add_settings(command)
+        else:
+            command.add_argument(
+                "--weights", choices=("ema", "model"), default="ema", help="which, of a release whose file has one state dict"
+            )
+            command.add_argument("--release", choices=("official", "tutorial"), default="official", help="Latte: whose file")
+    args = parser.parse_args(argv)
+    kind = KINDS.get((args.system, args.stage))
+    if kind is None:
+        raise ConfigError(
+            f"{args.system} has no {args.stage}: it has {', '.join(stage for system, stage in KINDS if system == args.system)}"
+        )
+    args.run(kind, args)
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    """Flags of an import."""
+    for name in _SIZES:
+        command.add_argument(f"--{name.replace('_', '-')}", type=int, nargs=2, metavar=("H", "W"))
+    for name in _NUMBERS:
+        command.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")
+    command.add_argument("--license", default=UNKNOWN, help="of the weights, as their authors say it")
+    command.add_argument("--allow-unmatched", action="store_true", help="leave out tensors that the network has no place for")
+
+
+def _import(kind: Kind, args: argparse.Namespace) -> None:
+    known = _known(kind, args)
+    checkpoint = load_tensors(args.source)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    found: Read | None = None
+    for name, part in _parts(checkpoint, kind):
+        found = _read(kind, part, known, args)
+        state, config, _ = found
+        with torch.device("meta"):
+            network = kind.network(config)
+        try:
+            network.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            raise UserError(f"{args.source} does not fit the network that it tells of: {str(error).splitlines()[-1].strip()}") from None
+        tensors[name] = {key: state[key] for key in network.state_dict()}
+    assert found is not None
+    source = {"file": args.source.name, "sha256": sha256_file(args.source)}
+    card = {"system": args.system, "stage": args.stage, "model": to_dict(found[1]), **found[2]}
+    write_export(args.target, tensors, {**card, "license": args.license, "source": source})
+    _say(sys.stdout, f"{args.target}: {len(tensors[name])} tensors of {args.source} ({' and '.join(tensors)})")
+
+
+def _export(kind: Kind, args: argparse.Namespace) -> None:
+    if args.release == "tutorial" and (args.system, args.stage) != ("latte", "denoiser"):
+        raise ConfigError("--release tutorial: only Latte's denoiser has one of its own")
+    both = len(kind.entries) == 2 and args.release == "official"
+    names = dict(zip(kind.entries, ("model", "ema"), strict=True)) if both else {"".join(kind.entries): args.weights}
+    made: dict[str, Any] = {}
+    digests: set[str] = set()
+    for name, which in names.items():
+        state, card, digest = read_export(args.source, which)
+        if (card.get("system"), card.get("stage")) != (args.system, args.stage):
+            told = f"{card.get('system')} {card.get('stage')}"
+            raise UserError(f"{args.source} is an export of '{told}', not of '{args.system} {args.stage}'")
+        if digest in digests:
+            continue  # there is no average, and the last weights are written already
+        digests.add(digest)
+        try:
+            config = from_dict(kind.config, card["model"], f"{args.source}: model")
+            made[name] = kind.write(state, config, args.release)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{args.source} cannot be written as a checkpoint of the release: {error}") from None
+    bare = args.release == "tutorial" or not kind.entries
+    content = io.BytesIO()
+    torch.save(next(iter(made.values())) if bare else made, content)
+    atomic_write_bytes(args.target, content.getvalue())
+    _say(sys.stdout, f"{args.target}: {args.weights if bare else ' and '.join(made)} of {args.source}")
+
+
+def _known(kind: Kind, args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that are given. Raises ConfigError for those that this network has no use for, and for want of others."""
+    given = {name: getattr(args, name) for name in (*_SIZES, *_NUMBERS) if getattr(args, name) is not None}
+    flags = {name: f"--{name.replace('_', '-')}" for name in (*given, *kind.required)}
+    if useless := [flags[name] for name in given if name not in kind.settings]:
+        raise ConfigError(f"{useless[0]}: the checkpoint of {args.system} {args.stage} tells that, or has no such thing")
+    if missing := [flags[name] for name in kind.required if name not in given]:
+        raise ConfigError(f"{args.source} does not tell {' and '.join(missing)} of {args.system}'s {args.stage}: give them")
+    return {name: tuple(value) if name in _SIZES else value for name, value in given.items()}
+
+
+def _parts(checkpoint: Mapping[str, Any], kind: Kind) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The last weights of a checkpoint and the averaged ones, by the names of their files; a single state dict is `model`."""
+    averaged = {name: value for name, value in checkpoint.items() if name in _AVERAGES and _is_state(value)}
+    plain = {name: value for name, value in checkpoint.items() if name not in averaged}
+    if not averaged or len(kind.entries) < 2 or not any(_is_state(value) for value in plain.values()):
+        yield "model", checkpoint
+        return
+    yield "model", plain
+    yield "ema", averaged
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values())
+
+
+def _read(kind: Kind, checkpoint: Mapping[str, Any], known: Mapping[str, Any], args: argparse.Namespace) -> Read:
+    """What a checkpoint holds. Names that only one side has are listed; those of the file are left out where that is allowed."""
+    left_out: set[str] = set()
+    while True:
+        try:
+            return kind.read(_without(checkpoint, left_out), **known)
+        except NamesError as error:
+            for what, names in (("only the file has", error.unknown), ("only the network has", error.missing)):
+                _say(sys.stderr, *(f"{what} {name}" for name in names))
+            fresh = set(error.unknown) - left_out
+            if error.missing or not args.allow_unmatched or not fresh:
+                cure = "" if error.missing else "; --allow-unmatched leaves them out"
+                count = f"{len(error.unknown)} names only the file has, {len(error.missing)} only the network"
+                raise UserError(f"{args.source} does not match {args.system}'s {args.stage}: {count} (listed above){cure}") from None
+            left_out |= fresh
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise UserError(f"{args.source} is no checkpoint of {args.system}'s {args.stage} that can be read: {error}") from None
+
+
+def _without(checkpoint: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    """The checkpoint without the tensors of these names."""
+    kept = {name: value for name, value in checkpoint.items() if not (isinstance(value, Tensor) and _bare(name) in names)}
+    return {name: _without(value, names) if _is_state(value) else value for name, value in kept.items()}
+
+
+def _bare(name: str) -> str:
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _say(stream: Any, *lines: str) -> None:
+    stream.write("".join(f"{line}\n" for line in lines))
+
+
+if __name__ == "__main__":
+    run_command(main)
