@@ -112,6 +112,6 @@ def _settings(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _names(schema: type[SampleConfig]) -> set[str]:
-    """How the settings of a schema may be called."""
-    aliases = (alias.replace("-", "_") for item in dataclasses.fields(schema) for alias in item.metadata.get("aliases", ()))
-    return {item.name for item in dataclasses.fields(schema)} | set(aliases)
+    """How the settings of a schema may be called, without those that it only refuses."""
+    own = [item for item in dataclasses.fields(schema) if item.name not in schema.lacks]
+    return {item.name for item in own} | {alias.replace("-", "_") for item in own for alias in item.metadata.get("aliases", ())}
