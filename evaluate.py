@@ -3,6 +3,7 @@
 evaluate.py reconstruct --ae EXPORT --data-path SHARDS    PSNR, SSIM and LPIPS of an autoencoder
 evaluate.py motion --samples FOLDER [FOLDER ...]          motion in folders of videos, beside each other
 evaluate.py fvd --dir1 REAL --dir2 FAKE --i3d FILE        Frechet video distance of two folders of videos
+evaluate.py kvd --dir1 REAL --dir2 FAKE --i3d FILE        kernel video distance, also of few videos
 evaluate.py vis --dir2 FAKE --c3d FILE                    inception score of a folder of videos
 """
 
@@ -14,12 +15,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from evaluation.motion import MotionConfig, measure_motion
+from evaluation.quality import measure_fvd, measure_kvd, measure_vis
+from evaluation.reconstruction import ReconstructConfig, measure_reconstruction
+from evaluation.report import append_row, row
+from evaluation.settings import FvdConfig, KvdConfig, VideosConfig, VisConfig
 from launch.env import Env, distributed
 from launch.run import Launch, parse_launch, run_main
 from pipelines.encoders import ENCODERS
-from evaluation.motion import MotionConfig, measure_motion
-from evaluation.quality import FvdConfig, VisConfig, measure_fvd, measure_vis
-from evaluation.reconstruction import ReconstructConfig, measure_reconstruction
 from utils.config import dump_yaml, load_config, to_dict
 from utils.errors import ConfigError, UserError
 from utils.files import atomic_write_text
@@ -44,6 +47,7 @@ class SharedSettings(Settings, Protocol):
 
 Config = TypeVar("Config", bound=Settings)
 Shared = TypeVar("Shared", bound=SharedSettings)
+Videos = TypeVar("Videos", bound=VideosConfig)
 
 
 def reconstruct(launch: Launch) -> None:
@@ -53,14 +57,25 @@ def reconstruct(launch: Launch) -> None:
 
 def fvd(launch: Launch) -> None:
     """The subcommand of that name."""
-    launch = dataclasses.replace(launch, argv=double_dashes(launch.argv))
-    _measure(launch, _load(launch, "fvd", {"": FvdConfig}), measure_fvd)
+    _measure_videos(launch, "fvd", FvdConfig, measure_fvd)
+
+
+def kvd(launch: Launch) -> None:
+    """The subcommand of that name."""
+    _measure_videos(launch, "kvd", KvdConfig, measure_kvd)
 
 
 def vis(launch: Launch) -> None:
     """The subcommand of that name."""
-    launch = dataclasses.replace(launch, argv=double_dashes(launch.argv))
-    _measure(launch, _load(launch, "vis", {"": VisConfig}), measure_vis)
+    _measure_videos(launch, "vis", VisConfig, measure_vis)
+
+
+def _measure_videos(launch: Launch, name: str, schema: type[Videos], measure: Callable[[Videos, Env], dict[str, Any]]) -> None:
+    """A figure of sets of videos, whose row also goes to a table."""
+    config = _load(dataclasses.replace(launch, argv=double_dashes(launch.argv)), name, {"": schema})
+    if config.markdown:
+        check_out(config.markdown, "--markdown")
+    _measure(launch, config, measure)
 
 
 def double_dashes(argv: list[str]) -> list[str]:
@@ -82,17 +97,17 @@ def _shown(launch: Launch, config: Any) -> bool:
     return asked
 
 
-def check_out(out: str) -> None:
-    """Makes the folder of the JSON file. Raises UserError where it cannot be written, before hours of measuring."""
+def check_out(out: str, flag: str = "--out") -> None:
+    """Makes the folder of a file of figures. Raises UserError where it cannot be written, before hours of measuring."""
     if not out:
         return
     place = Path(out)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {out}: {place.parent} cannot be made: {error.strerror}") from None
+        raise UserError(f"{flag} {out}: {place.parent} cannot be made: {error.strerror}") from None
     if place.is_dir() or not os.access(place.parent, os.W_OK):
-        raise UserError(f"--out {out} cannot be written: the name of a JSON file is wanted, in a folder of yours")
+        raise UserError(f"{flag} {out} cannot be written: the name of a file is wanted, in a folder of yours")
 
 
 def _measure(launch: Launch, config: Shared, measure: Callable[[Shared, Env], dict[str, Any]]) -> None:
@@ -107,6 +122,10 @@ def _measure(launch: Launch, config: Shared, measure: Callable[[Shared, Env], di
         print(table(figures), flush=True)
         if config.out:
             atomic_write_text(Path(config.out), json.dumps(figures, indent=2) + "\n")
+        if isinstance(config, VideosConfig):
+            print(f"\n{row(figures)}", flush=True)
+            if config.markdown:
+                append_row(Path(config.markdown), figures)
 
 
 def motion(launch: Launch) -> None:
@@ -146,7 +165,13 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
 
 
-COMMANDS: dict[str, Callable[[Launch], None]] = {"reconstruct": reconstruct, "motion": motion, "fvd": fvd, "vis": vis}
+COMMANDS: dict[str, Callable[[Launch], None]] = {
+    "reconstruct": reconstruct,
+    "motion": motion,
+    "fvd": fvd,
+    "kvd": kvd,
+    "vis": vis,
+}
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ import torch
 from av.error import FFmpegError
 
 from datasets.stored_video import iterate_frames
-from models.layers.motion import motion_energy
 from evaluation.videos import OVERVIEWS, sample_settings
+from models.layers.motion import motion_energy
 from utils.errors import ConfigError, UserError
 from utils.media import to_float
 

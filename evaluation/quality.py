@@ -1,211 +1,159 @@
-"""Figures of sets of videos, by what networks see in them: Frechet video distance (FVD) and inception score (VIS)."""
+"""Figures of sets of videos, by what networks see in them: Frechet and kernel video distance (FVD, KVD), inception score (VIS)."""
 
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
-from launch.env import Env, Stopped
-from metrics.detectors import Detector
-from metrics.features import FeatureRows
-from metrics.frechet import Moments, frechet_distance
-from metrics.inception_score import SHUFFLE_SEED, SPLITS, inception_score, is_distribution, probabilities
-from evaluation.protocols import PROTOCOLS, Clips, Protocol, Size, choose_clips
-from evaluation.videos import open_videos
-from utils.config import flag
-from utils.errors import ConfigError, UserError
+from evaluation.clips import Clips, choose_clips
+from evaluation.extractors import Extractor, open_extractor
+from evaluation.features import Reading, Side, measure_side
+from evaluation.protocols import Role, Size
+from evaluation.report import report, too_few
+from evaluation.settings import DistanceConfig, FvdConfig, KvdConfig, VideosConfig, VisConfig
+from evaluation.videos import VideoSet, open_videos
+from launch.env import Env
+from metrics.frechet import frechet_distance
+from metrics.inception_score import SHUFFLE_SEED, inception_score, is_distribution, probabilities
+from metrics.kernel import kernel_distance
+from metrics.resampling import bootstrap_frechet, bootstrap_kernel, bootstrap_score, frechet_limit, interval
+from utils.errors import UserError
 
-
-@dataclass(frozen=True)
-class VideosConfig:
-    """What figures of videos have in common."""
-
-    dir2: str = ""
-    """Generated videos: the --out of sample.py, any folder of mp4, gif and other video files, .npy arrays and folders of pictures, or a
-    shard set made by preprocess.py."""
-    num_videos: int = flag(2048, "ns")
-    """Of each side; a side of fewer is measured whole, and said so."""
-    n_frames: int = flag(0, "n")
-    """Of each video; 0: as the protocol says, 16 (stylegan-v) or 128 (release)."""
-    resolution: int = flag(0, "r")
-    """Side of the square that frames become before the network sees them; 0: the size of the generated videos (release: 256)."""
-    protocol: Literal["stylegan-v", "release"] = "stylegan-v"
-    """stylegan-v: consecutive frames, real ones at a random offset, 0..255 to the network. release: VIDM's scripts with their errors
-    (frames spread over the whole video, squashed, [0, 1] to the network), whose numbers compare with no others."""
-    batch_size: int = flag(32, "b")
-    """Videos at a time, per process."""
-    num_workers: int = 4
-    """Threads that read videos, per process."""
-    seed: int = 0
-    """Of the real videos and offsets that are drawn."""
-    out: str = ""
-    """JSON file to write the figures and the protocol to."""
-    timeout: float = 1800.0
-    """Seconds that a process waits for the others."""
-
-    @property
-    def rules(self) -> Protocol:
-        """The protocol that is named."""
-        return PROTOCOLS[self.protocol]
-
-    @property
-    def frames(self) -> int:
-        """Of each video."""
-        return self.n_frames or self.rules.frames
-
-    @property
-    def size(self) -> Size | None:
-        """Height and width that frames become; None: the size of the generated ones."""
-        side = self.resolution or self.rules.side
-        return (side, side) if side else None
-
-    def name(self, figure: str, videos: int) -> str:
-        """As published figures are called, fvd2048_16f; another protocol's bears its name."""
-        return f"{figure}{videos}_{self.frames}f" + ("" if self.protocol == "stylegan-v" else f"_{self.protocol}")
-
-    def validate(self) -> None:
-        """Raises ConfigError on settings that cannot work."""
-        if not self.dir2:
-            raise ConfigError("which videos? give --dir2 FOLDER, the generated ones")
-        for name, lowest in (("num_videos", 2), ("n_frames", 0), ("resolution", 0), ("batch_size", 1), ("num_workers", 1)):
-            if getattr(self, name) < lowest:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {lowest}")
+LEAST_FOR_LIMIT = 8
+LEAST_FOR_FLOOR = 4
+Figures = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class FvdConfig(VideosConfig):
-    """Frechet video distance between real and generated videos."""
-
-    dir1: str = ""
-    """Real videos: of any of these kinds."""
-    i3d: str = ""
-    """The network: StyleGAN-V's TorchScript I3D (i3d_torchscript.pt), or the I3D weights of PVDM, HVDM and CMD (i3d_pretrained_400.pt)."""
-
-    def validate(self) -> None:
-        """Raises ConfigError on settings that cannot work."""
-        super().validate()
-        if not self.dir1:
-            raise ConfigError("compared with which videos? give --dir1 FOLDER, the real ones")
-        if not self.i3d:
-            raise ConfigError("seen by which network? give --i3d FILE, StyleGAN-V's TorchScript I3D (i3d_torchscript.pt)")
+def measure_fvd(config: FvdConfig, env: Env, generated: VideoSet | None = None) -> Figures:
+    """Figures and protocol, on all ranks; the processes share the videos, each is counted once. `generated`: in place of --dir2."""
+    extractor = _extractor(config, env)
+    return measure_frechet(config, env, extractor, generated)
 
 
-@dataclass(frozen=True)
-class VisConfig(VideosConfig):
-    """Inception score of generated videos, with its standard deviation over splits of them."""
-
-    c3d: str = ""
-    """The network: a TorchScript C3D that classifies UCF-101 (c3d_ucf101.pt)."""
-    splits: int = SPLITS
-    """Parts of the set, of whose scores the mean and the standard deviation are given."""
-
-    def validate(self) -> None:
-        """Raises ConfigError on settings that cannot work."""
-        super().validate()
-        if not self.c3d:
-            raise ConfigError("seen by which network? give --c3d FILE, the TorchScript C3D of UCF-101 (c3d_ucf101.pt)")
-        if not 1 <= self.splits <= self.num_videos:
-            raise ConfigError(f"--splits {self.splits}: from 1 up to --num-videos {self.num_videos}")
+def measure_frechet(config: FvdConfig, env: Env, extractor: Extractor, generated: VideoSet | None = None) -> Figures:
+    """As `measure_fvd`, by a network that is there already. To be called by all ranks."""
+    sides = _sides(config, env, generated)
+    keep = bool(config.bootstrap or config.fd_inf)
+    measured = [_measured(config, clips, extractor, env, keep_rows=keep) for clips in sides]
+    return _agreed(_frechet_figures(config, extractor, *measured) if env.is_main else None, env)
 
 
-def measure_fvd(config: FvdConfig, env: Env) -> dict[str, Any]:
-    """Figures and protocol; the processes share the videos, each is counted once."""
-    detector = Detector(config.i3d, env.device, features=True, unit_range=config.rules.unit_range)
-    generated = _clips(config, config.dir2, "generated", env, config.size)
-    real = _clips(config, config.dir1, "real", env, generated.size)
-    for name, clips in (("--dir1", real), ("--dir2", generated)):
-        if len(clips) < 2:
-            raise UserError(f"{name} {getattr(config, name[2:])}: one video of at least {config.frames} frames; a distance needs two")
-    sides = [_moments(config, clips, detector, env) for clips in (real, generated)]
-    dim = len(sides[0].mean)
-    notes = [*_notes(config, real), *_notes(config, generated)]
-    if min(len(real), len(generated)) <= dim:
-        notes.append(f"{min(len(real), len(generated))} videos and {dim} features: a covariance is singular, the distance is far too large")
-    figures = {"fvd": frechet_distance(sides[0], sides[1]), "real_videos": len(real), "generated_videos": len(generated)}
-    described = {"id": config.name("fvd", len(generated)), "covariance": "unbiased"}
-    return _report(figures, notes, config, described, detector, [real, generated], env)
+def measure_kvd(config: KvdConfig, env: Env, generated: VideoSet | None = None) -> Figures:
+    """Figures and protocol, on all ranks; the processes share the videos, each is counted once. `generated`: in place of --dir2."""
+    extractor = _extractor(config, env)
+    sides = _sides(config, env, generated)
+    measured = [_measured(config, clips, extractor, env, keep_rows=True) for clips in sides]
+    return _agreed(_kernel_figures(config, extractor, *measured) if env.is_main else None, env)
 
 
-def measure_vis(config: VisConfig, env: Env) -> dict[str, Any]:
-    """Figures and protocol; the processes share the videos, each is counted once."""
-    detector = Detector(config.c3d, env.device, features=False, unit_range=config.rules.unit_range)
-    clips = _clips(config, config.dir2, "generated", env, config.size)
+def measure_vis(config: VisConfig, env: Env, generated: VideoSet | None = None) -> Figures:
+    """Figures and protocol, on all ranks; the processes share the videos, each is counted once. `generated`: in place of --dir2."""
+    extractor = open_extractor("c3d", config.c3d, "--c3d", config.rules, env.device, config.c3d_sha256)
+    clips = _clips(config, generated or open_videos(config.dir2, "--dir2"), "generated", env, config.size, config.step)
     if len(clips) < config.splits:
         raise UserError(f"--dir2 {config.dir2}: {len(clips)} videos cannot be {config.splits} splits; give more videos, or --splits")
-    seen = FeatureRows()
-    for places, rows in _features(config, clips, detector, env):
-        seen.update(places, rows)
-    outputs = seen.gather()
-    assert len(outputs) == len(clips), f"{len(outputs)} videos were measured, {len(clips)} are there"
-    shuffle = SHUFFLE_SEED if config.rules.shuffled else None
-    mean, std = inception_score(probabilities(outputs), config.splits, shuffle)
+    side = _measured(config, clips, extractor, env, keep_rows=True)
+    return _agreed(None if side is None else _score_figures(config, extractor, side), env)
+
+
+def _extractor(config: DistanceConfig, env: Env) -> Extractor:
+    return open_extractor(config.rules.network, config.i3d, "--i3d", config.rules, env.device, config.i3d_sha256)
+
+
+def _sides(config: DistanceConfig, env: Env, generated: VideoSet | None) -> tuple[Clips, Clips]:
+    """Real and generated clips. Raises UserError where one side has fewer than two."""
+    fake = _clips(config, generated or open_videos(config.dir2, "--dir2"), "generated", env, config.size, config.step)
+    real = _clips(config, open_videos(config.dir1, "--dir1"), "real", env, fake.size, config.real_stride or config.step)
+    for name, clips in (("--dir1", real), ("--dir2", fake)):
+        if len(clips) < 2:
+            raise UserError(f"{name} {getattr(config, name[2:])}: one video of at least {config.frames} frames; a distance needs two")
+    return real, fake
+
+
+def _clips(config: VideosConfig, videos: VideoSet, role: Role, env: Env, size: Size | None, stride: int) -> Clips:
+    return choose_clips(
+        videos, config.rules, role, env, count=config.count, frames=config.frames, size=size, seed=config.seed, stride=stride
+    )
+
+
+def _measured(config: VideosConfig, clips: Clips, extractor: Extractor, env: Env, *, keep_rows: bool) -> Side | None:
+    reading = Reading(config.batch_size, config.num_workers, None if config.no_cache else config.cache)
+    return measure_side(clips, extractor, env, reading, config.seed, keep_rows=keep_rows)
+
+
+def _agreed(figures: Figures | None, env: Env) -> Figures:
+    """Rank 0's figures, on all ranks."""
+    told = [figures]
+    if env.world_size > 1:
+        dist.broadcast_object_list(told)
+    assert told[0] is not None
+    return told[0]
+
+
+def _frechet_figures(config: FvdConfig, extractor: Extractor, real: Side | None, generated: Side | None) -> Figures:
+    assert real is not None and generated is not None
+    unbiased, name = config.rules.unbiased, config.rules.figure
+    moments = [side.moments for side in (real, generated)]
+    value = frechet_distance(moments[0], moments[1], unbiased=unbiased)
+    figures: Figures = {name: value}
+    notes = too_few(config, real, generated, moments[0].dim)
+    if config.bootstrap:
+        low, high = interval(value, bootstrap_frechet(_rows(real), _rows(generated), config.bootstrap, config.seed, unbiased=unbiased))
+        figures |= {f"{name}_low": max(low, 0.0), f"{name}_high": high}
+    least = min(len(real.clips), len(generated.clips))
+    if config.fd_inf and least < LEAST_FOR_LIMIT:
+        notes.append(f"{least} videos: --fd-inf needs at least {LEAST_FOR_LIMIT}")
+    elif config.fd_inf:
+        limit, by_size = frechet_limit(_rows(real), _rows(generated), config.seed, unbiased=unbiased)
+        figures |= {"fd_inf": limit, "fd_by_size": {str(size): one for size, one in by_size.items()}}
+    if config.noise_floor and least >= LEAST_FOR_FLOOR:
+        floor = frechet_distance(*real.halves, unbiased=unbiased)
+        half = frechet_distance(real.halves[0], generated.halves[0], unbiased=unbiased)
+        counts = {"floor_videos": [half.n for half in real.halves], "half_videos": [side.halves[0].n for side in (real, generated)]}
+        figures |= {"noise_floor": floor, f"{name}_of_halves": half, **counts}
+    described = {"id": config.name(name, len(generated.clips)), "covariance": config.rules.covariance, "dim": moments[0].dim}
+    return report(config, figures, notes, described, extractor, [real, generated])
+
+
+def _kernel_figures(config: KvdConfig, extractor: Extractor, real: Side | None, generated: Side | None) -> Figures:
+    assert real is not None and generated is not None
+    one, two = _rows(real).flatten(0, 1), _rows(generated).flatten(0, 1)
+    value, deviation = kernel_distance(one, two, subsets=config.subsets, size=config.subset_size, seed=config.seed)
+    figures: Figures = {"kvd": value, "kvd_std": deviation}
+    if config.bootstrap:
+        figures |= dict(
+            zip(("kvd_low", "kvd_high"), interval(value, bootstrap_kernel(one, two, config.bootstrap, config.seed)), strict=True)
+        )
     described = {
-        "id": config.name("isv", len(clips)),
+        "id": config.name("kvd", len(generated.clips)),
+        "kernel": "(x y / d + 1)^3, unbiased MMD^2",
+        "subsets": config.subsets,
+        "subset_size": min(config.subset_size, len(one), len(two)),
+        "dim": one.shape[1],
+    }
+    return report(config, figures, [], described, extractor, [real, generated])
+
+
+def _score_figures(config: VisConfig, extractor: Extractor, side: Side) -> Figures:
+    assert side.rows is not None
+    probs = probabilities(side.rows)
+    shuffle = SHUFFLE_SEED if config.rules.shuffled else None
+    value, deviation = inception_score(probs, config.splits, shuffle)
+    figures: Figures = {"vis": value, "vis_std": deviation}
+    if config.bootstrap:
+        resampled = bootstrap_score(probs, config.splits, config.bootstrap, config.seed, shuffle)
+        figures |= dict(zip(("vis_low", "vis_high"), interval(value, resampled), strict=True))
+    described = {
+        "id": config.name("isv", len(side.clips)),
         "splits": config.splits,
         "shuffle": "none" if shuffle is None else f"RandomState({shuffle})",
-        "classes": outputs.shape[1],
-        "outputs": "probabilities" if is_distribution(outputs) else "logits",
+        "classes": probs.shape[1],
+        "outputs": "probabilities" if is_distribution(side.rows) else "logits",
     }
-    figures = {"vis": mean, "vis_std": std, "generated_videos": len(clips)}
-    return _report(figures, _notes(config, clips), config, described, detector, [clips], env)
+    return report(config, figures, [], described, extractor, [side])
 
 
-def _clips(config: VideosConfig, folder: str, role: Literal["real", "generated"], env: Env, size: Size | None) -> Clips:
-    videos = open_videos(folder, "--dir1" if role == "real" else "--dir2")
-    return choose_clips(videos, config.rules, role, env, count=config.num_videos, frames=config.frames, size=size, seed=config.seed)
-
-
-def _features(config: VideosConfig, clips: Clips, detector: Detector, env: Env) -> Iterator[tuple[list[int], Tensor]]:
-    """(places, rows) of this rank's share. Raises Stopped after a signal."""
-    mine = range(len(clips))[env.rank :: env.world_size]
-    with tqdm(total=len(mine), desc=f"{clips.role} videos of rank 0", unit="video", disable=None if env.is_main else True) as bar:
-        for places, videos in clips.batches(mine, config.batch_size, config.num_workers):
-            yield places, detector(videos)
-            bar.update(len(places))
-            if env.stop:
-                raise Stopped(agreed=False)
-
-
-def _moments(config: VideosConfig, clips: Clips, detector: Detector, env: Env) -> Moments:
-    """Moments of the features of all ranks' clips, on all ranks."""
-    found: Moments | None = None
-    for _, rows in _features(config, clips, detector, env):
-        found = found or Moments(rows.shape[1], rows.device)
-        found.update(rows)
-    dims: list[int] = [0] * env.world_size
-    if env.world_size > 1:
-        dist.all_gather_object(dims, 0 if found is None else len(found.mean))
-    found = found or Moments(max(dims), env.device)  # a rank without a video
-    found.reduce()
-    assert found.n == len(clips), f"{found.n} videos were measured, {len(clips)} are there"
-    return found
-
-
-def _notes(config: VideosConfig, clips: Clips) -> list[str]:
-    """What a reader of the figure has to know of a side."""
-    short = f", {clips.dropped} shorter than {config.frames} frames left out" if clips.dropped else ""
-    if len(clips) < config.num_videos:
-        return [f"{len(clips)} {clips.role} videos, --num-videos {config.num_videos} were asked for{short}"]
-    return [f"{clips.role} videos{short}"] if short else []
-
-
-def _report(
-    figures: dict[str, Any],
-    notes: list[str],
-    config: VideosConfig,
-    described: dict[str, Any],
-    detector: Detector,
-    sides: list[Clips],
-    env: Env,
-) -> dict[str, Any]:
-    """Figures, what to know of them, and how they were measured."""
-    notes = [config.rules.note] * bool(config.rules.note) + notes
-    for note in notes if env.is_main else []:
-        print(f"note: {note}", file=sys.stderr, flush=True)
-    measured: dict[str, Any] = {clips.role: clips.videos.identity() | config.rules.describe(clips.role, config.seed) for clips in sides}
-    protocol: dict[str, Any] = {"name": config.protocol, **described, "frames": config.frames, "size": list(sides[-1].size), **measured}
-    return figures | {"notes": notes, "protocol": protocol | {"detector": detector.identity()}}
+def _rows(side: Side) -> Tensor:
+    """Features (clips, k, dim)."""
+    assert side.rows is not None
+    return side.rows.unflatten(0, (len(side.clips), -1))

@@ -1,6 +1,7 @@
 """Videos to be measured, of whichever form: files, folders of pictures, arrays, samples of sample.py, or a shard set."""
 
 import functools
+import hashlib
 import json
 import struct
 import threading
@@ -20,6 +21,7 @@ from datasets.sources.base import Video, relative, walk
 from datasets.transforms import rgb_pixels
 from datasets.video import VideoError, decode, probe
 from utils.errors import UserError
+from utils.files import sha256_file
 
 OVERVIEWS = ("grid.mp4", "grid.gif", "strip.mp4")
 """Files beside samples that show several of them."""
@@ -43,6 +45,9 @@ class VideoSet(Protocol):
 
     def read(self, number: int, picks: Sequence[int]) -> np.ndarray:
         """Frames of those numbers, ascending: uint8 (t, h, w, 3). Raises UserError where they are not all there."""
+
+    def digest(self, number: int) -> str | None:
+        """Names the content of a video, whatever it is called; None where nothing can say it without making the video."""
 
     def identity(self) -> dict[str, Any]:
         """Plain values that say which videos these are."""
@@ -99,6 +104,14 @@ class FolderVideos:
                 raise ValueError(f"{len(frames)} of the {len(picks)} frames that are wanted of it decode")
             return np.stack(frames)
 
+    def digest(self, number: int) -> str:
+        """SHA-256 of the file; of a folder of pictures that of theirs."""
+        video = self.videos[number]
+        with _one_line(self.name(number)):
+            if not video.is_frames:
+                return sha256_file(video.path)
+            return hashlib.sha256("".join(map(sha256_file, video.frame_paths())).encode()).hexdigest()
+
     def identity(self) -> dict[str, Any]:
         return {"folder": self.root.name, "found": len(self)}
 
@@ -130,6 +143,10 @@ class ShardVideos:
         with self._lock:
             clip: np.ndarray = self._reader(picks[-1] - first + 1).read(samples, np.array([first]))[0]
         return clip[np.asarray(picks) - first]
+
+    def digest(self, number: int) -> str:
+        """The digest of the index, which holds those of all shards, and the number of the sample."""
+        return f"{self.shards.digest}/{number}"
 
     def identity(self) -> dict[str, Any]:
         return {"dataset": self.shards.name, "dataset_digest": self.shards.digest, "found": len(self)}

@@ -2,14 +2,15 @@
 
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from metrics.fvd import preprocess
-from metrics.i3d import load_i3d
+from metrics.i3d import SIZE
 from utils.errors import UserError
 from utils.files import sha256_file
 
@@ -18,29 +19,47 @@ class Detector:
     """uint8 videos b 3 t h w -> rows (b, dim), in float32 without gradients.
 
     A TorchScript network gets pixels 0..255 and, as far as it knows them, `rescale`, `resize` and `return_features`: it scales and
-    resizes itself. Weights of the I3D (i3d_pretrained_400.pt) get frames stretched to its size. `unit_range` gives pixels in [0, 1] and
-    tells the network not to rescale them: VIDM's scripts do so, to networks that were trained on [-1, 1].
+    resizes itself. A network of weights (i3d_pretrained_400.pt) gets frames stretched to its size, in [-1, 1]. With `fit` frames are
+    resized here, for either kind. `unit_range` gives pixels in [0, 1] and tells the network not to rescale them: VIDM's scripts do so, to
+    networks that were trained on [-1, 1].
     """
 
-    def __init__(self, path: str | Path, device: torch.device | str = "cpu", *, features: bool, unit_range: bool = False) -> None:
-        """`features`: what is asked for, features or else classes. Raises UserError for a file that is no network of the kind."""
+    def __init__(
+        self,
+        path: str | Path,
+        device: torch.device | str = "cpu",
+        *,
+        features: bool,
+        unit_range: bool = False,
+        fit: Literal["network", "stretch", "crop"] = "network",
+        weights: Callable[[Path], nn.Module] | None = None,
+    ) -> None:
+        """`features`: what is asked for, features or else classes. `weights`: opens a file that is no TorchScript; None: none is taken.
+
+        Raises UserError for a file that is no network of the kind.
+        """
         self.path, self.device, self.unit_range = Path(path), torch.device(device), unit_range
         if not self.path.is_file():
             raise UserError(f"{path}: no such file; a TorchScript network is wanted")
         self.scripted = _is_torchscript(self.path)
-        if not self.scripted and not features:
-            raise UserError(f"{path} is not a TorchScript network; one that classifies videos (C3D) is wanted")
-        self.net = _load_script(self.path, self.device) if self.scripted else load_i3d(self.path).to(self.device).eval()
+        if not self.scripted and weights is None:
+            raise UserError(f"{path} is not a TorchScript network{'' if features else '; one that classifies videos (C3D) is wanted'}")
+        self.fit = fit if self.scripted or fit != "network" else "stretch"
+        self.net = _load_script(self.path, self.device) if weights is None or self.scripted else weights(self.path).to(self.device).eval()
         self.sha256 = sha256_file(self.path)
-        wanted = {"rescale": not unit_range, "resize": True, "return_features": features}
+        own = self.fit == "network"
+        wanted = {"rescale": own and not unit_range, "resize": own, "return_features": features}
         known = _parameters(self.net)
         self.options = {name: value for name, value in wanted.items() if name in known}
 
     def identity(self) -> dict[str, Any]:
         """Plain values: which file, what it is, how it is called."""
-        called = {"options": self.options} if self.scripted else {"fit": "stretch to 224 x 224"}
-        pixels = "[0, 1]" if self.unit_range else "0..255" if self.scripted else "[-1, 1]"
-        return {"file": self.path.name, "sha256": self.sha256, "kind": "torchscript" if self.scripted else "i3d", "pixels": pixels} | called
+        fits = {"network": "by the network", "stretch": f"stretched to {SIZE} x {SIZE}", "crop": f"shorter side to {SIZE}, centre crop"}
+        called = {"options": self.options} if self.scripted else {}
+        pixels = "[0, 1]" if self.unit_range else "0..255" if self.fit == "network" else "[-1, 1]"
+        kind = "torchscript" if self.scripted else type(self.net).__name__.lower()
+        resize = fits[self.fit] + ("" if self.fit == "network" else ", bilinear without antialias")
+        return {"file": self.path.name, "sha256": self.sha256, "kind": kind, "pixels": pixels, "resize": resize} | called
 
     @torch.no_grad()
     def __call__(self, videos: Tensor) -> Tensor:
@@ -60,10 +79,10 @@ class Detector:
         return rows.float()
 
     def _forward(self, videos: Tensor) -> Tensor:
-        if not self.scripted:
-            seen = preprocess(videos, fit="stretch")
-            return self.net((seen + 1) / 2 if self.unit_range else seen)
-        return self.net(videos.float() / 255 if self.unit_range else videos, **self.options)
+        if self.fit == "network":
+            return self.net(videos.float() / 255 if self.unit_range else videos, **self.options)
+        seen = preprocess(videos, fit=self.fit)
+        return self.net((seen + 1) / 2 if self.unit_range else seen, **self.options)
 
 
 def _is_torchscript(path: Path) -> bool:

@@ -35,11 +35,12 @@ def moments_of(rows: Tensor, *splits: int) -> Moments:
 
 def test_distance_of_known_gaussians():
     """Diagonal covariances: |m1 - m2|^2 + sum (s1 - s2)^2."""
-    first, second = Moments(3), Moments(3)
-    for found, mean, deviation in ((first, [0.0, 1.0, 2.0], [1.0, 2.0, 0.0]), (second, [1.0, 1.0, 0.0], [3.0, 0.5, 1.0])):
-        found.n, found.mean = 11, torch.tensor(mean, dtype=torch.float64)
-        found.scatter = 10 * torch.diag(torch.tensor(deviation, dtype=torch.float64) ** 2)
+    first, second = (
+        Moments.of(11, torch.tensor(mean, dtype=torch.float64), 10 * torch.diag(torch.tensor(deviation, dtype=torch.float64) ** 2))
+        for mean, deviation in (([0.0, 1.0, 2.0], [1.0, 2.0, 0.0]), ([1.0, 1.0, 0.0], [3.0, 0.5, 1.0]))
+    )
     assert frechet_distance(first, second) == pytest.approx(5 + 4 + 2.25 + 1, rel=1e-12)
+    assert frechet_distance(first, second, unbiased=False) == pytest.approx(5 + (4 + 2.25 + 1) * 10 / 11, rel=1e-12)
 
 
 def test_distance_agrees_with_the_square_root_of_the_product():

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 import evaluate
+from evaluation.motion import measure_motion
 from launch.run import parse_launch
 from models.layers.motion import motion_energy
-from evaluation.motion import measure_motion
 from pipelines.pictures import find_pictures, hash_picture, read_picture
 from utils.errors import ConfigError, UserError
 

@@ -18,13 +18,13 @@ from torch import Tensor
 import evaluate
 from datasets.stored_video import count_frames
 from diffusion import DiffusionConfig
+from evaluation.motion import measure_motion
 from launch import report
 from launch.env import Env, StopFlag, Stopped
 from launch.run import parse_launch
 from models.layers.motion import motion_energy
 from pipelines.hvdm_sample import HVDMSampleConfig, HVDMSampleJob
 from pipelines.long import first_frame
-from evaluation.motion import measure_motion
 from pipelines.pictures import find_pictures, read_picture
 from pipelines.systems import load_sampling
 from tests.distributed import ROOT, environment

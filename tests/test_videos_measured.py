@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from launch.env import Env
-from evaluation.protocols import PROTOCOLS, Clips, choose_clips
+from evaluation.clips import Clips, choose_clips
+from evaluation.protocols import PROTOCOLS
 from evaluation.videos import FolderVideos, open_videos
+from launch.env import Env
 from tests.scripted_detectors import known_frames, level, write_arrays, write_pictures
 from tests.shard_sets import write_set
 from tests.videos import write_video
@@ -218,8 +219,8 @@ def test_unequal_lengths_of_the_release_cannot_be_batched(tmp_path: Path) -> Non
     write_arrays(tmp_path, [9, 2])
     clips = clips_of(tmp_path, protocol="release", size=(8, 8))
     with pytest.raises(UserError, match=r"001.npy gives 2 frames, --dir .*000.npy gives 4 frames"):
-        list(clips.batches(range(2), 2, 1))
-    assert [len(places) for places, _ in clips.batches(range(2), 1, 1)] == [1, 1]
+        list(clips.batches([[0, 1]], 1))
+    assert [len(videos) for _, videos in clips.batches([[0], [1]], 1)] == [1, 1]
 
 
 # ---- sizes
@@ -241,6 +242,6 @@ def test_batches_hold_every_clip_once_in_order(tmp_path: Path) -> None:
     write_arrays(tmp_path, [5] * 7)
     clips = clips_of(tmp_path)
     for batch in (1, 3, 7, 20):
-        found = list(clips.batches(range(7), batch, 3))
-        assert [place for places, _ in found for place in places] == list(range(7))
+        found = list(clips.batches([range(start, min(start + batch, 7)) for start in range(0, 7, batch)], 3))
+        assert [len(looks) for looks, _ in found] == [len(videos) for _, videos in found]
         assert torch.equal(torch.cat([videos for _, videos in found]), torch.stack([clips.read(place) for place in range(7)]))

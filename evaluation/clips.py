@@ -1,0 +1,159 @@
+"""The clips that are measured: chosen by a protocol, read ahead on threads, named by their content."""
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from datasets.frames import last_start
+from evaluation.protocols import Protocol, Role, Size
+from evaluation.videos import VideoSet
+from launch.env import Env
+from utils.errors import UserError
+from utils.rng import hash_indices
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is seen of a clip without a network."""
+
+    change: float
+    """Mean absolute difference of consecutive frames, on [0, 1]; 0 of one frame."""
+    static: float
+    """Share of pixel values that are within one grey level of the frame before; 1 of one frame."""
+    mark: int
+    """64 bits of a hash of its pixels."""
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The clips of one side of a measurement: the same on all ranks."""
+
+    videos: VideoSet
+    protocol: Protocol
+    role: Role
+    size: Size
+    numbers: list[int]
+    """Of the videos that are measured."""
+    picks: list[list[int]]
+    """Of each, the numbers of its frames."""
+    dropped: int
+    """Videos that are shorter than the window, passed over."""
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def read(self, place: int) -> Tensor:
+        """uint8 3 t h w: the clip of the video at that place of `numbers`."""
+        frames = self.videos.read(self.numbers[place], self.picks[place])
+        return torch.from_numpy(np.ascontiguousarray(self.protocol.resize(frames, self.size))).permute(3, 0, 1, 2)
+
+    def _see(self, place: int) -> tuple[Tensor, Look]:
+        clip = self.read(place)
+        return clip, look(clip.permute(1, 2, 3, 0).numpy())
+
+    def batches(self, batches: Sequence[Sequence[int]], threads: int) -> Iterator[tuple[list[Look], Tensor]]:
+        """(what is seen of each clip, uint8 b 3 t h w) of batches of places; the one after is read ahead.
+
+        Raises UserError where lengths differ.
+        """
+        with ThreadPoolExecutor(max_workers=threads) as pool:
+            waiting: deque[Future[tuple[Tensor, Look]]] = deque()
+            ahead = iter([place for batch in batches for place in batch])
+            try:
+                for wanted in batches:
+                    while len(waiting) < 2 * len(wanted) and (place := next(ahead, None)) is not None:
+                        waiting.append(pool.submit(self._see, place))
+                    clips, looks = zip(*[waiting.popleft().result() for _ in wanted], strict=True)
+                    yield list(looks), self._stack(clips, wanted)
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _stack(self, clips: Sequence[Tensor], places: Sequence[int]) -> Tensor:
+        for clip, place in zip(clips, places, strict=True):
+            if clip.shape != clips[0].shape:
+                found = [f"{self.videos.name(self.numbers[one])} gives {len(self.picks[one])} frames" for one in (places[0], place)]
+                raise UserError(f"{found[1]}, {found[0]}: this protocol takes what there is, which only -b 1 can batch")
+        return torch.stack(list(clips))
+
+    def digest(self, env: Env) -> str | None:
+        """SHA-256 of the videos' contents, of which frames are taken and what is done to them; None where a video has no digest.
+
+        To be called by all ranks: each reads its share.
+        """
+        mine = [self.videos.digest(number) for number in self.numbers[env.rank :: env.world_size]]
+        digests = _joined(mine, len(self), env)
+        if any(digest is None for digest in digests):
+            return None
+        parts = [digests, self.picks, list(self.size), self.protocol.resized]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def look(frames: np.ndarray) -> Look:
+    """Of frames (t, h, w, 3) uint8."""
+    frames = np.ascontiguousarray(frames)
+    mark = int.from_bytes(hashlib.blake2b(frames.data, digest_size=8).digest(), "little", signed=True)
+    if len(frames) < 2:
+        return Look(0.0, 1.0, mark)
+    change = static = 0.0
+    for before, after in pairwise(frames):
+        apart = np.where(before > after, before - after, after - before)
+        change += float(apart.mean(dtype=np.float64))
+        static += float((apart <= 1).mean(dtype=np.float64))
+    return Look(change / (len(frames) - 1) / 255, static / (len(frames) - 1), mark)
+
+
+def choose_clips(
+    videos: VideoSet, protocol: Protocol, role: Role, env: Env, *, count: int, frames: int, size: Size | None, seed: int, stride: int = 1
+) -> Clips:
+    """`count` videos, or as many as there are long enough; the ranks look at them together. `size` None: that of the first one.
+
+    Raises UserError where no video is long enough.
+    """
+    order = np.arange(len(videos))
+    draws = hash_indices(seed, f"{role} window", order)
+    if role == "real" and protocol.drawn:
+        order = np.argsort(hash_indices(seed, f"{role} order", order), kind="stable")
+    totals: dict[int, int] = {}
+    dropped = looked = 0
+    while len(totals) < count and looked < len(order):
+        block = order[looked : looked + count - len(totals)].tolist()
+        looked += len(block)
+        for number, total in zip(block, _totals(videos, block, env), strict=True):
+            if not protocol.spread and last_start(total, frames, stride) < 0:
+                dropped += 1
+            else:
+                totals[number] = total
+    if not totals:
+        span = f"{frames} frames (-n)" if stride == 1 or protocol.spread else f"{(frames - 1) * stride + 1} frames (-n, --stride)"
+        raise UserError(f"{videos.name(0)} and all {len(videos)} videos beside it have fewer than {span}")
+    numbers = sorted(totals)
+    picks = [protocol.picks(role, totals[number], frames, int(draws[number]), videos.is_pictures(number), stride) for number in numbers]
+    if size is None:
+        height, width = videos.read(numbers[0], picks[0][:1]).shape[1:3]
+        size = (height, width)
+    return Clips(videos, protocol, role, size, numbers, picks, dropped)
+
+
+def _totals(videos: VideoSet, numbers: list[int], env: Env) -> list[int]:
+    """Frames of each of the videos; each rank looks at its share."""
+    return _joined([videos.total(number) for number in numbers[env.rank :: env.world_size]], len(numbers), env)
+
+
+def _joined(mine: list[Any], count: int, env: Env) -> list[Any]:
+    """What each rank has of every world_size-th of `count` things, in their order."""
+    if env.world_size == 1:
+        return mine
+    gathered: list[list[Any]] = [[] for _ in range(env.world_size)]
+    dist.all_gather_object(gathered, mine)
+    return [gathered[place % env.world_size][place // env.world_size] for place in range(count)]

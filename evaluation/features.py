@@ -1,0 +1,227 @@
+"""What a network says of the clips of one side: computed in blocks by all ranks, kept block by block, summed up in one order.
+
+The result is the same, to the last bit, for any number of processes, and after an interruption; a network that rounds otherwise in
+batches of another size is all that the batch size changes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from evaluation.clips import Clips, Look
+from evaluation.extractors import Extractor
+from evaluation.store import FeatureStore, cache_folder
+from launch.env import Env, Stopped
+from metrics.frechet import Moments
+from utils.rng import hash_indices
+
+BLOCK = 32
+"""Clips of a block: what one rank computes at a time, and of what an interruption loses at most one a rank."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How clips become features, which changes no feature."""
+
+    batch_size: int = BLOCK
+    """Clips at a time."""
+    threads: int = 4
+    cache: str | None = ""
+    """Folder; empty: the user's own; None: nothing is kept."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """What came of one side."""
+
+    clips: Clips
+    digest: str | None
+    """Of the clips' content."""
+    halves: tuple[Moments, Moments]
+    """Of two halves of the clips that a seed draws."""
+    rows: Tensor | None
+    """All features (clips x k, dim) float32 in the order of the clips, where they were asked for."""
+    change: float
+    """Mean absolute difference of consecutive frames, on [0, 1]; the mean over the clips."""
+    static: float
+    """Share of pixel values that hardly change from frame to frame."""
+    unique: int
+    """Clips of which no two are equal."""
+
+    @property
+    def moments(self) -> Moments:
+        """Of all clips."""
+        whole = Moments(self.halves[0].dim)
+        for half in self.halves:
+            whole.merge(half)
+        return whole
+
+
+def measure_side(clips: Clips, extractor: Extractor, env: Env, reading: Reading, seed: int, *, keep_rows: bool = False) -> Side | None:
+    """Features of all clips, on rank 0; the others work along and get None. Raises Stopped after a signal.
+
+    `seed`: of the halves. To be called by all ranks.
+    """
+    digest = clips.digest(env)
+    store = None
+    if reading.cache is not None and digest is not None:
+        identity = {name: value for name, value in extractor.identity().items() if name != "file"}
+        about = {"clips": digest, "network": identity, "device": env.device.type, "block": BLOCK}
+        store = FeatureStore(cache_folder(reading.cache), about)
+    kept = store.read(f"moments-{seed}") if store is not None and env.is_main and not keep_rows else None
+    if _agreed(kept is not None, env):
+        return _from_kept(clips, digest, kept) if kept is not None else None
+    side = _summed(clips, digest, blocks(clips, extractor, env, reading, store), seed, keep_rows, env)
+    if store is not None and side is not None:
+        store.write(f"moments-{seed}", _to_keep(side), {"protocol": clips.protocol.name, "role": clips.role})
+    return side
+
+
+def _agreed(answer: bool, env: Env) -> bool:
+    """Rank 0's answer, on all ranks."""
+    if env.world_size == 1:
+        return answer
+    answers = [answer]
+    dist.broadcast_object_list(answers)
+    return answers[0]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Features and looks of consecutive clips."""
+
+    number: int
+    rows: Tensor
+    """(clips x k, dim) float32."""
+    looks: Tensor
+    """(clips, 2) float64: change and static."""
+    marks: Tensor
+    """(clips,) int64."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"rows": self.rows, "looks": self.looks, "marks": self.marks}
+
+
+def blocks(clips: Clips, extractor: Extractor, env: Env, reading: Reading, store: FeatureStore | None) -> Iterator[Block]:
+    """All blocks in order, on rank 0; the others compute their share and get none. To be iterated to the end by all ranks."""
+    count = -(-len(clips) // BLOCK)
+    there = [n for n in range(count) if _stored(store, n, clips) is not None] if store is not None and env.is_main else []
+    if env.world_size > 1:
+        dist.broadcast_object_list(told := [there])
+        there = told[0]
+    present = set(there)
+    made = _made(clips, extractor, env, reading, store, [number for number in range(count) if number not in present])
+    if not env.is_main:
+        yield from made
+        return
+    for number in range(count):
+        block = _stored(store, number, clips) if number in present else next(made)
+        assert block is not None and block.number == number, f"block {number} of {store.folder if store else 'no cache'} is gone"
+        yield block
+    for _ in made:
+        raise AssertionError("a block too many")
+
+
+def _stored(store: FeatureStore | None, number: int, clips: Clips) -> Block | None:
+    found = store.read(f"{number:05d}") if store is not None else None
+    return None if found is None else Block(number, found["rows"], found["looks"], found["marks"])
+
+
+def _places(number: int, clips: Clips) -> range:
+    return range(number * BLOCK, min((number + 1) * BLOCK, len(clips)))
+
+
+def _made(
+    clips: Clips, extractor: Extractor, env: Env, reading: Reading, store: FeatureStore | None, missing: list[int]
+) -> Iterator[Block]:
+    """Blocks that are computed, in order on rank 0: in each round every rank computes one."""
+    mine = missing[env.rank :: env.world_size]
+    size = min(reading.batch_size, BLOCK)
+    batches = [list(places[start : start + size]) for places in (_places(n, clips) for n in mine) for start in range(0, len(places), size)]
+    total = sum(map(len, batches))
+    with tqdm(total=total, desc=f"{clips.role} videos of rank 0", unit="video", disable=None if env.is_main else True) as bar:
+        read = clips.batches(batches, reading.threads)
+        for first in range(0, len(missing), env.world_size):
+            number = missing[first + env.rank] if first + env.rank < len(missing) else None
+            block = None if number is None else _compute(number, len(_places(number, clips)), read, extractor, env, bar)
+            for found in _gathered(block, env):
+                if store is not None:
+                    store.write(f"{found.number:05d}", found.tensors())
+                yield found
+
+
+def _compute(
+    number: int, count: int, read: Iterator[tuple[list[Look], Tensor]], extractor: Extractor, env: Env, bar: "tqdm[None]"
+) -> Block:
+    """One block, from as many batches as it takes."""
+    looks: list[Look] = []
+    rows: list[Tensor] = []
+    while len(looks) < count:
+        seen, videos = next(read)
+        rows.append(extractor(videos).float().cpu())
+        assert len(rows[-1]) and len(rows[-1]) % len(seen) == 0, f"{len(rows[-1])} rows of {len(seen)} videos"
+        looks += seen
+        bar.update(len(seen))
+        if env.stop:
+            raise Stopped(agreed=False)
+    figures = torch.tensor([(one.change, one.static) for one in looks], dtype=torch.float64)
+    return Block(number, torch.cat(rows), figures, torch.tensor([one.mark for one in looks]))
+
+
+def _gathered(block: Block | None, env: Env) -> list[Block]:
+    """The blocks of all ranks, on rank 0, in their order."""
+    if env.world_size == 1:
+        return [block] if block is not None else []
+    gathered: list[Block | None] = [None] * env.world_size
+    dist.all_gather_object(gathered, block)
+    return [found for found in gathered if found is not None] if env.is_main else []
+
+
+def halves(count: int, seed: int) -> Tensor:
+    """bool (count,): which clips are in the first half, count // 2 of them."""
+    first = np.zeros(count, dtype=bool)
+    first[np.argsort(hash_indices(seed, "half", np.arange(count)), kind="stable")[: count // 2]] = True
+    return torch.from_numpy(first)
+
+
+def _summed(clips: Clips, digest: str | None, found: Iterator[Block], seed: int, keep_rows: bool, env: Env) -> Side | None:
+    """Sums up blocks as they come; on rank 0."""
+    half = halves(len(clips), seed)
+    parts: list[Moments] = []
+    rows, looks, marks = [], [], []
+    for block in found:
+        parts = parts or [Moments(block.rows.shape[1]) for _ in range(2)]
+        own = half[_places(block.number, clips).start :][: len(block.marks)].repeat_interleave(len(block.rows) // len(block.marks))
+        parts[0].update(block.rows[own])
+        parts[1].update(block.rows[~own])
+        looks.append(block.looks)
+        marks.append(block.marks)
+        if keep_rows:
+            rows.append(block.rows)
+    if not env.is_main:
+        return None
+    seen = torch.cat(looks).mean(dim=0)
+    counted = torch.cat(marks)
+    assert len(counted) == len(clips), f"{len(counted)} videos were measured, {len(clips)} are there"
+    kept = torch.cat(rows) if keep_rows else None
+    return Side(clips, digest, (parts[0], parts[1]), kept, float(seen[0]), float(seen[1]), len(counted.unique()))
+
+
+def _to_keep(side: Side) -> dict[str, Tensor]:
+    tensors = {"seen": torch.tensor([side.change, side.static, side.unique], dtype=torch.float64)}
+    for name, half in zip("ab", side.halves, strict=True):
+        tensors |= {f"{name}.{label}": value for label, value in half.state().items()}
+    return tensors
+
+
+def _from_kept(clips: Clips, digest: str | None, kept: dict[str, Tensor]) -> Side:
+    first, second = (
+        Moments.from_state({label[2:]: value for label, value in kept.items() if label.startswith(f"{name}.")}) for name in "ab"
+    )
+    change, static, unique = kept["seen"].tolist()
+    return Side(clips, digest, (first, second), None, change, static, int(unique))

@@ -1,0 +1,101 @@
+"""Figures with all that they depend on: notes, protocol, a row of a table."""
+
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+from evaluation.extractors import Extractor
+from evaluation.features import Side
+from evaluation.settings import VideosConfig
+
+COLUMNS = ("figure", "value", "95 % interval", "real videos", "generated videos", "frames", "size", "protocol", "network sha256", "seed")
+
+
+def too_few(config: VideosConfig, real: Side, generated: Side, dim: int) -> list[str]:
+    """What to know of a distance of so few videos."""
+    least = min(len(real.clips), len(generated.clips))
+    if least > dim:
+        return []
+    return [f"{least} videos and {dim} features: a covariance is singular, the distance is far too large"]
+
+
+def report(
+    config: VideosConfig, figures: dict[str, Any], notes: list[str], described: Mapping[str, Any], extractor: Extractor, sides: list[Side]
+) -> dict[str, Any]:
+    """Figures, what to know of them (also printed), and how they were measured."""
+    notes = [*filter(None, [config.rules.note]), *(note for side in sides for note in _notes(config, side)), *notes]
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
+    for side in sides:
+        role = side.clips.role
+        figures |= {f"{role}_videos": len(side.clips), f"{role}_frame_difference": side.change, f"{role}_static_share": side.static}
+    if len(sides) == 2:
+        figures["frame_difference_ratio"] = sides[1].change / sides[0].change if sides[0].change else None
+    measured: dict[str, Any] = {side.clips.role: _described(config, side) for side in sides}
+    protocol: dict[str, Any] = {
+        "name": config.protocol,
+        **described,
+        "frames": config.frames,
+        "size": list(sides[-1].clips.size),
+        "resize": config.rules.resized,
+        "seed": config.seed,
+        "bootstrap": config.bootstrap,
+        **measured,
+        "detector": extractor.identity(),
+        "versions": {"python": python_version()} | {name: version(name) for name in ("torch", "numpy", "av")},
+    }
+    return figures | {"notes": notes, "protocol": protocol}
+
+
+def _described(config: VideosConfig, side: Side) -> dict[str, Any]:
+    """Which videos a side is, how many of them, and which frames."""
+    stride = side.clips.picks[0][1] - side.clips.picks[0][0] if len(side.clips.picks[0]) > 1 else 1
+    counts = {"measured": len(side.clips), "unique": side.unique, "too_short": side.clips.dropped, "content_sha256": side.digest}
+    return side.clips.videos.identity() | counts | config.rules.describe(side.clips.role, config.seed, stride)
+
+
+def _notes(config: VideosConfig, side: Side) -> list[str]:
+    """What a reader of the figure has to know of a side."""
+    clips, notes = side.clips, []
+    short = f", {clips.dropped} shorter than {config.frames} frames left out" if clips.dropped else ""
+    if len(clips) < config.count:
+        notes.append(f"{len(clips)} {clips.role} videos, --num-videos {config.count} were asked for{short}")
+    elif short:
+        notes.append(f"{clips.role} videos{short}")
+    if side.unique < len(clips):
+        notes.append(f"{len(clips) - side.unique} of {len(clips)} {clips.role} clips are copies of others: the figure is that of fewer")
+    return notes
+
+
+def row(figures: Mapping[str, Any]) -> str:
+    """The first figure as a row of a markdown table with `COLUMNS`."""
+    protocol = figures["protocol"]
+    name = next(iter(figures))
+    low, high = figures.get(f"{name}_low"), figures.get(f"{name}_high")
+    cells = [
+        protocol["id"],
+        f"{figures[name]:.4f}",
+        "" if low is None else f"{low:.4f} .. {high:.4f}",
+        str(figures.get("real_videos", "")),
+        str(figures["generated_videos"]),
+        str(protocol["frames"]),
+        " x ".join(map(str, protocol["size"])),
+        protocol["name"],
+        str(protocol["detector"].get("sha256", ""))[:12],
+        str(protocol["seed"]),
+    ]
+    return _line(cells)
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def append_row(path: Path, figures: Mapping[str, Any]) -> None:
+    """Adds the row to a file; a new file gets the heading."""
+    heading = "" if path.is_file() and path.stat().st_size else f"{_line(list(COLUMNS))}\n{_line(['---'] * len(COLUMNS))}\n"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{heading}{row(figures)}\n")
