@@ -56,6 +56,7 @@ class ClipSampleJob:
     """Makes sample number i, and the clips of long ones. What it makes is a function of `settings()` alone."""
 
     endings = ("",)
+    draws = 1
 
     def __init__(self, config: ClipSampleConfig, pipeline: ClipPipeline) -> None:
         self.config, self.pipeline = config, pipeline

@@ -65,16 +65,17 @@ class CMDSampleConfig(SampleConfig):
     image_size: tuple[int, int] = (64, 64)
     """And height and width."""
 
+    modes: ClassVar[tuple[str, ...]] = ("short",)
     usual_guidance: ClassVar[float] = 4.0
 
     def validate(self) -> None:
         """Raises ConfigError on settings that cannot work."""
-        super().validate()
         if self.mode == "long":
             raise ConfigError(
                 "--mode long is not for CMD: its content frame and motion latents mix all frames of a clip, so none of them could be held "
                 "fixed, and its models take no clip before"
             )
+        super().validate()
         if not self.run and not (self.ae and self.content and self.motion):
             raise ConfigError("what to sample from? give --run FOLDER (the --results-dir of training), or --ae, --content and --motion")
         self.at_least(1, "content_steps", "motion_steps", "n_frames", "cfg_channels")
@@ -106,22 +107,12 @@ class CMDSampleJob:
     """Makes sample number i. What it makes is a function of `settings()` alone."""
 
     endings = ("",)
+    draws = 2
 
-    def __init__(self, config: CMDSampleConfig, device: torch.device) -> None:
+    def __init__(self, config: CMDSampleConfig, device: torch.device, pipeline: CMDPipeline | None = None) -> None:
+        """`pipeline`: networks that are there already, of the same settings. Raises UserError or ConfigError in one line."""
         self.config = config
-        found = find_family(Path(config.run)) if config.run else {}
-        self.pipeline = CMDPipeline.from_exports(
-            config.ae or found["autoencoder"],
-            config.content or found["content"],
-            config.motion or found["motion"],
-            vae=config.vae,
-            scale_factor=config.scale_factor,
-            weights=config.weights,
-            n_frames=config.n_frames,
-            image_size=config.image_size,
-            device=device,
-            precision=config.precision,
-        )
+        self.pipeline = pipeline or _open(config, device)
         self.content, self.motion = config.sampling("content"), config.sampling("motion")
         for model, sampling in ((self.pipeline.content, self.content), (self.pipeline.motion, self.motion)):
             assert model is not None
@@ -188,3 +179,20 @@ class CMDSampleJob:
     def class_name(self, label: int | None) -> str:
         """Name of a class, where the training data had one."""
         return class_name(self.pipeline.classes, label)
+
+
+def _open(config: CMDSampleConfig, device: torch.device) -> CMDPipeline:
+    """The networks that the settings name."""
+    found = find_family(Path(config.run)) if config.run else {}
+    return CMDPipeline.from_exports(
+        config.ae or found["autoencoder"],
+        config.content or found["content"],
+        config.motion or found["motion"],
+        vae=config.vae,
+        scale_factor=config.scale_factor,
+        weights=config.weights,
+        n_frames=config.n_frames,
+        image_size=config.image_size,
+        device=device,
+        precision=config.precision,
+    )

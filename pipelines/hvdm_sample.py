@@ -69,17 +69,9 @@ class HVDMSampleJob(ClipSampleJob):
     config: HVDMSampleConfig
     pipeline: HVDMPipeline
 
-    def __init__(self, config: HVDMSampleConfig, device: torch.device) -> None:
-        """Raises UserError or ConfigError in one line."""
-        # A denoiser that is named brings its own autoencoder.
-        found = find_family(Path(config.run), "hvdm") if config.run and not config.denoiser else {}
-        pipeline = HVDMPipeline.from_exports(
-            config.denoiser or found["denoiser"],
-            config.ae or found.get("autoencoder", ""),
-            weights=config.weights,
-            device=device,
-            precision=config.precision,
-        )
+    def __init__(self, config: HVDMSampleConfig, device: torch.device, pipeline: HVDMPipeline | None = None) -> None:
+        """`pipeline`: networks that are there already, of the same settings. Raises UserError or ConfigError in one line."""
+        pipeline = pipeline or _open(config, device)
         super().__init__(config, pipeline)
         self.told = self._told()
         self.fps = config.fps or pipeline.fps / (config.frame_stride or 1)
@@ -186,3 +178,16 @@ class HVDMSampleJob(ClipSampleJob):
             return None if asked is None else known.index(asked)
         what = f"the denoiser knows {', '.join(map(str, known))}" if known else "the denoiser was trained with one only"
         raise UserError(f"--frame-stride {asked}: {what} (--frame-strides)")
+
+
+def _open(config: HVDMSampleConfig, device: torch.device) -> HVDMPipeline:
+    """The networks that the settings name."""
+    # A denoiser that is named brings its own autoencoder.
+    found = find_family(Path(config.run), "hvdm") if config.run and not config.denoiser else {}
+    return HVDMPipeline.from_exports(
+        config.denoiser or found["denoiser"],
+        config.ae or found.get("autoencoder", ""),
+        weights=config.weights,
+        device=device,
+        precision=config.precision,
+    )

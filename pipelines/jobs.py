@@ -189,6 +189,10 @@ class SampleJob(Protocol):
         """What follows a sample's name in the names of its videos: "" for the clip, and one for each further video."""
 
     @property
+    def draws(self) -> int:
+        """How many draws from diffusion models make a clip."""
+
+    @property
     def notes(self) -> list[str]:
         """What the user should know before it starts, a line each."""
 

@@ -97,9 +97,12 @@ class LatteSampleConfig(SampleConfig):
 class LatteSampleJob:
     """Makes sample number i. What it makes is a function of `settings()` alone."""
 
-    def __init__(self, config: LatteSampleConfig, device: torch.device) -> None:
+    draws = 1
+
+    def __init__(self, config: LatteSampleConfig, device: torch.device, pipeline: LattePipeline | None = None) -> None:
+        """`pipeline`: networks that are there already, of the same settings. Raises UserError or ConfigError in one line."""
         self.config = config
-        self.pipeline = _open(config, device)
+        self.pipeline = pipeline or _open(config, device)
         denoiser = self.pipeline.denoiser
         assert denoiser is not None
         self.process = diffusion_of(denoiser)

@@ -3,9 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import NamedTuple
 
 from models.official import hvdm_unet, pvdm_unet, vidm
 from pipelines.cmd_sample import CMDSampleConfig, CMDSampleJob
@@ -25,7 +23,8 @@ class System(NamedTuple):
     """A system as far as generation is concerned."""
 
     config: type[SampleConfig]
-    job: Callable[[Any, torch.device], SampleJob]
+    job: Callable[..., SampleJob]
+    """Of settings, a device, and the networks where they are there already."""
 
 
 SYSTEMS: dict[str, System] = {

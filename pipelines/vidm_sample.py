@@ -109,11 +109,12 @@ class VIDMSampleJob:
     """Makes sample number i, frame after frame. What it makes is a function of `settings()` alone."""
 
     endings = ("",)
+    draws = 1
 
-    def __init__(self, config: VIDMSampleConfig, device: torch.device) -> None:
-        """Raises UserError or ConfigError in one line."""
+    def __init__(self, config: VIDMSampleConfig, device: torch.device, pipeline: VIDMPipeline | None = None) -> None:
+        """`pipeline`: networks that are there already, of the same settings. Raises UserError or ConfigError in one line."""
         self.config = config
-        self.pipeline = pipeline = _pipeline(config, device)
+        self.pipeline = pipeline = pipeline or _pipeline(config, device)
         self.order = FrameOrder(pipeline.n_frames if config.reanchor else None, config.release_frame_order)
         self.samplings = {stage: _sampling(config, diffusion_of(part), stage) for stage, part in pipeline.parts.items()}
         self.drawing = Drawing(self.order, seed=config.seed, exact=config.exact, **self.samplings)

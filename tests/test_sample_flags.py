@@ -304,7 +304,7 @@ def test_files_of_a_video_count_and_give_back_its_frames(tmp_path: Path, form: A
 
 @pytest.mark.slow
 def test_a_killed_run_leaves_nothing_that_the_next_does_not_clear(runs: dict[str, Path], tmp_path: Path) -> None:
-    line = [str(runs["pvdm"]), "--mode", "long", "--num-frames", "400", "--num-videos", "1", "--steps", "2", "--format", "mp4", "png"]
+    line = [str(runs["pvdm"]), "--mode", "long", "--num-frames", "120", "--num-videos", "1", "--steps", "2", "--format", "mp4", "png"]
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "sample.py", *line, "--out", str(out)], cwd=ROOT, env=environment())
     kept, deadline = out / "latents" / "000000", time.monotonic() + 100
