@@ -247,6 +247,32 @@ def test_batches_that_grow_stay_within_the_memory(free: int, each: int, fixed: i
             assert found.size <= batches.MOST["cpu"]
 
 
+def test_batches_of_a_gpu_grow_by_its_own_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that holds 1000 bytes, of which networks take 300 and a sample 60."""
+    used = {"now": 300, "most": 300}
+    figures = {
+        "memory_allocated": lambda *_: used["now"],
+        "memory_reserved": lambda *_: used["now"] + 50,
+        "max_memory_allocated": lambda *_: used["most"],
+        "mem_get_info": lambda *_: (1000 - used["now"] - 50, 1000),
+        "reset_peak_memory_stats": lambda *_: used.update(most=used["now"]),
+        "empty_cache": lambda: None,
+    }
+    for name, figure in figures.items():
+        monkeypatch.setattr(torch.cuda, name, figure)
+    found, tried = Batches(None, torch.device("cuda")), []
+
+    def make_batch(limit: int) -> None:
+        tried.append(found.size)
+        used["most"] = used["now"] + 60 * found.size
+        if used["most"] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    done = [found.attempt(lambda limit=limit: make_batch(limit), found.size) for limit in (1000, 1000, 1000, 1000, 500, 1000)]
+    # A fifth of the 700 free bytes stays free: 9 samples of 60 would be 540, and those are twice 4 less one.
+    assert tried == [1, 2, 4, 8, 8, 4] and done == [True] * 4 + [False, True]
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
     def fail() -> None:
         raise RuntimeError("shape mismatch")

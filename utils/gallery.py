@@ -53,6 +53,11 @@ const seen = new IntersectionObserver(entries => { for (const { target, isInters
   if (isIntersecting) { if (!target.src) target.src = target.dataset.src; target.play().catch(() => {}); } else target.pause();
 } }, { rootMargin: "200px" });
 document.querySelectorAll("video[data-src], img[data-frames]").forEach(item => seen.observe(item));
+// Of small videos the controls cover most: they are there when one is pointed at.
+document.querySelectorAll("video").forEach(item => {
+  for (const event of ["mouseenter", "focus", "click"]) item.addEventListener(event, () => { item.controls = true; });
+  for (const event of ["mouseleave", "blur"]) item.addEventListener(event, () => { item.controls = false; });
+});
 let tick = 0;
 setInterval(() => { tick += 1; document.querySelectorAll("img[data-frames]").forEach(item => { if (item.shown) {
   const frames = JSON.parse(item.dataset.frames); item.src = frames[tick % frames.length];
@@ -172,7 +177,7 @@ def _figure(folder: Path, item: Shown) -> str:
     if item.path.suffix.lower() == ".gif":
         return f'<figure><img src="{_link(folder, item.path)}" alt="{name}" loading="lazy">{caption}</figure>'
     link = _link(folder, item.path)
-    player = f'<video data-src="{link}" title="{name}" preload="none" controls loop muted playsinline></video>'
+    player = f'<video data-src="{link}" title="{name}" preload="none" loop muted playsinline tabindex="0"></video>'
     return f'<figure>{player}<noscript><a href="{link}">{name}</a></noscript>{caption}</figure>'
 
 

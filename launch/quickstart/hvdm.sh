@@ -16,7 +16,7 @@ stages() {
   torchrun sample.py --run "$RUNS" --mode long --num-frames 64 --num-videos 4 --gif --out "$OUT/long" "${SAMPLING[@]}"
   say "Videos that begin at held-out pictures"
   "$PYTHON" preprocess.py inspect "$HELD_OUT" --pictures "$OUT/pictures" --num-pictures 10
-  torchrun sample.py --run "$RUNS" --mode i2v --image "$OUT/pictures" --num-videos 10 --gif --out "$OUT/i2v" "${SAMPLING[@]}"
+  torchrun sample.py --run "$RUNS" --mode image --image "$OUT/pictures" --num-videos 10 --gif --out "$OUT/i2v" "${SAMPLING[@]}"
   say "Little, more and much motion"
   for class in 0 1 3; do
     torchrun sample.py --run "$RUNS" --dynamics "$class" --num-videos 20 --gif --out "$OUT/motion-$class" "${SAMPLING[@]}"
