@@ -8,6 +8,7 @@ evaluate.py fid --dir1 REAL --dir2 FAKE                   Frechet inception dist
 evaluate.py fd --dir1 REAL --dir2 FAKE                    the same through a network of a pip package: no download, no FID
 evaluate.py vis --dir2 FAKE --c3d FILE                    inception score of a folder of videos
 evaluate.py clipsim --dir2 FAKE --clip FOLDER             CLIP similarity of videos and their texts
+evaluate.py fvd --dir1 REAL --run RUNS --i3d FILE         of videos that are generated for it (also kvd, vis), and never written
 """
 
 import dataclasses
@@ -19,12 +20,14 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from evaluation.frames import FdConfig, FidConfig, measure_fd, measure_fid
+from evaluation.generated import generated_videos
 from evaluation.motion import MotionConfig, measure_motion
 from evaluation.quality import measure_fvd, measure_kvd, measure_vis
 from evaluation.reconstruction import ReconstructConfig, measure_reconstruction
 from evaluation.report import append_row, row
 from evaluation.settings import FvdConfig, KvdConfig, VideosConfig, VisConfig
 from evaluation.similarity import ClipsimConfig, measure_clipsim
+from evaluation.videos import VideoSet
 from launch.env import Env, distributed
 from launch.run import Launch, parse_launch, run_main
 from pipelines.encoders import ENCODERS
@@ -90,12 +93,20 @@ def vis(launch: Launch) -> None:
     _measure_videos(launch, "vis", VisConfig, measure_vis)
 
 
-def _measure_videos(launch: Launch, name: str, schema: type[Videos], measure: Callable[[Videos, Env], dict[str, Any]]) -> None:
+def _measure_videos(
+    launch: Launch, name: str, schema: type[Videos], measure: Callable[[Videos, Env, VideoSet | None], dict[str, Any]]
+) -> None:
     """A figure of sets of videos, whose row also goes to a table."""
     config = _load(dataclasses.replace(launch, argv=double_dashes(launch.argv)), name, {"": schema})
     if config.markdown:
         check_out(config.markdown, "--markdown")
-    _measure(launch, config, measure)
+
+    def measured(settings: Videos, env: Env) -> dict[str, Any]:
+        """With the videos of --run, where that is given."""
+        made = generated_videos(settings.run, settings.sampling, settings.count, env.device) if settings.run else None
+        return measure(settings, env, made)
+
+    _measure(launch, config, measured)
 
 
 def double_dashes(argv: list[str]) -> list[str]:

@@ -1,9 +1,9 @@
-"""Generates clips with a trained system, on any number of processes: one mp4 a sample, a grid, and all settings as JSON.
+"""Generates videos with a trained system, on any number of processes: files, a grid, a page that shows them, all settings as JSON.
 
-  python sample.py RUNS --num-samples 16 --out samples
-  torchrun --standalone --nproc_per_node 2 sample.py RUNS --num-samples 16 --out samples
+  python sample.py RUNS --num-videos 16 --out samples
+  torchrun --standalone --nproc_per_node 2 sample.py RUNS --num-videos 16 --out samples
   python sample.py RUNS --mode long --num-frames 128 --out long    (videos of any length, clip after clip)
-  python sample.py RUNS --mode i2v --image FILE --out videos       (HVDM: videos that begin at a picture)
+  python sample.py RUNS --mode image --image FILE --out videos     (HVDM, VIDM: videos that begin at a picture)
   python sample.py RUNS --num-frames 512 --reanchor --out long     (VIDM: frame after frame, beyond the frames of training)
 
 RUNS, or --run RUNS, is the --results-dir of training; the runs in it say which system generates. Samples that are there
@@ -15,26 +15,31 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets.stored_video import count_frames, decode_window
 from launch.env import Env, Stopped, distributed
 from launch.run import parse_launch, run_main
 from metrics.frames import psnr
+from pipelines.batches import Batches
 from pipelines.jobs import PictureJob, SampleConfig, SampleJob
-from pipelines.long import LongJob, continue_from, count_clips, first_frame, write_long_grid, write_videos
+from pipelines.long import LATENTS, LongJob, continue_from, count_clips, first_frame, write_long_grid, write_videos
 from pipelines.systems import SYSTEMS, load_sampling
+from pipelines.video_files import count, exactest, iterate, video_path, write_video
 from utils.config import dump_yaml, to_dict
 from utils.errors import UserError
-from utils.files import atomic_write_text
+from utils.files import atomic_write_text, remove_temporaries, writing_alone
+from utils.gallery import write_gallery
 from utils.media import grid, to_uint8, write_gif, write_mp4, write_png
 
 GRID_LIMIT = 64
@@ -60,13 +65,19 @@ def main() -> None:
 
 def generate(config: SampleConfig, env: Env) -> None:
     """Write the missing samples of this configuration; the processes share them."""
+    with ExitStack() as held:
+        _generate(config, env, held)
+
+
+def _generate(config: SampleConfig, env: Env, held: ExitStack) -> None:
+    """The same; `held` keeps the folder until it ends."""
     state = PartialState(cpu=env.device.type == "cpu")
     job = SYSTEMS[config.system].job(config, env.device)
     if config.long and not config.num_frames:
         config = dataclasses.replace(config, num_frames=job.n_frames)
     folder = config.out
     _check_settings(job, config)
-    names = [job.name(i) for i in range(config.num_samples)]
+    names = [job.name(i) for i in range(config.num_videos)]
     todo = [i for i, name in enumerate(names) if not _written(job, config, name)]
     # One process's view of the folder, agreed on before anything is written. Padded: accelerate would give an idle process a sample twice.
     todo = broadcast_object_list([todo])[0]
@@ -74,8 +85,10 @@ def generate(config: SampleConfig, env: Env) -> None:
         for note in job.notes:
             print(note, file=sys.stderr, flush=True)
         folder.mkdir(parents=True, exist_ok=True)
+        if held.enter_context(writing_alone(folder)):
+            _clean(folder)
         if config.continue_from and todo:
-            continue_from(_long(job), range(config.num_samples), Path(config.continue_from), folder, config.num_frames)
+            continue_from(_long(job), range(config.num_videos), Path(config.continue_from), folder, config.num_frames)
         _write_settings(job, config, names)
     state.wait_for_everyone()
     started = time.perf_counter()
@@ -84,40 +97,63 @@ def generate(config: SampleConfig, env: Env) -> None:
     state.wait_for_everyone()
     taken = time.perf_counter() - started
     if env.is_main:
-        columns = len(job.labels) if 1 < len(job.labels) <= 10 else 0
-        if config.long:
-            write_long_grid(folder, names[:GRID_LIMIT], job.fps, config.num_frames, columns)
-            if isinstance(job, PictureJob) and config.mode == "i2v":
-                _write_settings(job, config, names, _compare_pictures(job, config, env.device))
-        else:
-            _write_grid(job, folder, names[:GRID_LIMIT], columns, config.gif)
-            _write_strip(job, folder)
-        kept = config.num_samples - len(todo)
+        _finish(job, config, names, env.device)
+        kept = config.num_videos - len(todo)
         frames = config.num_frames if config.long else job.n_frames
-        print(f"{config.num_samples} samples in {folder}" + (f" ({kept} were there already)" if kept else ""), flush=True)
+        print(f"{config.num_videos} samples in {folder}" + (f" ({kept} were there already)" if kept else ""), flush=True)
         if todo:
             print(f"{taken / len(todo):.3g} s a video of {frames} frames ({len(todo)} finished in {taken:.1f} s)", flush=True)
 
 
+def _clean(folder: Path) -> None:
+    """Delete what a run that was killed had begun to write."""
+    for place in (folder, *(folder / LATENTS).glob("*/")):
+        remove_temporaries(place)
+
+
+def _finish(job: SampleJob, config: SampleConfig, names: list[str], device: torch.device) -> None:
+    """What is written of all samples together."""
+    folder, columns = config.out, len(job.labels) if 1 < len(job.labels) <= 10 else 0
+    if config.long:
+        write_long_grid(folder, names[:GRID_LIMIT], job.fps, config.num_frames, columns, config.formats)
+        if isinstance(job, PictureJob) and config.mode == "image":
+            _write_settings(job, config, names, _compare_pictures(job, config, device))
+    else:
+        _write_grid(job, config, names[:GRID_LIMIT], columns)
+        _write_strip(job, folder)
+    if config.gallery:
+        write_gallery(folder)
+
+
 def _generate_share(job: SampleJob, config: SampleConfig, mine: list[int], env: Env) -> None:
     """This process's samples, each written as soon as it is there."""
-    long, batch = _long(job) if config.long else None, config.together
-    clips = len(mine) * (count_clips(long, config.num_frames) if long else 1)
+    long, batches = _long(job) if config.long else None, Batches(config.together, env.device, env.local_world_size)
+    clips, done = len(mine) * (count_clips(long, config.num_frames) if long else 1), 0
     with tqdm(total=clips, desc="samples of rank 0", unit="clip", disable=None if env.is_main else True) as bar:
-        for start in range(0, len(mine), batch):
-            indices = mine[start : start + batch]
-            if long:
-                step = partial(_advance, bar, len(indices), env)
-                how = {"gif": config.gif, "keep": config.keep_latents}
-                write_videos(long, indices, config.out, config.num_frames, env.device, step, **how)
+        while done < len(mine):
+            indices, before = mine[done : done + batches.size], bar.n
+            step = partial(_advance, bar, len(indices), env)
+            if batches.attempt(partial(_generate_batch, job, config, indices, env.device, step), len(indices)):
+                done += len(indices)
                 continue
-            made = {ending: to_uint8(videos).cpu() for ending, videos in job.generate(indices).items()}
-            for row, index in enumerate(indices):
-                if config.gif:
-                    write_gif(config.out / f"{job.name(index)}.gif", made[""][row], job.fps)
-                for ending in job.endings:
-                    write_mp4(config.out / f"{job.name(index)}{ending}.mp4", made[ending][row], job.fps)
-            _advance(bar, len(indices), env)
+            bar.n = before
+            now = f"{batches.size} video{'s' * (batches.size > 1)} at a time"
+            print(f"note: memory does not hold {len(indices)} videos, now {now} (rank {env.rank})", file=sys.stderr, flush=True)
+
+
+def _generate_batch(job: SampleJob, config: SampleConfig, indices: list[int], device: torch.device, step: Callable[[], None]) -> None:
+    """Make and write these samples together; `step` is called for each clip of theirs, and may raise."""
+    if config.long:
+        how: dict[str, Any] = {"formats": config.formats, "keep": config.keep_latents}
+        write_videos(_long(job), indices, config.out, config.num_frames, device, step, **how)
+        return
+    made = {ending: to_uint8(videos).cpu() for ending, videos in job.generate(indices).items()}
+    for row, index in enumerate(indices):
+        for ending in job.endings[1:]:
+            write_mp4(config.out / f"{job.name(index)}{ending}.mp4", made[ending][row], job.fps)
+        for form in config.formats:
+            write_video(video_path(config.out, job.name(index), form), form, made[""][row], job.fps)
+    step()
 
 
 def _advance(bar: tqdm, clips: int, env: Env) -> None:
@@ -134,8 +170,11 @@ def _long(job: SampleJob) -> LongJob:
 
 def _written(job: SampleJob, config: SampleConfig, name: str) -> bool:
     """Whether all files of a sample are there; a long one may have been shorter before."""
-    files = [config.out / f"{name}{ending}.mp4" for ending in job.endings] + [config.out / f"{name}.gif"] * config.gif
-    return all(file.is_file() for file in files) and (not config.long or count_frames(files[0]) == config.num_frames)
+    forms = config.formats
+    files = [video_path(config.out, name, form) for form in forms] + [config.out / f"{name}{ending}.mp4" for ending in job.endings[1:]]
+    if not all(file.exists() for file in files):
+        return False
+    return not config.long or all(count(file, form, job.fps) == config.num_frames for file, form in zip(files, forms, strict=False))
 
 
 def _check_settings(job: SampleJob, config: SampleConfig) -> None:
@@ -153,7 +192,8 @@ def _check_settings(job: SampleJob, config: SampleConfig) -> None:
         raise UserError(f"{path} is damaged: delete {folder}, or choose another --out") from None
     wanted = json.loads(json.dumps(job.settings())) | _length(config)
     found = {"mode": "short"} | found
-    longer = found.get("num_frames", 0) if config.long and config.mode == found["mode"] else 0
+    found["mode"] = {"i2v": "image"}.get(found["mode"], found["mode"])  # as it was called
+    longer = found.get("num_frames", 0) if config.long and config.recorded_mode == found["mode"] else 0
     differ = [key for key, value in wanted.items() if found.get(key) != value and not (key == "num_frames" and longer)]
     if differ:
         raise UserError(f"{folder} holds samples of other settings ({', '.join(differ)} differ): choose another --out, or delete it")
@@ -163,14 +203,14 @@ def _check_settings(job: SampleJob, config: SampleConfig) -> None:
 
 def _length(config: SampleConfig) -> dict[str, Any]:
     """What a record of long videos says beyond the settings of the job."""
-    return {"mode": config.mode} | ({"num_frames": config.num_frames} if config.long else {})
+    return {"mode": config.recorded_mode} | ({"num_frames": config.num_frames} if config.long else {})
 
 
 def _write_settings(job: SampleJob, config: SampleConfig, names: list[str], figures: list[dict[str, float]] | None = None) -> None:
     """settings.json. `figures`: what was measured of each sample, of which the mean is there besides."""
+    files = [str(video_path(Path(), name, exactest(config.formats))) for name in names]
     samples: list[dict[str, Any]] = [
-        {"file": f"{name}.mp4", "index": i, "class": job.label(i), "class_name": job.class_name(job.label(i))}
-        for i, name in enumerate(names)
+        {"file": file, "index": i, "class": job.label(i), "class_name": job.class_name(job.label(i))} for i, file in enumerate(files)
     ]
     measured: dict[str, Any] = {"figures": _means(figures)} if figures else {}
     samples = [sample | row for sample, row in zip(samples, figures or [{}] * len(samples), strict=True)]
@@ -182,7 +222,7 @@ def _compare_pictures(job: SampleJob, config: SampleConfig, device: torch.device
     """PSNR in dB of each sample's first frame against its picture, and of what the autoencoder alone makes of that; pictures.png."""
     assert isinstance(job, PictureJob)
     figures, shown = [], []
-    for index in range(config.num_samples):
+    for index in range(config.num_videos):
         picture, seen = job.picture(index), job.seen_picture(index)
         first = first_frame(_long(job), index, config.out, device)
         values = {"first_frame_psnr": psnr(*_stills(picture, first)), "autoencoder_psnr": psnr(*_stills(picture, seen))}
@@ -209,12 +249,13 @@ def _stills(*pictures: Tensor) -> list[Tensor]:
     return [picture[None, :, None] for picture in pictures]
 
 
-def _write_grid(job: SampleJob, folder: Path, names: list[str], columns: int, gif: bool) -> None:
+def _write_grid(job: SampleJob, config: SampleConfig, names: list[str], columns: int) -> None:
     """The first samples side by side, one column a class where that fits."""
-    clips = [torch.from_numpy(decode_window((folder / f"{name}.mp4").read_bytes(), 0, job.n_frames)) for name in names]
+    folder, form = config.out, exactest(config.formats)
+    clips = [torch.from_numpy(np.stack(list(iterate(video_path(folder, name, form), form, job.fps)))) for name in names]
     shown = grid(torch.stack(clips).permute(0, 4, 1, 2, 3), columns)
     write_mp4(folder / "grid.mp4", shown, job.fps)
-    if gif:
+    if "gif" in config.formats:
         write_gif(folder / "grid.gif", shown, job.fps)
     write_png(folder / "grid.png", shown[:, 0])
 

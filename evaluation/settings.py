@@ -17,6 +17,11 @@ class VideosConfig:
     dir2: str = ""
     """Generated videos: the --out of sample.py, any folder of mp4, gif and other video files, .npy arrays and folders of pictures, or a
     shard set made by preprocess.py."""
+    run: str = ""
+    """In place of --dir2: the --results-dir of training, or what else sample.py takes. Its samples are generated while they are measured,
+    and never written."""
+    sampling: str = ""
+    """With --run: settings of sample.py in one text, such as --sampling="--steps 50 --guidance-scale 2 --seed 1"."""
     preset: str = ""
     """Number of videos, frames and stride by the name of a published figure: fvd2048_16f, fvd2048_128f, fvd2048_128f_subsample8f,
     fvd10000_16f, or fvd256_16f for machines without a GPU."""
@@ -99,8 +104,10 @@ class VideosConfig:
 
     def validate(self) -> None:
         """Raises ConfigError on settings that cannot work."""
-        if not self.dir2:
-            raise ConfigError("which videos? give --dir2 FOLDER, the generated ones")
+        if bool(self.dir2) == bool(self.run):
+            raise ConfigError("which videos? give --dir2 FOLDER, the generated ones, or --run RUNS, of which they are generated")
+        if self.sampling and not self.run:
+            raise ConfigError(f"--sampling {self.sampling!r} goes with --run: other videos are there already")
         for name, known in (("protocol", self.known), ("preset", {"": None} | PRESETS)):
             if (value := getattr(self, name)) not in known:
                 raise ConfigError(f"--{name} {value}: known are {', '.join(filter(None, known))}{suggest(value, list(known))}")

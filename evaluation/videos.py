@@ -72,8 +72,8 @@ class FolderVideos:
 
     def __init__(self, root: Path, flag: str) -> None:
         self.root, self.flag = root, flag
-        listed = sample_settings(root).get("samples", [])
-        self.videos = [Video(root / sample["file"], sample["file"]) for sample in listed] or _videos_below(root)
+        listed = [sample["file"] for sample in sample_settings(root).get("samples", [])]
+        self.videos = [Video(root / name, name, is_frames=(root / name).is_dir()) for name in listed] or _videos_below(root)
         if not self.videos:
             raise UserError(f"{flag} {root} holds no videos: mp4, gif and other video files, .npy arrays and folders of pictures are read")
 

@@ -19,7 +19,7 @@ PROCESSES=${PROCESSES:-2}
 CONFIG=configs/$SYSTEM/tiny.yaml
 SIZE=(32 32)
 LENGTH=8             # frames of a stored clip
-SAMPLES=(--num-samples 20)
+SAMPLES=(--num-videos 20)
 # bf16 where the processor computes in it: one and a half times as fast as fp32.
 PRECISION=${PRECISION:-$(grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo bf16 || echo fp32)}
 RUNS=$OUT/runs

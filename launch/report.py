@@ -46,7 +46,8 @@ PICTURES = "the pictures, what the autoencoder alone makes of them, and the firs
 TITLES = {
     "short": "Generated clips",
     "long": "Long videos: {num_frames} frames, clip after clip",
-    "i2v": "Videos that begin at a picture: {num_frames} frames",
+    "image": "Videos that begin at a picture: {num_frames} frames",
+    "i2v": "Videos that begin at a picture: {num_frames} frames",  # as it was called
     "frames": "Generated videos: {num_frames} frames, one after the other",
 }
 FRAME_AFTER_FRAME = {"vidm"}

@@ -10,7 +10,7 @@ from diffusion import DiffusionConfig
 from pipelines.clip import ClipPipeline
 from pipelines.jobs import SampleConfig, Strip, choose_classes, class_name, in_turn, numbered
 from pipelines.loading import Loaded, diffusion_of
-from pipelines.sampling import Sampler, Sampling, count_steps
+from pipelines.sampling import Sampling, count_steps
 from utils.config import flag, to_dict
 from utils.errors import ConfigError, UserError
 
@@ -30,19 +30,17 @@ class ClipSampleConfig(SampleConfig):
     """Denoising steps of every clip; none: as many as the release takes (PVDM 400, HVDM 100), of a flow 50."""
     next_steps: int | None = None
     """Of the following clips of a long video."""
-    sampler: Sampler = "auto"
-    """ddim, ddpm (ancestral) or dpm++ (DPM-Solver++(2M)); of a flow euler or heun. auto: ddim, of a flow euler."""
     eta: float | None = None
     """DDIM: share of fresh noise; 0 is deterministic. none: 1, the release's."""
-    guidance_scale: float = flag(1.0, "cfg-scale")
-    """Guidance towards the class and the clip before, eps_u + s (eps_c - eps_u); 1: none, as the release. It doubles the cost."""
+    guidance_scale: float | None = flag(None, "cfg-scale")
+    """Guidance towards the class and the clip before, eps_u + s (eps_c - eps_u); 1: none, as usual. It doubles the cost."""
 
     def validate(self) -> None:
         """Raises ConfigError on settings that cannot work."""
         super().validate()
         if not self.run and not self.denoiser:
             raise ConfigError("what to sample from? give --run FOLDER (the --results-dir of training), or --denoiser and --ae")
-        self.at_least(1, "steps", "next_steps")
+        self.at_least(1, "next_steps")
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise ConfigError(f"--eta {self.eta}: between 0 and 1")
         if self.mode == "short" and self.next_steps is not None:
@@ -58,6 +56,7 @@ class ClipSampleJob:
     """Makes sample number i, and the clips of long ones. What it makes is a function of `settings()` alone."""
 
     endings = ("",)
+    draws = 1
 
     def __init__(self, config: ClipSampleConfig, pipeline: ClipPipeline) -> None:
         self.config, self.pipeline = config, pipeline
@@ -75,8 +74,8 @@ class ClipSampleJob:
             if config.num_frames > self.n_frames:
                 raise ConfigError(f"--num-frames {config.num_frames}: a clip has {self.n_frames}; for longer videos add --mode long")
             self.n_frames = config.num_frames
-        if config.guidance_scale != 1 and config.mode == "short" and not self.labels:
-            self.notes.append(f"warning: --guidance-scale {config.guidance_scale:g} does nothing: a first clip has no condition")
+        if config.guidance != 1 and config.mode == "short" and not self.labels:
+            self.notes.append(f"warning: --guidance-scale {config.guidance:g} does nothing: a first clip has no condition")
 
     def check_goes_on(self, denoiser: Loaded) -> None:
         """Raises UserError for a denoiser that makes no clip after another."""
@@ -166,7 +165,7 @@ def _sampling(config: ClipSampleConfig, process: DiffusionConfig, steps: int, bo
     `bounded`: latents lie in [-1, 1], where estimates of them are kept.
     """
     sampler = Sampling(sampler=config.sampler).resolved(process).sampler
-    common = Sampling(steps=steps, sampler=sampler, guidance=config.guidance_scale, clip=bounded)
+    common = Sampling(steps=steps, sampler=sampler, guidance=config.guidance, clip=bounded)
     if sampler == "ddim":
         eta = 1.0 if config.eta is None else config.eta
         common = dataclasses.replace(common, eta=eta, keep_eps=bounded, respacing=f"trailing{steps}")

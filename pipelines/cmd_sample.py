@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,11 @@ from pipelines.jobs import SampleConfig, Strip, choose_classes, class_name, in_t
 from pipelines.loading import diffusion_of
 from pipelines.runs import find_family
 from pipelines.sampling import Sampler, Sampling, count_steps
+from utils.config import flag
 from utils.errors import ConfigError, UserError
+
+USUAL_STEPS = {"content": 50, "motion": 100}
+"""Stage -> steps where none are given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,20 +36,26 @@ class CMDSampleConfig(SampleConfig):
     """Latent mode: folder of the image VAE."""
     scale_factor: float = 0.18215
     """Latent mode: factor of the image VAE's latents."""
-    guidance_scale: float = 4.0
-    """Guidance of the content model, eps_u + s (eps_c - eps_u); 1: none."""
-    motion_guidance_scale: float | None = None
-    """Guidance of the motion model; none: that of the content model."""
+    guidance_scale: float | None = None
+    """Guidance of both models, eps_u + s (eps_c - eps_u); 1: none. none: 4."""
+    content_guidance_scale: float | None = flag(None, "content.guidance-scale")
+    """Guidance of the content model, where it is another."""
+    motion_guidance_scale: float | None = flag(None, "motion.guidance-scale")
+    """Guidance of the motion model, where it is another."""
     steps: int | None = None
-    """Denoising steps of both models; none: as the next two say."""
-    content_steps: int = 50
-    """Steps of the content model."""
-    motion_steps: int = 100
-    """Steps of the motion model."""
+    """Denoising steps of both models; none: 50 of the content model, 100 of the motion model."""
+    content_steps: int | None = flag(None, "content.steps")
+    """Steps of the content model, where they are others."""
+    motion_steps: int | None = flag(None, "motion.steps")
+    """Steps of the motion model, where they are others."""
     respacing: str = ""
     """Which steps of training both models take, in place of a number: "50" evenly, "10,15,20" per equal section, "ddim50" at one stride."""
     sampler: Sampler = "auto"
     """Sampler of both models: ddim, ddpm (ancestral) or dpm++ (DPM-Solver++(2M)); of flows euler or heun. auto: ddim, of a flow euler."""
+    content_sampler: Sampler | None = flag(None, "content.sampler")
+    """Sampler of the content model, where it is another."""
+    motion_sampler: Sampler | None = flag(None, "motion.sampler")
+    """Sampler of the motion model, where it is another."""
     eta: float = 0.0
     """DDIM: share of fresh noise; 0 is deterministic."""
     cfg_channels: int | None = None
@@ -55,51 +65,55 @@ class CMDSampleConfig(SampleConfig):
     image_size: tuple[int, int] = (64, 64)
     """And height and width."""
 
+    modes: ClassVar[tuple[str, ...]] = ("short",)
+    usual_guidance: ClassVar[float] = 4.0
+
     def validate(self) -> None:
         """Raises ConfigError on settings that cannot work."""
-        super().validate()
         if self.mode == "long":
             raise ConfigError(
                 "--mode long is not for CMD: its content frame and motion latents mix all frames of a clip, so none of them could be held "
                 "fixed, and its models take no clip before"
             )
-        if self.num_frames:
-            raise ConfigError(
-                f"--num-frames {self.num_frames}: clips of CMD are as long as in training (--n-frames: of official checkpoints)"
-            )
+        super().validate()
         if not self.run and not (self.ae and self.content and self.motion):
             raise ConfigError("what to sample from? give --run FOLDER (the --results-dir of training), or --ae, --content and --motion")
-        self.at_least(1, "steps", "content_steps", "motion_steps", "n_frames", "cfg_channels")
+        self.at_least(1, "content_steps", "motion_steps", "n_frames", "cfg_channels")
         if not 0 <= self.eta <= 1:
             raise ConfigError(f"--eta {self.eta}: between 0 and 1")
-        if self.steps and self.respacing:
-            raise ConfigError(f"--steps {self.steps} and --respacing {self.respacing}: give one of them")
+        for name in ("steps", "content_steps", "motion_steps"):
+            if getattr(self, name) and self.respacing:
+                flag_name = name.replace("_", "-")
+                raise ConfigError(f"--{flag_name} {getattr(self, name)} and --respacing {self.respacing}: give one of them")
+
+    def sampling(self, stage: str) -> Sampling:
+        """How the model of a stage is sampled: as is said of it, else of both, else as the release does."""
+
+        def chosen(name: str, usual: Any) -> Any:
+            return next(value for value in (getattr(self, f"{stage}_{name}"), getattr(self, name), usual) if value is not None)
+
+        return Sampling(
+            steps=chosen("steps", USUAL_STEPS[stage]),
+            sampler=chosen("sampler", "auto"),
+            eta=self.eta,
+            guidance=chosen("guidance_scale", self.usual_guidance),
+            cfg_channels=self.cfg_channels,
+            clip=stage == "content",
+            respacing=self.respacing,
+        )
 
 
 class CMDSampleJob:
     """Makes sample number i. What it makes is a function of `settings()` alone."""
 
     endings = ("",)
+    draws = 2
 
-    def __init__(self, config: CMDSampleConfig, device: torch.device) -> None:
+    def __init__(self, config: CMDSampleConfig, device: torch.device, pipeline: CMDPipeline | None = None) -> None:
+        """`pipeline`: networks that are there already, of the same settings. Raises UserError or ConfigError in one line."""
         self.config = config
-        found = find_family(Path(config.run)) if config.run else {}
-        self.pipeline = CMDPipeline.from_exports(
-            config.ae or found["autoencoder"],
-            config.content or found["content"],
-            config.motion or found["motion"],
-            vae=config.vae,
-            scale_factor=config.scale_factor,
-            weights=config.weights,
-            n_frames=config.n_frames,
-            image_size=config.image_size,
-            device=device,
-            precision=config.precision,
-        )
-        common = Sampling(sampler=config.sampler, eta=config.eta, cfg_channels=config.cfg_channels, respacing=config.respacing)
-        motion_scale = config.guidance_scale if config.motion_guidance_scale is None else config.motion_guidance_scale
-        self.content = dataclasses.replace(common, steps=config.steps or config.content_steps, guidance=config.guidance_scale, clip=True)
-        self.motion = dataclasses.replace(common, steps=config.steps or config.motion_steps, guidance=motion_scale)
+        self.pipeline = pipeline or _open(config, device)
+        self.content, self.motion = config.sampling("content"), config.sampling("motion")
         for model, sampling in ((self.pipeline.content, self.content), (self.pipeline.motion, self.motion)):
             assert model is not None
             if model.config.cond_dim:
@@ -109,6 +123,13 @@ class CMDSampleJob:
         self.fps = config.fps or self.pipeline.fps
         self.n_frames = self.pipeline.clip_shape[0]
         self.notes: list[str] = []
+        if config.num_frames > self.n_frames:
+            raise ConfigError(f"--num-frames {config.num_frames}: clips of CMD have {self.n_frames}, as in training, and can only be cut")
+        self.n_frames = config.num_frames or self.n_frames
+        if not self.labels:
+            given = (config.guidance_scale, config.content_guidance_scale, config.motion_guidance_scale)
+            scale = next((value for value in given if value not in (None, 1)), None)
+            self.notes += [f"warning: --guidance-scale {scale:g} does nothing: the models know no classes"] if scale is not None else []
 
     def label(self, index: int) -> int | None:
         """Class of a sample; None when the models have none."""
@@ -122,7 +143,8 @@ class CMDSampleJob:
         """The clips b 3 t h w in [-1, 1]."""
         labels = [self.labels[i % len(self.labels)] for i in indices] if self.labels else None
         seed, exact = self.config.seed, self.config.exact
-        return {"": self.pipeline.generate(indices, labels, seed=seed, content=self.content, motion=self.motion, exact=exact)}
+        clips = self.pipeline.generate(indices, labels, seed=seed, content=self.content, motion=self.motion, exact=exact)
+        return {"": clips[:, :, : self.n_frames]}
 
     def strip(self) -> Strip | None:
         """None: two models make a clip of CMD, and neither's steps are clips."""
@@ -146,6 +168,7 @@ class CMDSampleJob:
             "precision": self.config.precision,
             "device": self.pipeline.device.type,
             "fps": self.fps,
+            **({"n_frames": self.n_frames} if self.n_frames != self.pipeline.clip_shape[0] else {}),
         }
 
     def sources(self) -> dict[str, str]:
@@ -156,3 +179,20 @@ class CMDSampleJob:
     def class_name(self, label: int | None) -> str:
         """Name of a class, where the training data had one."""
         return class_name(self.pipeline.classes, label)
+
+
+def _open(config: CMDSampleConfig, device: torch.device) -> CMDPipeline:
+    """The networks that the settings name."""
+    found = find_family(Path(config.run)) if config.run else {}
+    return CMDPipeline.from_exports(
+        config.ae or found["autoencoder"],
+        config.content or found["content"],
+        config.motion or found["motion"],
+        vae=config.vae,
+        scale_factor=config.scale_factor,
+        weights=config.weights,
+        n_frames=config.n_frames,
+        image_size=config.image_size,
+        device=device,
+        precision=config.precision,
+    )

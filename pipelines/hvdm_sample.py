@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,18 +23,16 @@ class HVDMSampleConfig(ClipSampleConfig):
     """Generates clips, or videos of any length, with HVDM: from noise, from pictures, with as much motion as is asked for."""
 
     usual_steps: ClassVar[dict[str, int]] = {"ddpm": 100, "flow": 50}
-    modes: ClassVar[tuple[str, ...]] = ("short", "long", "i2v")
+    modes: ClassVar[tuple[str, ...]] = ("short", "long", "image")
+    lacks: ClassVar[Mapping[str, str]] = {}
 
     system: str = "hvdm"
     """Which of the toolkit's systems."""
     condition: Literal["reencoded", "latent"] = "reencoded"
     """What the next clip of a video is told of the one before: the latent of its decoded frames (the release), or the latent that was
     sampled, which saves decoding and encoding."""
-    image: tuple[str, ...] = ()
-    """--mode i2v: pictures (PNG, JPEG, ...) at which the videos begin, of any size (the centre is cut out and resized), or folders of
-    them; sample number i takes picture i, again from the first when there are no more."""
     anchor: bool = True
-    """--mode i2v: hold the latent of the first frame at the picture's while the others are sampled. Off: the picture is only the
+    """--mode image: hold the latent of the first frame at the picture's while the others are sampled. Off: the picture is only the
     condition, and the first frame as near to it as the denoiser has learnt."""
     dynamics: int | None = None
     """How much motion: a class from 0 (the stillest training clips) to the last (the liveliest). Of models that were trained with
@@ -49,12 +47,10 @@ class HVDMSampleConfig(ClipSampleConfig):
     def validate(self) -> None:
         """Raises ConfigError on settings that cannot work."""
         super().validate()
-        if self.mode == "i2v" and not self.image:
-            raise ConfigError("--mode i2v: which picture? give --image FILE")
-        if self.image and self.mode != "i2v":
-            raise ConfigError("--image goes with --mode i2v: other videos begin at no picture")
-        if not self.anchor and self.mode != "i2v":
-            raise ConfigError("--no-anchor goes with --mode i2v: other videos begin at no picture")
+        if self.image and self.mode != "image":
+            raise ConfigError("--image goes with --mode image: other videos begin at no picture")
+        if not self.anchor and self.mode != "image":
+            raise ConfigError("--no-anchor goes with --mode image: other videos begin at no picture")
         if self.condition != "reencoded" and self.mode == "short":
             raise ConfigError(f"--condition {self.condition}: only --mode long has a clip that goes on after another")
         if self.dynamics is not None and self.dynamics_percentile is not None:
@@ -73,39 +69,32 @@ class HVDMSampleJob(ClipSampleJob):
     config: HVDMSampleConfig
     pipeline: HVDMPipeline
 
-    def __init__(self, config: HVDMSampleConfig, device: torch.device) -> None:
-        """Raises UserError or ConfigError in one line."""
-        # A denoiser that is named brings its own autoencoder.
-        found = find_family(Path(config.run), "hvdm") if config.run and not config.denoiser else {}
-        pipeline = HVDMPipeline.from_exports(
-            config.denoiser or found["denoiser"],
-            config.ae or found.get("autoencoder", ""),
-            weights=config.weights,
-            device=device,
-            precision=config.precision,
-        )
+    def __init__(self, config: HVDMSampleConfig, device: torch.device, pipeline: HVDMPipeline | None = None) -> None:
+        """`pipeline`: networks that are there already, of the same settings. Raises UserError or ConfigError in one line."""
+        pipeline = pipeline or _open(config, device)
         super().__init__(config, pipeline)
         self.told = self._told()
         self.fps = config.fps or pipeline.fps / (config.frame_stride or 1)
         self.pictures = find_pictures(config.image)
         self.images_sha256 = list(map(hash_picture, self.pictures))
-        for index in range(min(len(self.pictures), config.num_samples)):
+        for index in range(min(len(self.pictures), config.num_videos)):
             self.picture(index)  # what cannot be read is told before anything is made
 
     def check_goes_on(self, denoiser: Loaded) -> None:
         """Raises UserError for a denoiser that makes no clip after another, or after a picture."""
         super().check_goes_on(denoiser)
         config, from_pictures, from_clips = self.config, denoiser.card.get("img_prob"), denoiser.card.get("cond_prob") != 0
-        if config.mode == "i2v" and not from_clips and not from_pictures:
+        if config.mode == "image" and not from_clips and not from_pictures:
             raise UserError(
-                f"--mode i2v: the denoiser {denoiser.path} was trained without pictures and without clips before (--img-prob, --cond-prob)"
+                f"--mode image: the denoiser {denoiser.path} was trained without pictures and without clips before "
+                "(--img-prob, --cond-prob)"
             )
-        if config.mode == "i2v" and not from_clips and config.num_frames > self.n_frames:
+        if config.mode == "image" and not from_clips and config.num_frames > self.n_frames:
             raise UserError(
                 f"--num-frames {config.num_frames}: the denoiser {denoiser.path} was trained on single clips (--cond-prob 0), "
                 f"so that videos have {self.n_frames}"
             )
-        if config.mode == "i2v" and not from_pictures:
+        if config.mode == "image" and not from_pictures:
             self.notes.append(
                 "note: the denoiser was not trained to begin at a picture (--img-prob): it goes on from a clip that stands still"
             )
@@ -189,3 +178,16 @@ class HVDMSampleJob(ClipSampleJob):
             return None if asked is None else known.index(asked)
         what = f"the denoiser knows {', '.join(map(str, known))}" if known else "the denoiser was trained with one only"
         raise UserError(f"--frame-stride {asked}: {what} (--frame-strides)")
+
+
+def _open(config: HVDMSampleConfig, device: torch.device) -> HVDMPipeline:
+    """The networks that the settings name."""
+    # A denoiser that is named brings its own autoencoder.
+    found = find_family(Path(config.run), "hvdm") if config.run and not config.denoiser else {}
+    return HVDMPipeline.from_exports(
+        config.denoiser or found["denoiser"],
+        config.ae or found.get("autoencoder", ""),
+        weights=config.weights,
+        device=device,
+        precision=config.precision,
+    )

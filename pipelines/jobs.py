@@ -1,6 +1,7 @@
 """What `sample.py` asks of a system: settings that all of them have, and a job that makes sample number i."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -9,13 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.sampling import Sampler
+from pipelines.video_files import Format
 from utils.config import flag
 from utils.errors import ConfigError, UserError
+
+Mode = Literal["short", "long", "image", "i2v"]
+EXACT_BATCH = 4
+"""Samples per turn where each goes through the networks alone: more would only be written later."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """What every system's sampling can be told. A system's own adds its models and samplers."""
+    """What every system's sampling can be told. A system's own adds its models, and refuses what it does not have."""
 
     system: str = ""
     """Which of the toolkit's systems; told from the runs where it is not given."""
@@ -26,22 +33,33 @@ class SampleConfig:
     """Averaged weights (where there are any), or the last ones."""
     out: Path = Path("samples")
     """Folder to write to. Samples that are already there with the same settings are kept."""
-    num_samples: int = 16
-    """Clips, or long videos, to generate."""
-    mode: Literal["short", "long", "i2v"] = "short"
+    num_videos: int = flag(16, "num-samples")
+    """Videos to generate."""
+    mode: Mode = "short"
     """short: clips as long as in training. long: videos of --num-frames frames, made clip after clip and written as they come. One that
-    was stopped goes on at its last clip, whose latents are kept in <out>/latents; more --num-frames make it longer. i2v: the same,
-    beginning at a given picture (HVDM)."""
+    was stopped goes on at its last clip, whose latents are kept in <out>/latents; more --num-frames make it longer. image: the same,
+    beginning at a given picture (HVDM, VIDM); i2v is its older name."""
     num_frames: int = 0
-    """Frames of a long video, any number: the last clip is cut."""
+    """Frames of a video; 0: as many as in training. A short clip may be cut, a long video has any number (the last clip is cut)."""
+    image: tuple[str, ...] = ()
+    """--mode image: pictures (PNG, JPEG, ...) at which the videos begin, of any size (the centre is cut out and resized), or folders of
+    them; sample number i takes picture i, again from the first when there are no more."""
     continue_from: str = ""
-    """Long, i2v: a folder of shorter videos of the same settings; theirs are copied and go on in --out, as if made there from the start."""
-    classes: tuple[str, ...] = ()
+    """Long, image: a folder of shorter videos of the same settings; theirs are copied and go on in --out, as if made there from the
+    start."""
+    classes: tuple[str, ...] = flag((), "class-labels")
     """Classes by number or name, in turn; none given, or `all`: all of them."""
     seed: int = flag(0, "global-seed")
     """Seed of all noise. Sample number i of a seed is the same clip whatever else is generated with it."""
-    batch_size: int = 4
-    """Clips per write; with --no-exact also clips that go through the networks together."""
+    steps: int | None = None
+    """Denoising steps; none: as many as the system's release takes."""
+    sampler: Sampler = "auto"
+    """ddim, ddpm (ancestral) or dpm++ (DPM-Solver++(2M)); of a flow euler or heun. auto: ddim, of a flow euler."""
+    guidance_scale: float | None = None
+    """Guidance towards the condition, eps_u + s (eps_c - eps_u); 1: none. none: the system's usual one."""
+    batch_size: str = "auto"
+    """Videos that a process makes at a time. auto: 4 with --exact, for which more gain nothing; with --no-exact as many as memory holds,
+    found out while they are made. Where memory runs out all the same, it is halved and goes on."""
     exact: bool = True
     """Each clip alone through the networks, so that it is the same to the last bit with any batch size and number of processes."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -50,13 +68,25 @@ class SampleConfig:
     """Frame rate of the files; 0: that of the training clips."""
     keep_latents: bool = True
     """Keep <out>/latents of long videos that are done, from which they can be made longer; those of a video that was stopped are kept."""
+    format: tuple[Format, ...] = ("mp4",)
+    """Files of a video, one or more: mp4, gif (the frames of a long video are held in memory for it), png (a folder of pictures, exact)."""
     gif: bool = False
-    """Also write each clip as a GIF; the frames of a long video are held in memory for it."""
+    """The same as adding gif to --format."""
+    gallery: bool = True
+    """Write <out>/index.html, a page that shows all videos of the folder."""
     timeout: float = 1800.0
     """Seconds that a process waits for the others."""
 
     modes: ClassVar[tuple[str, ...]] = ("short", "long")
     """Those that the system has; one that others have too it may refuse for a reason of its own."""
+    lacks: ClassVar[Mapping[str, str]] = {"image": "its videos begin at no picture, those of hvdm and vidm can"}
+    """Settings of all systems that this one does not have, and why."""
+    usual_guidance: ClassVar[float] = 1.0
+    """Where none is given."""
+
+    def __post_init__(self) -> None:
+        if self.mode == "i2v":
+            object.__setattr__(self, "mode", "image")
 
     @property
     def long(self) -> bool:
@@ -64,19 +94,60 @@ class SampleConfig:
         return self.mode != "short"
 
     @property
-    def together(self) -> int:
-        """Samples that a process makes at a time. Exact long videos are made one by one, so that stopping loses no more than one clip."""
-        return 1 if self.long and self.exact else self.batch_size
+    def recorded_mode(self) -> str:
+        """What settings.json calls the mode."""
+        return self.mode
+
+    @property
+    def guidance(self) -> float:
+        """Scale of the guidance."""
+        return self.usual_guidance if self.guidance_scale is None else self.guidance_scale
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """Each one of the files' formats once."""
+        wanted: tuple[Format, ...] = (*self.format, *(("gif",) if self.gif else ()))
+        return tuple(dict.fromkeys(wanted))
+
+    @property
+    def together(self) -> int | None:
+        """Samples that a process makes at a time; None: as many as memory holds. Exact long videos are made one by one, so that stopping
+        loses no more than one clip."""
+        if self.exact and self.long:
+            return 1
+        return self.asked_batch
+
+    @property
+    def asked_batch(self) -> int | None:
+        """The batch size as a number; None: to be found."""
+        if self.batch_size != "auto":
+            return int(self.batch_size)
+        return EXACT_BATCH if self.exact else None
 
     def validate(self) -> None:
         """Raises ConfigError on settings that cannot work."""
+        for name, reason in self.lacks.items():
+            if getattr(self, name) not in ((), None) and not (name == "guidance_scale" and self.guidance == 1):
+                raise ConfigError(f"--{name.replace('_', '-')} is not for {self.system}: {reason}")
         if self.mode not in self.modes:
             raise ConfigError(f"--mode {self.mode}: {self.system} makes {' and '.join(self.modes)} videos only")
-        self.at_least(1, "num_samples", "batch_size")
+        self.at_least(1, "num_videos", "steps")
         self.at_least(0, "num_frames")
+        if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size)):
+            raise ConfigError(f"--batch-size {self.batch_size}: a whole number from 1, or auto")
         if not 0 <= self.fps < float("inf"):
             raise ConfigError(f"--fps {self.fps}: above 0, or 0 for that of the training clips")
-        if self.mode == "long" and not self.num_frames and "short" in self.modes:
+        if not math.isfinite(self.guidance):
+            raise ConfigError(f"--guidance-scale {self.guidance}: a number, 1 for none")
+        if not self.formats:
+            raise ConfigError("--format: at least one of mp4, gif, png")
+        if self.mode == "image" and not self.image:
+            raise ConfigError("--mode image: which picture? give --image FILE")
+        self.check_length()
+
+    def check_length(self) -> None:
+        """Raises ConfigError for long videos that do not say how long, and for what short ones do not have."""
+        if self.mode == "long" and not self.num_frames:
             raise ConfigError("--mode long: how long? give --num-frames N")
         if self.mode == "short" and self.continue_from:
             raise ConfigError("--continue-from goes with --mode long: short clips have nothing to go on with")
@@ -116,6 +187,10 @@ class SampleJob(Protocol):
     @property
     def endings(self) -> tuple[str, ...]:
         """What follows a sample's name in the names of its videos: "" for the clip, and one for each further video."""
+
+    @property
+    def draws(self) -> int:
+        """How many draws from diffusion models make a clip."""
 
     @property
     def notes(self) -> list[str]:

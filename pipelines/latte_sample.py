@@ -44,8 +44,8 @@ class LatteSampleConfig(SampleConfig):
     """ddim, ddpm (ancestral, both releases' own) or dpm++ (DPM-Solver++(2M)); of a flow euler or heun. auto: ddim, of a flow euler."""
     eta: float = 0.0
     """DDIM: share of fresh noise; 0 is deterministic."""
-    guidance_scale: float = flag(1.0, "cfg-scale")
-    """Guidance towards the class or vector, eps_u + s (eps_c - eps_u); 1: none. The official release takes 7 for UCF-101."""
+    guidance_scale: float | None = flag(None, "cfg-scale")
+    """Guidance towards the class or vector, eps_u + s (eps_c - eps_u); 1, the usual: none. The official release takes 7 for UCF-101."""
     cfg_channels: int | None = None
     """Channels that are guided; none: all."""
     cond: tuple[str, ...] = ()
@@ -78,7 +78,7 @@ class LatteSampleConfig(SampleConfig):
             raise ConfigError("what to sample from? give --run FOLDER (the --results-dir of training), or --denoiser and --ae or --vae")
         if self.ae and self.vae:
             raise ConfigError("--ae and --vae: give one of them, the denoiser was trained on one")
-        self.at_least(1, "steps", "chunk", "cfg_channels", "strip_samples", "trajectory_every")
+        self.at_least(1, "chunk", "cfg_channels", "strip_samples", "trajectory_every")
         self.at_least(0, "n_frames", "num_heads", "denoising_strip", "overlap")
         if self.mode == "long" and (self.denoising_strip or self.save_trajectory != "none"):
             raise ConfigError("--mode long: --denoising-strip and --save-trajectory show how a clip came about, a long video has many")
@@ -97,9 +97,12 @@ class LatteSampleConfig(SampleConfig):
 class LatteSampleJob:
     """Makes sample number i. What it makes is a function of `settings()` alone."""
 
-    def __init__(self, config: LatteSampleConfig, device: torch.device) -> None:
+    draws = 1
+
+    def __init__(self, config: LatteSampleConfig, device: torch.device, pipeline: LattePipeline | None = None) -> None:
+        """`pipeline`: networks that are there already, of the same settings. Raises UserError or ConfigError in one line."""
         self.config = config
-        self.pipeline = _open(config, device)
+        self.pipeline = pipeline or _open(config, device)
         denoiser = self.pipeline.denoiser
         assert denoiser is not None
         self.process = diffusion_of(denoiser)
@@ -107,7 +110,7 @@ class LatteSampleJob:
             steps=config.steps or min(DEFAULT_STEPS[self.process.process], self.process.steps),
             sampler=config.sampler,
             eta=config.eta,
-            guidance=config.guidance_scale,
+            guidance=config.guidance,
             cfg_channels=config.cfg_channels,
             respacing=config.respacing,
         ).resolved(self.process)
@@ -179,7 +182,7 @@ class LatteSampleJob:
         if not count:
             return None
         moments = {round((number + 1) * self.steps / count) - 1 for number in range(count)}
-        rows: list[list[Tensor]] = [[] for _ in range(min(self.config.strip_samples, self.config.num_samples))]
+        rows: list[list[Tensor]] = [[] for _ in range(min(self.config.strip_samples, self.config.num_videos))]
 
         def watch(positions: list[int], k: int, x: Tensor, x0: Tensor) -> None:
             if k in moments:
@@ -255,8 +258,8 @@ class LatteSampleJob:
         denoiser = self.pipeline.denoiser
         assert denoiser is not None
         notes = []
-        if self.config.guidance_scale != 1 and not denoiser.config.num_classes and not denoiser.config.cond_dim:
-            notes.append(f"warning: --guidance-scale {self.config.guidance_scale:g} does nothing: the denoiser has no condition")
+        if self.config.guidance != 1 and not denoiser.config.num_classes and not denoiser.config.cond_dim:
+            notes.append(f"warning: --guidance-scale {self.config.guidance:g} does nothing: the denoiser has no condition")
         trained = denoiser.card["model"].get("n_frames", 16)
         if self.n_frames != trained:
             notes.append(f"warning: clips of {self.n_frames} frames, the denoiser was trained on {trained}: quality drops")

@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from datasets.stored_video import iterate_frames
+from pipelines.video_files import EXACTEST, Format, Writer, count, exactest, iterate, open_writer, remove_video, video_path
 from utils.errors import UserError
 from utils.files import atomic_path, atomic_write_bytes
-from utils.media import VideoWriter, grid, to_uint8, write_gif, write_png
+from utils.media import VideoWriter, grid, to_uint8, write_png
 
 LATENTS = "latents"
 """Folder of the latents, beside the videos."""
@@ -147,32 +147,32 @@ def write_videos(
     device: torch.device,
     step: Callable[[], None],
     *,
-    gif: bool = False,
+    formats: Sequence[Format] = ("mp4",),
     keep: bool = True,
 ) -> None:
-    """One mp4 of `n_frames` frames for each of these samples, which go through the networks together.
+    """A video of `n_frames` frames in each of `formats` for each of these samples, which go through the networks together.
 
-    Frames are written as they come; `step` is called after each clip, and may raise. With `gif` a GIF beside each, for which its frames
-    are held in memory. `keep`: the latents stay when the videos are done.
+    Frames are written as they come; `step` is called after each clip, and may raise. `keep`: the latents stay when the videos are done.
     """
     digest = fingerprint(job.settings())
-    stores = [ClipFolder(folder / LATENTS / job.name(i), digest) for i in indices]
-    shown: list[list[Tensor]] = [[] for _ in indices]
+    names = [job.name(index) for index in indices]
+    stores = [ClipFolder(folder / LATENTS / name, digest) for name in names]
     with ExitStack() as stack:
-        writers = [stack.enter_context(VideoWriter(folder / f"{job.name(i)}.mp4", job.fps)) for i in indices]
+
+        def opened(name: str) -> list[Writer]:
+            return [stack.enter_context(open_writer(video_path(folder, name, form), form, job.fps)) for form in formats]
+
+        writers = [opened(name) for name in names]
         for clip, latents in enumerate(_latents(job, indices, stores, count_clips(job, n_frames), device)):
-            frames = to_uint8(job.decode_clip(latents, clip)).cpu()[:, :, : n_frames - writers[0].frames]
-            for row, (writer, video) in enumerate(zip(writers, frames, strict=True)):
-                writer.write(video)
-                if gif:
-                    shown[row].append(video)
+            frames = to_uint8(job.decode_clip(latents, clip)).cpu()[:, :, : n_frames - writers[0][0].frames]
+            for files, video in zip(writers, frames, strict=True):
+                for file in files:
+                    file.write(video)
             step()
-        for index, videos in zip(indices, shown, strict=True):
-            path = folder / f"{job.name(index)}.gif"
-            if gif:
-                write_gif(path, torch.cat(videos, dim=1), job.fps)
-            else:
-                path.unlink(missing_ok=True)  # of the video when it was shorter
+    for name in names:
+        for form in set(EXACTEST).difference(formats):
+            if count(video_path(folder, name, form), form, job.fps) != n_frames:  # of the video when it was shorter
+                remove_video(video_path(folder, name, form))
     for store in stores if not keep else ():
         store.remove()
 
@@ -203,12 +203,16 @@ def _latents(job: LongJob, indices: Sequence[int], stores: Sequence[ClipFolder],
     yield from chain(sample_clip, start=read(first - 1) if 0 < first < stop else None, first=first, stop=stop)
 
 
-def write_long_grid(folder: Path, names: Sequence[str], fps: float, n_frames: int, columns: int = 0) -> None:
+def write_long_grid(
+    folder: Path, names: Sequence[str], fps: float, n_frames: int, columns: int = 0, formats: tuple[Format, ...] = ("mp4",)
+) -> None:
     """grid.mp4: the videos side by side, in constant memory; grid.png: their first frames; film.png: how the first ones go on."""
     moments = {frame * n_frames // FILM_FRAMES for frame in range(FILM_FRAMES)}
     film: list[Tensor] = []
+    form = exactest(formats)
     with VideoWriter(folder / "grid.mp4", fps) as writer:
-        for number, frames in enumerate(zip(*(iterate_frames(folder / f"{name}.mp4") for name in names), strict=True)):
+        videos = [iterate(video_path(folder, name, form), form, fps) for name in names]
+        for number, frames in enumerate(zip(*videos, strict=True)):
             pictures = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
             shown = grid(pictures, columns)
             writer.write(shown[:, None])

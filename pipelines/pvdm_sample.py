@@ -48,16 +48,21 @@ class PVDMSampleConfig(ClipSampleConfig):
 class PVDMSampleJob(ClipSampleJob):
     """Makes sample number i, and the clips of long ones, with PVDM."""
 
-    def __init__(self, config: PVDMSampleConfig, device: torch.device) -> None:
-        """Raises UserError or ConfigError in one line."""
-        # A denoiser that is named brings its own autoencoder.
-        found = find_family(Path(config.run), "pvdm") if config.run and not config.denoiser else {}
-        pipeline = PVDMPipeline.from_exports(
-            config.denoiser or found["denoiser"],
-            config.ae or found.get("autoencoder", ""),
-            weights=config.weights,
-            num_heads=config.num_heads,
-            device=device,
-            precision=config.precision,
-        )
+    def __init__(self, config: PVDMSampleConfig, device: torch.device, pipeline: PVDMPipeline | None = None) -> None:
+        """`pipeline`: networks that are there already, of the same settings. Raises UserError or ConfigError in one line."""
+        pipeline = pipeline or _open(config, device)
         super().__init__(config, pipeline)
+
+
+def _open(config: PVDMSampleConfig, device: torch.device) -> PVDMPipeline:
+    """The networks that the settings name."""
+    # A denoiser that is named brings its own autoencoder.
+    found = find_family(Path(config.run), "pvdm") if config.run and not config.denoiser else {}
+    return PVDMPipeline.from_exports(
+        config.denoiser or found["denoiser"],
+        config.ae or found.get("autoencoder", ""),
+        weights=config.weights,
+        num_heads=config.num_heads,
+        device=device,
+        precision=config.precision,
+    )

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -68,6 +70,35 @@ class Sampling:
         return {name: value for name, value in values.items() if value or name not in ("respacing", "keep_eps")}
 
 
+Watch = Callable[[int, int], None]
+"""Is told how many steps of a draw are done, and how many it has; may raise."""
+_WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)
+
+
+@contextmanager
+def watched_steps(watch: Watch) -> Iterator[None]:
+    """Every step of the draws of this thread is told to `watch` inside the block."""
+    token = _WATCH.set(watch)
+    try:
+        yield
+    finally:
+        _WATCH.reset(token)
+
+
+def _watched(callback: Callback | None, steps: int) -> Callback | None:
+    """A callback that also tells the step to who watches, if anyone does."""
+    watch = _WATCH.get()
+    if watch is None:
+        return callback
+
+    def both(k: int, x: Tensor, x0: Tensor) -> None:
+        watch(k + 1, steps)
+        if callback is not None:
+            callback(k, x, x0)
+
+    return both
+
+
 def sample(
     model: Callable[..., Tensor],
     diffusion: DiffusionConfig,
@@ -98,6 +129,7 @@ def sample(
     kwargs = given | dict(always or {})
     sampling = sampling.resolved(diffusion)
     process = respaced(diffusion, sampling.respacing or sampling.steps)
+    callback = _watched(callback, count_steps(diffusion, sampling))
     start = rng.normal(f"{stream}/start", shape)
 
     def noise(step: int) -> Tensor:

@@ -3,9 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import NamedTuple
 
 from models.official import hvdm_unet, pvdm_unet, vidm
 from pipelines.cmd_sample import CMDSampleConfig, CMDSampleJob
@@ -25,7 +23,8 @@ class System(NamedTuple):
     """A system as far as generation is concerned."""
 
     config: type[SampleConfig]
-    job: Callable[[Any, torch.device], SampleJob]
+    job: Callable[..., SampleJob]
+    """Of settings, a device, and the networks where they are there already."""
 
 
 SYSTEMS: dict[str, System] = {
@@ -112,6 +111,6 @@ def _settings(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _names(schema: type[SampleConfig]) -> set[str]:
-    """How the settings of a schema may be called."""
-    aliases = (alias.replace("-", "_") for item in dataclasses.fields(schema) for alias in item.metadata.get("aliases", ()))
-    return {item.name for item in dataclasses.fields(schema)} | set(aliases)
+    """How the settings of a schema may be called, without those that it only refuses."""
+    own = [item for item in dataclasses.fields(schema) if item.name not in schema.lacks]
+    return {item.name for item in own} | {alias.replace("-", "_") for item in own for alias in item.metadata.get("aliases", ())}

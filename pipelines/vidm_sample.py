@@ -1,15 +1,15 @@
 """What `sample.py` needs to know of VIDM: its settings, and how sample number i and every frame of it are made."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from diffusion import DiffusionConfig
-from pipelines.jobs import SampleConfig, Strip, numbered
+from pipelines.jobs import Mode, SampleConfig, Strip, numbered
 from pipelines.loading import diffusion_of
 from pipelines.pictures import find_pictures, hash_picture, read_picture
 from pipelines.runs import find_family
@@ -23,16 +23,18 @@ from utils.errors import ConfigError, UserError
 class VIDMSampleConfig(SampleConfig):
     """Generates videos frame after frame with VIDM."""
 
-    modes: ClassVar[tuple[str, ...]] = ("long",)
+    modes: ClassVar[tuple[str, ...]] = ("short", "long", "image")
+    lacks: ClassVar[Mapping[str, str]] = {
+        "classes": "VIDM knows no classes",
+        "guidance_scale": "its generators know no condition that could be left out",
+    }
 
     system: str = "vidm"
     """Which of the toolkit's systems."""
-    mode: Literal["short", "long", "i2v"] = "long"
-    """Always long: videos are made frame after frame, whatever their length."""
+    mode: Mode = "long"
+    """All are made frame after frame, whatever their length. short: no more frames than in training. image: beginning at --image."""
     num_frames: int = flag(0, "frames")
     """Frames of a video; 0: as many as in training. For more than the motion generator has indices add --reanchor."""
-    num_samples: int = flag(16, "num-videos")
-    """Videos to generate."""
     content: str = ""
     """Content generator in place of that in --run: an export or run folder, or an official checkpoint (.pth, .pt)."""
     motion: str = ""
@@ -42,12 +44,16 @@ class VIDMSampleConfig(SampleConfig):
     of the content generator; sample number i takes picture i, again from the first when there are no more."""
     steps: int | None = None
     """Denoising steps of every frame; none: as many as the release takes (100)."""
-    content_steps: int | None = None
+    content_steps: int | None = flag(None, "content.steps")
     """Steps of the first frame, where they are others."""
-    motion_steps: int | None = None
+    motion_steps: int | None = flag(None, "motion.steps")
     """Steps of the frames after it, where they are others."""
     sampler: Sampler = "auto"
     """ddpm (ancestral), ddim or dpm++ (DPM-Solver++(2M)), which need fewer steps. auto: ddpm, the release's."""
+    content_sampler: Sampler | None = flag(None, "content.sampler")
+    """Sampler of the first frame, where it is another."""
+    motion_sampler: Sampler | None = flag(None, "motion.sampler")
+    """Sampler of the frames after it, where it is another."""
     eta: float = 0.0
     """DDIM: share of fresh noise; 0 is deterministic."""
     reanchor: bool = False
@@ -70,35 +76,47 @@ class VIDMSampleConfig(SampleConfig):
             )
         if self.content and self.image:
             raise ConfigError("--content and --image: videos begin at generated frames or at pictures, give one of them")
-        if self.classes:
-            raise ConfigError("--classes: VIDM knows no classes")
-        self.at_least(1, "steps", "content_steps", "motion_steps")
+        self.at_least(1, "content_steps", "motion_steps")
         self.at_least(2, "video_timesteps")
         if not 0 <= self.eta <= 1:
             raise ConfigError(f"--eta {self.eta}: between 0 and 1")
-        if self.image and self.content_steps is not None:
-            raise ConfigError(f"--content-steps {self.content_steps}: no first frame is generated with --image")
+        for name in ("content_steps", "content_sampler"):
+            if self.image and getattr(self, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: no first frame is generated with --image")
         if self.reanchor and self.release_frame_order:
             raise ConfigError("--reanchor and --release-frame-order: the released script has no frames beyond those of training, give one")
 
+    def check_length(self) -> None:
+        """Videos of any mode may leave their length to that of training."""
+
     @property
-    def together(self) -> int:
+    def long(self) -> bool:
+        """Always: frame after frame."""
+        return True
+
+    @property
+    def recorded_mode(self) -> str:
+        """One for all, which differ in nothing else that is recorded."""
+        return "long"
+
+    @property
+    def together(self) -> int | None:
         """Videos of a batch have work in common even when each goes through the networks alone."""
-        return self.batch_size
+        return self.asked_batch
 
 
 class VIDMSampleJob:
     """Makes sample number i, frame after frame. What it makes is a function of `settings()` alone."""
 
     endings = ("",)
+    draws = 1
 
-    def __init__(self, config: VIDMSampleConfig, device: torch.device) -> None:
-        """Raises UserError or ConfigError in one line."""
+    def __init__(self, config: VIDMSampleConfig, device: torch.device, pipeline: VIDMPipeline | None = None) -> None:
+        """`pipeline`: networks that are there already, of the same settings. Raises UserError or ConfigError in one line."""
         self.config = config
-        self.pipeline = pipeline = _pipeline(config, device)
+        self.pipeline = pipeline = pipeline or _pipeline(config, device)
         self.order = FrameOrder(pipeline.n_frames if config.reanchor else None, config.release_frame_order)
-        given = {"content": config.content_steps, "motion": config.motion_steps}
-        self.samplings = {stage: _sampling(config, diffusion_of(part), given[stage]) for stage, part in pipeline.parts.items()}
+        self.samplings = {stage: _sampling(config, diffusion_of(part), stage) for stage, part in pipeline.parts.items()}
         self.drawing = Drawing(self.order, seed=config.seed, exact=config.exact, **self.samplings)
         self.labels: list[int] = []
         self.fps = config.fps or pipeline.fps
@@ -107,7 +125,7 @@ class VIDMSampleJob:
         self._check_length()
         self.pictures = find_pictures(config.image)
         self.images_sha256 = list(map(hash_picture, self.pictures))
-        for index in range(min(len(self.pictures), config.num_samples)):
+        for index in range(min(len(self.pictures), config.num_videos)):
             self.picture(index)  # what cannot be read is told before anything is made
 
     def label(self, index: int) -> int | None:
@@ -187,6 +205,8 @@ class VIDMSampleJob:
         """Raises UserError for videos that have more frames than there are indices."""
         wanted, pipeline = self.n_frames, self.pipeline
         trained, known = pipeline.n_frames, pipeline.video_timesteps
+        if self.config.mode == "short" and wanted > trained:
+            raise ConfigError(f"--num-frames {wanted}: videos of training have {trained}; for longer ones add --mode long")
         if self.config.reanchor:
             return
         if wanted > known:
@@ -212,10 +232,12 @@ def _pipeline(config: VIDMSampleConfig, device: torch.device) -> VIDMPipeline:
     )
 
 
-def _sampling(config: VIDMSampleConfig, process: DiffusionConfig, given: int | None) -> Sampling:
-    """The release's sampling, in `given` steps where they are. Raises ConfigError when it does not suit the process."""
-    steps = given or config.steps or min(RELEASED.steps, process.steps)
-    sampler = "ddpm" if config.sampler == "auto" else config.sampler
+def _sampling(config: VIDMSampleConfig, process: DiffusionConfig, stage: str) -> Sampling:
+    """How the generator of a stage is sampled: as is said of it, else of both, else as the release does. Raises ConfigError when it does
+    not suit the process."""
+    steps = getattr(config, f"{stage}_steps") or config.steps or min(RELEASED.steps, process.steps)
+    asked = getattr(config, f"{stage}_sampler") or config.sampler
+    sampler = "ddpm" if asked == "auto" else asked
     sampling = Sampling(steps=steps, sampler=sampler, eta=config.eta, clip=True).resolved(process)
     if sampling.sampler == "ddpm" and process.steps % steps == 0:
         sampling = dataclasses.replace(sampling, respacing=f"ddim{steps}")  # the name of the spacing, and no more than that

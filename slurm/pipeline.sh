@@ -86,7 +86,7 @@ encode() {
   fi
 }
 
-samples() { stage samples "$1" sample.py "$RUNS" --num-samples "${SAMPLES:-64}" --out "$RUNS/samples" "${@:2}"; }
+samples() { stage samples "$1" sample.py "$RUNS" --num-videos "${SAMPLES:-64}" --out "$RUNS/samples" "${@:2}"; }
 
 SHARDS=${SHARDS:-} HELD_OUT=${HELD_OUT:-}
 if [ ${#dry[@]} -eq 0 ]; then mkdir -p "$RUNS"; fi

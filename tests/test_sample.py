@@ -43,7 +43,12 @@ def test_one_file_a_sample_a_grid_and_the_settings(samples: Path) -> None:
     assert [entry["file"] for entry in record["samples"]] == [f"{i:06d}-class{i % 3:03d}.mp4" for i in range(7)]
     assert record["samples"][1]["class_name"] == "two"
     assert record["seed"] == 3 and record["content"]["steps"] == 2 and len(record["sha256"]["motion"]) == 64
-    assert set(contents(samples)) == {entry["file"] for entry in record["samples"]} | {"settings.json", "grid.mp4", "grid.png"}
+    assert set(contents(samples)) == {entry["file"] for entry in record["samples"]} | {
+        "settings.json",
+        "grid.mp4",
+        "grid.png",
+        "index.html",
+    }
 
 
 @pytest.mark.slow

@@ -179,7 +179,7 @@ def test_the_first_frame_is_held_unless_it_is_left_free(begun: Path, results: Pa
 
 def test_how_close_videos_begin_is_measured(begun: Path, results: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads((begun / "settings.json").read_text())
-    assert (record["mode"], record["num_frames"], len(record["images_sha256"])) == ("i2v", 4, 3)
+    assert (record["mode"], record["num_frames"], len(record["images_sha256"])) == ("image", 4, 3)
     line = ["--run", results, "--mode", "i2v", "--image", pictures, "--num-samples", 4, *STEPS]
     made = job(*line)
     for index in (0, 2):
@@ -360,9 +360,9 @@ def test_flags_say_which_system(results: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--mode", "i2v"], "--mode i2v: which picture"),
-        (["--image", "x.png"], "--image goes with --mode i2v"),
-        (["--no-anchor"], "--no-anchor goes with --mode i2v"),
+        (["--mode", "i2v"], "--mode image: which picture"),
+        (["--image", "x.png"], "--image goes with --mode image"),
+        (["--no-anchor"], "--no-anchor goes with --mode image"),
         (["--mode", "i2v", "--image", "x.png"], "--image x.png cannot be read: no such file"),
         (["--mode", "i2v", "--image", __file__], "cannot be read: cannot identify image"),
         (["--mode", "i2v", "--image", "."], "--image .: no picture in it"),
@@ -403,5 +403,5 @@ def test_what_a_denoiser_was_not_trained_for_is_refused(plain: Path, pictures: P
     assert job("--denoiser", begins, *image).notes == []
     with pytest.raises(UserError, match=r"--num-frames 5: .* so that videos have 4"):
         job("--denoiser", begins, *image, "--num-frames", 5)
-    with pytest.raises(ConfigError, match="--mode i2v: pvdm makes short and long videos only"):
+    with pytest.raises(ConfigError, match="--mode image: pvdm makes short and long videos only"):
         config("--system", "pvdm", "--run", plain, *image[:2])

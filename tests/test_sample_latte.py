@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 import evaluate
-import sample
 from datasets.shards import ShardSet
 from datasets.stored_video import decode_window
 from launch import report
 from launch.env import distributed
+from pipelines import video_files
 from pipelines.jobs import choose_classes, load_vectors
 from pipelines.latte_sample import LatteSampleConfig, LatteSampleJob
 from pipelines.systems import load_sampling
@@ -56,7 +56,7 @@ def samples(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_file_a_sample_a_grid_a_strip_and_the_settings(samples: Path) -> None:
     record = json.loads((samples / "settings.json").read_text())
     clips = [f"{i:06d}-class{i % 3:03d}" for i in range(5)]
-    pictures = {"grid.mp4", "grid.png", "strip.mp4", "strip.png", "settings.json"}
+    pictures = {"grid.mp4", "grid.png", "strip.mp4", "strip.png", "settings.json", "index.html"}
     assert set(contents(samples)) == {f"{name}{end}.mp4" for name in clips for end in ("", "-trajectory")} | pictures
     assert [entry["file"] for entry in record["samples"]] == [f"{name}.mp4" for name in clips]
     assert record["samples"][1]["class_name"] == "two"
@@ -131,13 +131,13 @@ def test_names_of_the_tutorial(results: Path, tmp_path: Path) -> None:
 def test_levels_are_rounded(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tutorial truncates, which darkens every clip by half a level."""
     written: list[torch.Tensor] = []
-    real = sample.write_mp4
+    real = video_files.write_mp4
 
     def write(path: Path, video: torch.Tensor, fps: float) -> None:
         written.append(video)
         real(path, video, fps)
 
-    monkeypatch.setattr(sample, "write_mp4", write)
+    monkeypatch.setattr(video_files, "write_mp4", write)
     make(tmp_path / "out", "--run", results, *SETTINGS, "--num-samples", 1)
     clip = job("--run", results, *SETTINGS).generate([0])[""][0]
     levels = (clip + 1) * 127.5

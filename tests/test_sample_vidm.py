@@ -73,7 +73,7 @@ def whole(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_videos_of_both_stages_are_written(results: Path, whole: Path, tmp_path: Path) -> None:
     names = {f"{number:06d}.mp4" for number in range(3)}
-    assert set(contents(whole)) == names | {"settings.json", "grid.mp4", "grid.png", "film.png"}
+    assert set(contents(whole)) == names | {"settings.json", "grid.mp4", "grid.png", "film.png", "index.html"}
     settings = json.loads((whole / "settings.json").read_text())
     assert settings["num_frames"] == 4 and settings["fps"] == 10 and settings["system"] == "vidm"
     assert settings["sampling"]["motion"] == settings["sampling"]["content"]
@@ -318,7 +318,7 @@ def test_a_file_is_no_folder_to_write_to(results: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--mode", "short"], "--mode short: vidm makes long videos only"),
+        (["--mode", "short", "--num-frames", "7"], "--num-frames 7: videos of training have 6"),
         (["--sampler", "euler"], "sampler euler: the model's process is ddpm"),
         (["--steps", "0"], "--steps 0: at least 1"),
         (["--steps", "41"], "41 sampling steps: the model was trained with 40"),

@@ -1,7 +1,10 @@
 """Files that are either whole or absent: written under a temporary name, flushed to the disk, then renamed."""
 
+import fcntl
 import hashlib
 import os
+import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,15 +20,23 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+
+
+def _beside(path: Path) -> Path:
+    """A temporary name beside `path`, whose folder is made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what the block writes there replaces `path` in one rename, or nothing does.
 
     Makes the parent folder. The temporary name ends in `.tmp` and is removed when the block raises.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _beside(path)
     try:
         yield temporary
         fsync_path(temporary)
@@ -33,6 +44,51 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_path(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`; its files replace the folder `path` when the block ends, or nothing does.
+
+    A folder that is there already is deleted just before, so a kill between the two leaves none.
+    """
+    temporary = _beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for place in (*temporary.iterdir(), temporary):
+            fsync_path(place)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    fsync_path(Path(path).parent)
+
+
+@contextmanager
+def writing_alone(folder: Path) -> Iterator[bool]:
+    """Whether no other process is in such a block of this folder, as far as its file system can tell (False where it cannot)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = True
+        except OSError:
+            alone = False
+        yield alone
+    finally:
+        os.close(descriptor)
+
+
+def remove_temporaries(folder: Path) -> int:
+    """Delete what `atomic_path` and `atomic_folder` left in a folder when they were killed; how many that were. Nobody may be writing."""
+    left = [place for place in folder.iterdir() if _TEMPORARY.fullmatch(place.name)] if folder.is_dir() else []
+    for place in left:
+        if place.is_dir():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            place.unlink(missing_ok=True)
+    return len(left)
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:

@@ -148,12 +148,16 @@ def write_mp4(path: Path | str, video: Tensor, fps: float = 25.0) -> None:
     atomic_write_bytes(Path(path), encode_mp4(_frames(video), fps))
 
 
+def gif_duration(fps: float) -> int:
+    """Milliseconds that a frame of a GIF is shown. GIF counts time in 1/100 s; players are slow below 2 of them."""
+    return max(20, round(100 / fps) * 10)
+
+
 def gif_bytes(video: Tensor, fps: float = 25.0) -> bytes:
-    """An endless GIF of a uint8 video c t h w (1 or 3 channels). GIF counts time in 1/100 s; players are slow below 2 of them."""
+    """An endless GIF of a uint8 video c t h w (1 or 3 channels)."""
     images = [Image.fromarray(frame) for frame in _frames(video)]
     buffer = io.BytesIO()
-    duration = max(20, round(100 / fps) * 10)
-    images[0].save(buffer, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0, optimize=False)
+    images[0].save(buffer, format="GIF", save_all=True, append_images=images[1:], duration=gif_duration(fps), loop=0, optimize=False)
     return buffer.getvalue()
 
 

@@ -2,7 +2,7 @@
 # PVDM: triplane autoencoder -> its adversarial phase -> latents of clip pairs -> denoiser -> clips, and videos of two and eight clips.
 # Sourced by launch/quickstart.sh.
 LENGTH=32            # four clips of 8 frames: each is learnt alone, and as the continuation of the one before it
-SAMPLES=(--num-samples 20 --mode long --num-frames 16)
+SAMPLES=(--num-videos 20 --mode long --num-frames 16)
 
 stages() {
   say "Autoencoder: a clip to three planes, and back"
@@ -16,6 +16,6 @@ stages() {
   train train_dit.py "$LATENTS" "$HELD_OUT_LATENTS" --ae "$AE" --max-steps 1500
   SAMPLING=(--steps 50 --next-steps 50)
   say "Long videos: 64 frames, clip after clip"
-  torchrun sample.py --run "$RUNS" --mode long --num-frames 64 --num-samples 4 --gif --out "$OUT/long" "${SAMPLING[@]}"
+  torchrun sample.py --run "$RUNS" --mode long --num-frames 64 --num-videos 4 --gif --out "$OUT/long" "${SAMPLING[@]}"
   REPORTED+=("$OUT/long")
 }

@@ -2,7 +2,7 @@
 # VIDM: content generator (first frames) and motion generator (every next frame) on the frames themselves -> videos of 32 frames.
 # Sourced by launch/quickstart.sh.
 LENGTH=32            # frame r is learnt from the first frame and frame r - 1, for every r up to 31
-SAMPLES=(--num-samples 10 --num-frames 32)
+SAMPLES=(--num-videos 10 --num-frames 32)
 
 stages() {
   say "Content generator: first frames"
