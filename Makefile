@@ -49,7 +49,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	@for name in train_step latte_step pvdm_step hvdm_step vidm_step vidm_frame wavelet long_video checkpoint watching stream preprocess formats; do echo "== benchmarks/$$name.py"; $(BIN)/python -m benchmarks.$$name || exit 1; done
+	@for name in train_step latte_step pvdm_step hvdm_step vidm_step vidm_frame wavelet long_video checkpoint watching stream preprocess formats evaluation; do echo "== benchmarks/$$name.py"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -51,7 +51,8 @@ def open_extractor(kind: str, path: str, flag: str, rules: Rules, device: torch.
     """The network of a file. `sha256`: what the file's must begin with. Raises UserError for another file, and one that is none."""
     place = Path(path)
     if not place.is_file():
-        raise UserError(f"{flag} {path}: no such file; wanted is {NETWORKS[kind]}; no copy comes with Kinoform")
+        expected = f" with sha256 {sha256}" if sha256 else ""
+        raise UserError(f"{flag} {path}: no such file; wanted is {NETWORKS[kind]}{expected}, of which no copy comes with Kinoform")
     if sha256 and not (found := sha256_file(place)).startswith(sha256.lower()):
         raise UserError(f"{flag} {path} is another file than expected: its sha256 is {found}, {flag}-sha256 says {sha256}")
     return LOADERS[kind](place, rules, device)

@@ -84,7 +84,7 @@ PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         Protocol("stylegan-v"),
-        Protocol("pvdm", fit="crop", unbiased=True),
+        Protocol("pvdm", fit="crop", unbiased=True, scores=False),
         Protocol("videomae", network="videomae", fit="stretch", unit_range=True, scores=False),
         Protocol(
             "release",

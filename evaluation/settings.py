@@ -185,4 +185,4 @@ class VisConfig(VideosConfig):
         if not 1 <= self.splits <= self.count:
             raise ConfigError(f"--splits {self.splits}: from 1 up to --num-videos {self.count}")
         if not self.rules.scores:
-            raise ConfigError(f"--protocol {self.protocol} is one of distances; the score has stylegan-v, pvdm and release")
+            raise ConfigError(f"--protocol {self.protocol} is one of distances; the score has stylegan-v and release")

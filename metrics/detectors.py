@@ -65,7 +65,9 @@ class Detector:
     def __call__(self, videos: Tensor) -> Tensor:
         """Raises UserError where the network does not take such videos, or gives no rows of finite numbers."""
         try:
-            rows = self._forward(videos.to(self.device))
+            # TF32, which torch takes for convolutions on its own, has three digits; what is kept must not depend on a choice of algorithm.
+            with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+                rows = self._forward(videos.to(self.device))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError) as error:

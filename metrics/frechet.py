@@ -1,10 +1,14 @@
 """Frechet distance of two sets of feature vectors, each taken as a Gaussian, in double precision and in one pass over each set."""
 
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 _LEAST_SLAB = 256
 
@@ -22,7 +26,7 @@ class _Sums:
         """Rows (k, dim), which are overwritten."""
         apart = self._move(len(rows), mean := rows.mean(dim=0))
         rows -= mean
-        self.scatter.addmm_(rows.T, rows)
+        self.scatter += _gram(rows)
         self._spread(len(rows), apart)
 
     def add(self, other: "_Sums") -> None:
@@ -43,6 +47,14 @@ class _Sums:
         self.n += n
 
 
+def _gram(rows: Tensor) -> Tensor:
+    """X^T X. NumPy sees that both factors are one matrix, and does half of the work."""
+    if rows.device.type != "cpu":
+        return rows.T @ rows
+    array = rows.numpy()
+    return torch.from_numpy(array.T @ array)
+
+
 class Moments:
     """Number, mean and scatter sum (x - mean)(x - mean)^T of feature vectors, float64, kept up to date batch by batch.
 
@@ -53,11 +65,11 @@ class Moments:
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         self.dim = dim
-        self._slab = max(dim, _LEAST_SLAB)
         zeros = torch.zeros(dim, dim, dtype=torch.float64, device=device)
         self._sums = _Sums(0, zeros.new_zeros(dim), zeros)
-        self._waiting: list[Tensor] = []
+        self._slab = zeros.new_empty(0, dim)
         self._count = 0
+        self._whole: _Sums | None = None
 
     @classmethod
     def of(cls, n: int, mean: Tensor, scatter: Tensor) -> "Moments":
@@ -68,9 +80,8 @@ class Moments:
 
     def state(self) -> dict[str, Tensor]:
         """All there is, for a file: `from_state` goes on with the same bits."""
-        waiting = torch.cat(self._waiting) if self._waiting else self._sums.mean.new_zeros(0, self.dim)
         sums = {"mean": self._sums.mean, "scatter": self._sums.scatter} if self._sums.n else {}
-        return {"n": torch.tensor(self._sums.n), "waiting": waiting, **sums}
+        return {"n": torch.tensor(self._sums.n), "waiting": self._slab[: self._count], **sums}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> "Moments":
@@ -89,7 +100,7 @@ class Moments:
     @property
     def rows(self) -> Tensor | None:
         """The vectors themselves, (n, dim), while none has joined the sums; else None."""
-        return torch.cat(self._waiting) if self._waiting and not self._sums.n else None
+        return self._slab[: self._count] if self._count and not self._sums.n else None
 
     @property
     def mean(self) -> Tensor:
@@ -103,11 +114,12 @@ class Moments:
 
     def _total(self) -> _Sums:
         """The sums with the vectors that wait, which go on waiting."""
-        if not self._waiting:
+        if not self._count:
             return self._sums
-        sums = self._sums.copy()
-        sums.add_rows(torch.cat(self._waiting))
-        return sums
+        if self._whole is None:
+            self._whole = self._sums.copy()
+            self._whole.add_rows(self._slab[: self._count].clone())
+        return self._whole
 
     def update(self, features: Tensor) -> None:
         """Adds rows (k, dim). ValueError for another shape, or for numbers that are not finite: one would spoil all."""
@@ -115,27 +127,31 @@ class Moments:
             raise ValueError(f"features {list(features.shape)}: (any, {self.dim}) is wanted")
         if not features.isfinite().all():
             raise ValueError("features that are not finite: the videos or the network that they came from are broken")
-        rows = features.to(self._sums.mean, copy=True)  # the caller may write over his
-        while len(rows):
-            if self._count == self._slab:
+        self._whole = None
+        given, room = len(features), len(self._slab)
+        if given and not room:
+            room = max(self.dim, _LEAST_SLAB)
+            self._slab = self._sums.mean.new_empty(room, self.dim)
+        start = 0
+        while start < given:
+            if self._count == room:
                 self._sum_up()
-            part, rows = rows[: self._slab - self._count], rows[self._slab - self._count :]
-            self._waiting.append(part)
-            self._count += len(part)
+            count = min(given - start, room - self._count)
+            self._slab[self._count : self._count + count] = features[start : start + count]
+            self._count, start = self._count + count, start + count
 
     def merge(self, other: "Moments") -> None:
         """Adds all that another one has seen."""
         if other._sums.n:
             self._sum_up()
             self._sums.add(_Sums(other._sums.n, other._sums.mean.to(self._sums.mean), other._sums.scatter.to(self._sums.mean)))
-        for rows in other._waiting:
-            self.update(rows)
+        self.update(other._slab[: other._count])
 
     def _sum_up(self) -> None:
         """The vectors that wait join the sums."""
-        if self._waiting:
-            self._sums.add_rows(torch.cat(self._waiting))
-            self._waiting, self._count = [], 0
+        if self._count:
+            self._sums.add_rows(self._slab[: self._count])
+            self._count, self._whole = 0, None
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Every rank comes to hold the moments of all ranks' vectors. To be called by all, also by one that has seen nothing."""
@@ -171,35 +187,38 @@ def frechet_distance(first: Moments, second: Moments, *, unbiased: bool = True) 
     only numbers of equal set sizes compare. `unbiased`: covariances over n - 1, else over n. The published code does this in float32
     and is off by 1e-3 of the value, more where a few features dominate.
     """
-    few = [_few_rows(moments, unbiased) for moments in (first, second)]
-    apart = (first.mean - second.mean.to(first.mean)).square().sum()
+    divisors = [moments.divisor(unbiased=unbiased) for moments in (first, second)]
+    means = [moments.mean.cpu().numpy() for moments in (first, second)]
+    apart = float(np.square(means[0] - means[1]).sum())
+    few = [_few_rows(moments, divisor) for moments, divisor in zip((first, second), divisors, strict=True)]
     if few[0] is not None and few[1] is not None:
-        one, two = few[0], few[1].to(first.mean)
-        cross = torch.linalg.svdvals(one @ two.T).sum()
-        return float(apart + one.square().sum() + two.square().sum() - 2 * cross)
-    if few[0] is None and few[1] is not None:
-        first, second, few = second, first, few[::-1]
-    other = second.covariance(unbiased=unbiased).to(first.mean)
-    root, variance = _root(first, few[0], unbiased)
-    product = root.T @ other @ root
-    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    return float(apart + variance + other.trace() - 2 * cross)
+        cross = np.linalg.svd(few[0] @ few[1].T, compute_uv=False).sum()
+        return apart + float(np.square(few[0]).sum() + np.square(few[1]).sum() - 2 * cross)
+    covariances = [
+        moments.scatter.cpu().numpy() / divisor if rows is None else None
+        for moments, divisor, rows in zip((first, second), divisors, few, strict=True)
+    ]
+    one, two = (0, 1) if covariances[1] is not None else (1, 0)
+    rows, own, other = few[one], covariances[one], covariances[two]
+    assert other is not None
+    root = _root(own) if own is not None else rows.T
+    variance = np.trace(own) if own is not None else np.square(rows).sum()
+    cross = np.sqrt(np.linalg.eigvalsh(root.T @ other @ root).clip(min=0)).sum()
+    return apart + float(variance + np.trace(other) - 2 * cross)
 
 
-def _few_rows(moments: Moments, unbiased: bool) -> Tensor | None:
+def _few_rows(moments: Moments, divisor: int) -> Array | None:
     """Centred rows X of a set that has fewer of them than numbers, scaled: its covariance is X^T X. None for another set."""
-    divisor = moments.divisor(unbiased=unbiased)
-    rows = moments.rows
-    return (rows - rows.mean(dim=0)) / divisor**0.5 if rows is not None and len(rows) < moments.dim else None
+    if moments.rows is None or moments.n >= moments.dim:
+        return None
+    rows = moments.rows.cpu().numpy()
+    return (rows - rows.mean(axis=0)) / divisor**0.5
 
 
-def _root(moments: Moments, few: Tensor | None, unbiased: bool) -> tuple[Tensor, Tensor]:
-    """R with covariance R R^T, and its trace. A triangular one where the covariance has no zeros: eigenvectors take longer."""
-    if few is not None:
-        return few.T, few.square().sum()
-    covariance = moments.covariance(unbiased=unbiased)
-    root, failed = torch.linalg.cholesky_ex(covariance)
-    if int(failed):
-        values, vectors = torch.linalg.eigh(covariance)
-        root = vectors * values.clamp(min=0).sqrt()
-    return root, covariance.trace()
+def _root(covariance: Array) -> Array:
+    """R with covariance R R^T: a triangular one where the covariance has no zeros, for eigenvectors take longer."""
+    try:
+        return np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(covariance)
+        return vectors * np.sqrt(values.clip(min=0))

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import (
     checkpoint,
+    evaluation,
     formats,
     hvdm_step,
     latte_step,
@@ -243,3 +244,11 @@ def test_long_video_measures_each_length_in_its_own_process(output: Callable[...
     text = output(long_video.main, *tiny, "--frames", "9", "17")
     assert [int(number) for number in re.findall(r"(\d+) frames: +[\d.]+ MiB at most", text)] == [9, 17]
     assert "17 frames need" in text and "all frames as numbers: 0.8 MiB" in text
+
+
+def test_evaluation_prints_ratios_and_memory_of_both_ways(output: Callable[..., str]) -> None:
+    """That the values agree it asserts itself."""
+    text = output(evaluation.main, "--clips", "300", "--dims", "24", "--rounds", "1")
+    found = ratios(text)
+    assert len(found) == 4 and found[1] == found[3] == 1.0 and found[0] > 0
+    assert re.findall(r"memory, (.+?) +300 clips -?\d+ MiB, 2400 clips -?\d+ MiB", text) == list(evaluation.WAYS)

@@ -1,0 +1,139 @@
+"""From features of clips to the Frechet distance: sums in one pass and symmetric eigenvalues, beside all features and a matrix root.
+
+The other way is that of most published scripts: collect the features of both sides, numpy.cov, scipy.linalg.sqrtm. Time is that of
+both sides and the distance, and of the distance alone, for features that are there; memory that of a process which makes features
+batch by batch, 400 numbers a clip as of I3D, 1408 as of VideoMAE. The values must agree.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import linalg
+from torch import Tensor
+
+from benchmarks.common import CLOCKS, alternate, machine
+from metrics.frechet import Moments, frechet_distance
+
+BATCH = 32
+AGREE = 1e-6
+"""Relative difference of both values at most."""
+
+
+def batches(clips: int, dim: int, seed: int) -> Iterator[Tensor]:
+    """Features of so many clips in batches: variances that fall as 30 / k along axes of their own, and a mean that the seed moves."""
+    axes = torch.linalg.qr(torch.randn(dim, dim, generator=torch.Generator().manual_seed(2))).Q
+    mixing = (30 / torch.arange(1, dim + 1)).sqrt()[:, None] * axes
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, clips, BATCH):
+        yield torch.randn(min(BATCH, clips - start), dim, generator=generator) @ mixing + 0.1 * seed
+
+
+@dataclass(frozen=True)
+class Way:
+    """How features become a distance."""
+
+    summarise: Callable[[Iterable[Tensor]], Any]
+    """One side's batches."""
+    distance: Callable[[Any, Any], float]
+
+    def __call__(self, sides: Iterable[Iterable[Tensor]]) -> float:
+        one, two = (self.summarise(side) for side in sides)
+        return self.distance(one, two)
+
+
+def moments(side: Iterable[Tensor]) -> Moments:
+    """What evaluate.py keeps of a side."""
+    found: Moments | None = None
+    for rows in side:
+        found = found or Moments(rows.shape[1])
+        found.update(rows)
+    assert found is not None
+    return found
+
+
+def collected(side: Iterable[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of features that are all there."""
+    features = np.concatenate([rows.double().numpy() for rows in side])
+    return features.mean(axis=0), np.cov(features, rowvar=False)
+
+
+def root_distance(one: tuple[np.ndarray, np.ndarray], two: tuple[np.ndarray, np.ndarray]) -> float:
+    """By the root of the product of both covariances."""
+    root = linalg.sqrtm(one[1] @ two[1])
+    return float(np.square(one[0] - two[0]).sum() + np.trace(one[1] + two[1] - 2 * np.real(root)))
+
+
+BASELINE = "all features, sqrtm"
+WAYS = {"one pass, eigenvalues": Way(moments, frechet_distance), BASELINE: Way(collected, root_distance)}
+
+
+def report(clips: int, dim: int, rounds: int, clock: str) -> None:
+    """Prints value and time of both ways, as a whole and of the distance alone."""
+    sides = [list(batches(clips, dim, seed)) for seed in (0, 1)]
+    sums = {name: [way.summarise(side) for side in sides] for name, way in WAYS.items()}
+    ours, other = (way.distance(*sums[name]) for name, way in WAYS.items())
+    assert abs(ours - other) <= AGREE * abs(other), f"{ours} and {other}"
+    print(f"{clips} clips a side, {dim} numbers each: distance {ours:.9f}, apart {abs(ours - other) / abs(other):.1e} of it")
+    work: dict[str, Callable[[], object]] = {f"{name}: all": partial(way, sides) for name, way in WAYS.items()}
+    work |= {f"{name}: distance": partial(way.distance, *sums[name]) for name, way in WAYS.items()}
+    taken = alternate(work, rounds, torch.device("cpu"), CLOCKS[clock])
+    for name, time in taken.items():
+        ratio = taken[f"{BASELINE}: {name.rpartition(' ')[2]}"] / time
+        print(f"  {name:<34}{time * 1e3:>9.1f} ms (ratio {ratio:.3f})", flush=True)
+
+
+def peaks(dim: int, clips: list[int]) -> None:
+    """Prints the memory that each way needs for so many clips, each in a process of its own."""
+    for name in WAYS:
+        line = [sys.executable, "-m", "benchmarks.evaluation", "--peak", name, "--dims", str(dim), "--clips"]
+        found = [
+            json.loads(subprocess.run([*line, str(count)], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+            for count in clips
+        ]
+        told = ", ".join(f"{count} clips {growth / 2**20:.0f} MiB" for count, growth in zip(clips, found, strict=True))
+        print(f"  memory, {name:<24}{told}", flush=True)
+
+
+def growth(name: str, dim: int, clips: int) -> int:
+    """Bytes that this process grows by at most, once libraries are loaded and have worked."""
+    WAYS[name]([list(batches(64, 16, seed)) for seed in (0, 1)])
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    WAYS[name](batches(clips, dim, seed) for seed in (0, 1))
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(f"{field}:"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=2048, help="of each side (default 2048)")
+    parser.add_argument("--dims", type=int, nargs="+", default=[400, 1408], help="numbers of a feature (default 400 1408)")
+    parser.add_argument("--rounds", type=int, default=3, help="of which the median is printed (default 3)")
+    parser.add_argument("--clock", choices=CLOCKS, default="cpu", help="cpu: processor time; wall: time (default cpu)")
+    parser.add_argument("--peak", choices=WAYS, help=argparse.SUPPRESS)  # of a process that measures its memory
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.peak:
+        print(json.dumps(growth(args.peak, args.dims[0], args.clips)))
+        return
+    print(f"{machine(torch.device('cpu'))}; {args.clock} time")
+    for dim in args.dims:
+        report(args.clips, dim, args.rounds, args.clock)
+        peaks(dim, [args.clips, 8 * args.clips])
+
+
+if __name__ == "__main__":
+    main()
