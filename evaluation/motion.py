@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from av.error import FFmpegError
 
-from datasets.stored_video import iterate_frames
 from evaluation.videos import OVERVIEWS, sample_settings
 from models.layers.motion import motion_energy
+from pipelines.video_files import form_of, iterate
 from utils.errors import ConfigError, UserError
 from utils.media import to_float
 
+STORED = {"mp4": "H.264", "png": "PNG", "gif": "GIF"}
+"""Formats, as the protocol calls them."""
 CLIP_FRAMES = 16
 """Frames of a clip where nobody says them."""
 
@@ -54,7 +56,8 @@ def measure_motion(folder: Path, clip_frames: int = 0) -> dict[str, Any]:
     videos = videos or sorted(path for path in folder.glob("*.mp4") if path.name not in OVERVIEWS)
     if not videos:
         raise UserError(f"{folder} holds no videos (*.mp4): give the --out of sample.py, or any folder of mp4 files")
-    found = [list(_energies(path, frames)) for path in videos]
+    forms = sorted({form_of(path) for path in videos})
+    found = [list(_energies(path, frames, settings.get("fps") or 10)) for path in videos]
     if short := [path for path, energies in zip(videos, found, strict=True) if not energies]:
         raise UserError(f"{short[0]} has fewer than {frames} frames: give --clip-frames")
     means = [statistics.fmean(energies) for energies in found]
@@ -66,16 +69,16 @@ def measure_motion(folder: Path, clip_frames: int = 0) -> dict[str, Any]:
             "motion": "mean |coefficient| of the four subbands of the Haar transform that are high in time, frames in [-1, 1]",
             "clips": sum(map(len, found)),
             "clip_frames": frames,
-            "frames": "as stored, H.264",
+            "frames": f"as stored, {' and '.join(STORED[form] for form in forms)}",
         },
     }
 
 
-def _energies(path: Path, frames: int) -> Iterator[float]:
+def _energies(path: Path, frames: int, fps: float) -> Iterator[float]:
     """Motion of the clips of a video, one after the other. Raises UserError for a file that is no video."""
     clip: list[np.ndarray] = []
     try:
-        for frame in iterate_frames(path):
+        for frame in iterate(path, form_of(path), fps):
             clip.append(frame)
             if len(clip) == frames:
                 video = torch.from_numpy(np.stack(clip)).permute(3, 0, 1, 2)[None]

@@ -78,6 +78,13 @@ def video_path(folder: Path, name: str, form: Format) -> Path:
     return folder / name if form == "png" else folder / f"{name}.{form}"
 
 
+def form_of(path: Path) -> Format:
+    """The format of a video that is there."""
+    if path.is_dir():
+        return "png"
+    return "gif" if path.suffix.lower() == ".gif" else "mp4"
+
+
 def exactest(forms: tuple[Format, ...]) -> Format:
     """Of the formats of a video the one that is nearest to its frames."""
     return next(form for form in EXACTEST if form in forms)

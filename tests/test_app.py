@@ -20,7 +20,7 @@ from tests.distributed import ROOT, environment
 from tests.sampling import CPU, config, make
 from utils.errors import ConfigError, UserError
 
-NO_GRADIO = "no gradio here: pip install -r requirements-optional.txt, in an environment of its own (it needs pillow below 13)"
+NO_GRADIO = "no gradio here: pip install -r requirements-optional.txt"
 
 
 @pytest.fixture(scope="module")
