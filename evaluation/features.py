@@ -18,6 +18,7 @@ from evaluation.extractors import Extractor
 from evaluation.store import FeatureStore, cache_folder
 from launch.env import Env, Stopped
 from metrics.frechet import Moments
+from utils.errors import UserError
 from utils.rng import hash_indices
 
 BLOCK = 32
@@ -121,7 +122,9 @@ def blocks(clips: Clips, extractor: Extractor, env: Env, reading: Reading, store
         return
     for number in range(count):
         block = _stored(store, number, clips) if number in present else next(made)
-        assert block is not None and block.number == number, f"block {number} of {store.folder if store else 'no cache'} is gone"
+        if block is None:
+            raise UserError(f"{store.folder if store else ''}: block {number} was removed while it was used; start the same command again")
+        assert block.number == number
         yield block
     for _ in made:
         raise AssertionError("a block too many")

@@ -20,6 +20,7 @@ from launch.env import Env
 from tests import distributed
 from tests.scripted_detectors import ToyC3D, ToyI3D, save_script, write_arrays
 from tests.shard_sets import write_set
+from utils.errors import UserError
 
 ALONE = Env.single()
 REAL, FAKE = 100, 70
@@ -155,6 +156,19 @@ def test_a_cache_that_cannot_be_written_is_said_once(place: Path, tmp_path: Path
     found = measure_fvd(config(place, cache=str(tmp_path / "file")), ALONE)
     assert capsys.readouterr().err.count("features are not kept") == 2  # of each side
     assert found == measure_fvd(config(place, no_cache=True), ALONE)
+
+
+def test_a_block_that_is_removed_meanwhile_is_told(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_fvd(config(place, cache=str(tmp_path)), ALONE)
+    plain, seen = FeatureStore.read, []
+
+    def read(self: FeatureStore, name: str) -> Any:
+        seen.append(name)
+        return None if name.startswith("moments") or seen.count(name) > 1 else plain(self, name)
+
+    monkeypatch.setattr(FeatureStore, "read", read)
+    with pytest.raises(UserError, match="block 0 was removed while it was used; start the same command again"):
+        measure_fvd(config(place, cache=str(tmp_path)), ALONE)
 
 
 def killed_on_a_rank(env: Env, place: str, cache: str) -> None:
