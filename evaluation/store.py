@@ -44,7 +44,8 @@ class FeatureStore:
         if not self._writes:
             return
         whole = {label: value.detach().cpu().contiguous() for label, value in tensors.items()}
-        metadata = {**(about or {}), "key": self.key, "sha256": _digest(whole)}
+        # One entry: safetensors writes several in any order, and equal features would be unequal files.
+        metadata = {"about": json.dumps({**(about or {}), "key": self.key, "sha256": _digest(whole)})}
         try:
             if not (self.folder / "about.json").is_file():
                 atomic_write_text(self.folder / "about.json", self._about)
@@ -60,12 +61,12 @@ class FeatureStore:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
+                metadata = json.loads((file.metadata() or {}).get("about", "{}"))
                 tensors = {label: file.get_tensor(label) for label in file.keys()}  # noqa: SIM118 (no mapping)
             if (metadata.get("key"), metadata.get("sha256")) == (self.key, _digest(tensors)):
                 return tensors
             reason = "its contents are not those that were written"
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, AttributeError) as error:
             reason = str(error).splitlines()[0]
         print(f"note: {path} is damaged ({reason[:200]}): it is computed again", file=sys.stderr, flush=True)
         return None
