@@ -198,6 +198,17 @@ def test_each_protocol_gives_the_network_its_own_pixels(place: Path, tmp_path: P
     torch.testing.assert_close(crop(video)[0, 3], preprocess(video, fit="crop").mean())
 
 
+def test_the_protocols_are_those_that_were_published() -> None:
+    """Network, how frames become its size, [0, 1] or not, n - 1 or not, drawn or not."""
+    told = {name: (one.network, one.fit, one.unit_range, one.unbiased, one.drawn) for name, one in PROTOCOLS.items()}
+    assert told == {
+        "stylegan-v": ("i3d", "network", False, False, True),
+        "pvdm": ("i3d", "crop", False, True, True),
+        "videomae": ("videomae", "stretch", True, False, True),
+        "release": ("i3d", "network", True, True, False),
+    }
+
+
 @pytest.mark.parametrize(("protocol", "unbiased"), [("stylegan-v", False), ("pvdm", True), ("videomae", False), ("release", True)])
 def test_each_protocol_has_its_own_covariance(place: Path, protocol: str, unbiased: bool) -> None:
     how = {"resolution": SIDE} if protocol == "release" else {}

@@ -149,6 +149,10 @@ def test_an_interval_is_as_wide_as_the_figure_varies() -> None:
     assert resampled == bootstrap_frechet(real[:, None], generated[:, None], 60, 0)
 
 
+def test_an_interval_takes_the_spread_alone() -> None:
+    assert interval(10.0, [30.0 + k for k in range(41)]) == pytest.approx((10 - 19, 10 + 19))
+
+
 def test_vectors_of_a_video_are_drawn_together() -> None:
     """k equal vectors of each video give the distances of one."""
     real, generated = features(30, 4, 4, 0)[:, None], features(30, 4, 4, 1)[:, None] + 0.1
