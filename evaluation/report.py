@@ -26,9 +26,10 @@ def report(
 ) -> dict[str, Any]:
     """Figures, what to know of them (also printed), and how they were measured."""
     notes = [*filter(None, [config.rules.note]), *(note for side in sides for note in _notes(config, side)), *notes]
-    if "fd_by_size" in figures and (least := min(map(int, figures["fd_by_size"]))) <= described["dim"]:
+    vectors = config.frames if config.unit == "frames" else 1
+    if "fd_by_size" in figures and (least := vectors * min(map(int, figures["fd_by_size"]))) <= described["dim"]:
         notes.append(
-            f"fd_inf is from sets of {least} videos on, with {described['dim']} features: the line is not straight there, it is off"
+            f"fd_inf is from sets of {least} {config.unit} on, with {described['dim']} features: the line is not straight there, it is off"
         )
     for note in notes:
         print(f"note: {note}", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ Published numbers are of ViT-B/32. It takes the optional package `transformers`,
 
 import hashlib
 import importlib.util
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ class Clip:
             )
         if importlib.util.find_spec("transformers") is None:
             raise UserError("CLIP is read by the package transformers, which is not installed: pip install transformers")
-        self.sha256 = hashlib.sha256("".join(map(sha256_file, weights)).encode()).hexdigest() if weights[1:] else sha256_file(weights[0])
+        self.sha256 = _joint_sha256(weights)
+        self._settings = _joint_sha256([self.folder / name for names in PARTS[:2] for name in names if name in there])
         self._model, self._pictures, self._tokens = _load(self.folder)
         self._model.to(self.device)
         self.frames = FrameFeatures(self._see, self.identity(), self.device)
@@ -48,7 +50,8 @@ class Clip:
         sizes = self._model.config.vision_config
         kind = f"clip of width {sizes.hidden_size}, depth {sizes.num_hidden_layers}, patches of {sizes.patch_size}"
         resize = f"as its preprocessor_config.json says, to {sizes.image_size}"
-        return {"file": self.folder.name, "sha256": self.sha256, "kind": kind, "resize": resize}
+        versions = {"settings_sha256": self._settings, "transformers": version("transformers")}
+        return {"file": self.folder.name, "sha256": self.sha256, "kind": kind, "resize": resize} | versions
 
     def _see(self, frames: Tensor) -> Tensor:
         pixels = self._pictures(list(frames), return_tensors="pt", input_data_format="channels_first")["pixel_values"]
@@ -66,6 +69,12 @@ class Clip:
             given = {name: tokens[name] for name in ("input_ids", "attention_mask")}
             rows.append(F.normalize(_vectors(self._model.get_text_features(**given)).float(), dim=1))
         return torch.cat(rows), cut
+
+
+def _joint_sha256(files: list[Path]) -> str:
+    """SHA-256 of a file; of several, that of their digests."""
+    digests = [sha256_file(path) for path in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _vectors(found: Any) -> Tensor:

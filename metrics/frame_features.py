@@ -34,7 +34,8 @@ class FrameFeatures:
         frames = rearrange(videos, "b c t h w -> (b t) c h w")
         name = self._identity["file"]
         try:
-            rows = torch.cat([self.net(chunk.to(self.device)) for chunk in frames.split(CHUNK)])
+            with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+                rows = torch.cat([self.net(chunk.to(self.device)) for chunk in frames.split(CHUNK)])
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -46,6 +47,18 @@ def test_networks_that_give_no_rows_are_told_in_one_line(answer: object, words: 
     with pytest.raises(UserError, match=words) as error:
         rows_of(answer)(VIDEOS)
     assert "\n" not in str(error.value)
+
+
+def test_convolutions_are_exact_and_repeat() -> None:
+    """As those of videos: torch's default on a GPU is TF32, and whichever algorithm is fastest."""
+    seen = []
+
+    def answer(frames: Tensor) -> Tensor:
+        seen.append((torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32))
+        return frames.mean(dim=(2, 3))
+
+    rows_of(answer)(VIDEOS)
+    assert seen == [(True, False)]
 
 
 # ---- Inception
@@ -101,6 +114,17 @@ def test_clip_gives_the_vectors_of_its_model(folder: Path) -> None:
         whole = CLIPModel.from_pretrained(folder).eval()(input_ids=ids, pixel_values=frames)
     torch.testing.assert_close(pictures, whole.image_embeds, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(words, whole.text_embeds, rtol=1e-4, atol=1e-5)
+
+
+def test_another_way_to_see_pictures_is_another_network(folder: Path, tmp_path: Path) -> None:
+    """Features that were kept are not taken for those of other settings."""
+    from metrics.clip_similarity import Clip
+
+    shutil.copytree(folder, tmp_path / "other")
+    place = tmp_path / "other" / "preprocessor_config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}))
+    one, other = (Clip(path).identity() for path in (folder, tmp_path / "other"))
+    assert one["sha256"] == other["sha256"] and one["settings_sha256"] != other["settings_sha256"]
 
 
 @pytest.mark.parametrize("gone", ["model.safetensors", "config.json", "preprocessor_config.json", "tokenizer.json vocab.json"])
