@@ -100,6 +100,8 @@ def test_every_system_travels(trained: Path, tmp_path: Path) -> None:
     sampled(tmp_path / "here", trained)
     for system in STAGES:
         main(["save", str(trained / system), str(tmp_path / "saved" / system)])
+        told = "".join(path.read_text() for path in (tmp_path / "saved" / system).rglob("*") if path.suffix in (".json", ".md"))
+        assert str(trained) not in told and str(ROOT) not in told, "no places of this machine"
     hidden = trained.rename(trained.with_name("hidden"))
     code = "from pathlib import Path; from tests.test_pretrained import sampled; sampled(Path('there'), Path('saved'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=environment(), cwd=tmp_path)
