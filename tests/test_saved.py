@@ -35,11 +35,12 @@ FEW = Sampling(steps=2)
 
 
 def samples(out: Path, runs: Path) -> dict[str, Any]:
-    """What sample.py writes, but for where the networks were read."""
+    """What sample.py writes, but for where the networks were read, which settings and a page of them say."""
     length = ("--num-frames", 3) if "vidm" in out.name else ()
     files: dict[str, Any] = contents(make(out, runs, *STEPS, *length))
     settings = json.loads(files.pop("settings.json"))
     del settings["sources"]
+    files.pop("index.html", None)
     return files | {"settings": settings}
 
 
