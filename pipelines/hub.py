@@ -17,9 +17,12 @@ _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revisi
 def fetch(source: str | Path, revision: str | None = None) -> Path:
     """The folder itself where there is one of this name; else a repository of the hub, downloaded into its cache.
 
-    A name that is neither is given back. Raises UserError in one line where the hub cannot be reached or has no such repository.
+    A name that is neither is given back. Raises UserError in one line where the hub cannot be reached or has no such repository, and for
+    a `revision` of a folder.
     """
     place, found = Path(source), _ID.fullmatch(str(source))
+    if revision and (place.exists() or found is None):
+        raise UserError(f"revision {revision}: only repositories of the hub have them, {source} is none")
     if place.exists() or found is None:
         return place
     return _download(found["repo"], revision or found["revision"])

@@ -45,7 +45,8 @@ class Loaded:
     @property
     def antialias(self) -> bool:
         """Whether the frames it was trained on were made smaller with a filter; those of the releases were not."""
-        return bool(self.card.get("data", {}).get("antialias", not is_official(self.path)))
+        released = is_official(self.path) or "source" in self.card
+        return bool(self.card.get("data", {}).get("antialias", not released))
 
 
 def load_autoencoder(path: str | Path, weights: Weights = "ema", *, n_frames: int = 16, image_size: tuple[int, int] = (64, 64)) -> Loaded:

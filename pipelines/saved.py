@@ -19,6 +19,7 @@ from torch import Tensor
 from pipelines.hub import push
 from pipelines.image_vae import ImageVae
 from pipelines.loading import Loaded, is_official
+from utils.config import to_dict
 from utils.errors import UserError
 from utils.files import atomic_write_text, fsync_path, sha256_file
 from utils.modelcard import UNKNOWN, family_card
@@ -75,11 +76,12 @@ def save(
             tied = {"path": f"../{VAE}", "sha256": _save_vae(vae, made / VAE)}
         for stage, loaded in networks.items():
             tensors, used = _stored(loaded, kept)
-            card = {**loaded.card, "license": license or loaded.card.get("license", UNKNOWN)}
+            card = _card(loaded) | {"license": license or loaded.card.get("license", UNKNOWN)}
             if stage == "autoencoder" and vae is not None:
                 card["vae"] = {"scale_factor": vae.scale_factor, **tied}
-            elif "ae" in card:
-                card["ae"] = {**card["ae"], **tied}
+            elif tied:
+                kind = {"kind": "sd"} if "autoencoder" not in networks else {}
+                card["ae"] = {"weights": "model", **card.get("ae", {}), **kind, **tied}
             write_export(made / stage, tensors, card)
             if stage == "autoencoder":
                 tied = {"path": f"../{stage}", "sha256": sha256_file(made / stage / f"{used}.safetensors")}
@@ -108,6 +110,14 @@ def open_saved(folder: Path) -> SavedFamily | None:
         if (found.get("system"), found.get("stage")) != (system, stage):
             raise UserError(f"{folder / stage} is an export of '{found.get('system')} {found.get('stage')}', not of '{system} {stage}'")
     return SavedFamily(system, {stage: folder / stage for stage in parts})
+
+
+def _card(loaded: Loaded) -> dict[str, Any]:
+    """The card of a network; that of an official checkpoint as `models.official import` writes it."""
+    if not is_official(loaded.path):
+        return loaded.card
+    source = {"file": Path(loaded.path).name, "sha256": loaded.sha256}
+    return {**loaded.card, "model": to_dict(loaded.config), "source": source}
 
 
 def _stored(loaded: Loaded, kept: Kept) -> tuple[dict[str, dict[str, Tensor]], str]:

@@ -122,6 +122,8 @@ def test_a_folder_of_that_name_comes_first_and_without_a_network_it_is_one_line(
     (tmp_path / "me").mkdir()
     (tmp_path / "me/model").symlink_to(saved)
     assert fetch("me/model") == Path("me/model") and fetch("some/where/else") == Path("some/where/else")
+    with pytest.raises(UserError, match="revision v1: only repositories of the hub have them, me/model is none"):
+        from_pretrained("me/model", revision="v1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"^me/another is no folder here, and the hub does not give it: .+") as caught:

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from models.official.__main__ import main as official
 from pipelines.cmd import CMDPipeline
+from pipelines.hvdm import HVDMPipeline
 from pipelines.latte import LattePipeline
 from pipelines.pretrained import from_pretrained, main
 from pipelines.pvdm import PVDMPipeline
@@ -33,11 +35,12 @@ FEW = Sampling(steps=2)
 
 
 def samples(out: Path, runs: Path) -> dict[str, Any]:
-    """What sample.py writes, but for where the networks were read."""
+    """What sample.py writes, but for where the networks were read, which settings and a page of them say."""
     length = ("--num-frames", 3) if "vidm" in out.name else ()
     files: dict[str, Any] = contents(make(out, runs, *STEPS, *length))
     settings = json.loads(files.pop("settings.json"))
     del settings["sources"]
+    files.pop("index.html", None)
     return files | {"settings": settings}
 
 
@@ -91,12 +94,25 @@ def test_both_weights_or_those_in_use(tmp_path: Path) -> None:
 
 def test_networks_of_a_release_are_saved_as_ours(tmp_path: Path) -> None:
     places = hvdm_exports.official(tmp_path / "release")
-    from pipelines.hvdm import HVDMPipeline
-
     pipeline = HVDMPipeline.from_exports(places["denoiser"], places["ae"])
     saved = pipeline.save_pretrained(tmp_path / "saved", license="other terms")
-    clips = [made.generate([0], sampling=FEW) for made in (pipeline, from_pretrained(saved))]
+    again = from_pretrained(saved)
+    clips = [made.generate([0], sampling=FEW) for made in (pipeline, again)]
     assert torch.equal(*clips) and read_card(saved / "denoiser")["license"] == "other terms"
+    assert not pipeline.ae.antialias and not again.ae.antialias, "its frames were made smaller without a filter"
+    assert torch.equal(HVDMPipeline.from_exports(saved / "denoiser").generate([0], sampling=FEW), clips[0])
+
+
+def test_a_released_latte_is_saved_with_its_image_vae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = latte_exports.family(tmp_path / "runs")
+    official(["export", "latte", "denoiser", str(runs["denoiser"]), str(tmp_path / "latte.pt")])
+    vae = str(latte_exports.sd_folder(tmp_path / "vae", monkeypatch))
+    pipeline = LattePipeline.from_exports(tmp_path / "latte.pt", vae=vae, num_heads=2, image_size=(8, 8))
+    saved = pipeline.save_pretrained(tmp_path / "saved")
+    again = from_pretrained(saved)
+    assert again.clip_shape == pipeline.clip_shape == (4, 8, 8) and again.scale == pipeline.scale == 0.18215
+    assert torch.equal(again.generate([0], [1], sampling=FEW), pipeline.generate([0], [1], sampling=FEW))
+    assert make(tmp_path / "out", saved, "--steps", 1, "--num-samples", 1).is_dir()
 
 
 def test_one_network_of_a_saved_folder_finds_its_autoencoder(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_the_readme_says_what_the_card_says(tmp_path: Path) -> None:
     head, body = front_matter(tmp_path)
     assert head == {"library_name": "kinoform", "license": "apache-2.0", "tags": ["kinoform", "video-generation", "toy", "denoiser"]}
     for said in (
-        "| data | a\\|b c (sha256 ffffffffffff...) |", "| licence of the data | CC0 |", "16 frames of 64x48 at 8 a second",
+        "| data | a\\|b c (sha256 ffffffffffff...) |", "| licence of the data | CC0 |", "16 frames of 64x48 at 8.0 a second",
         "`model.safetensors`",
         "30 (240 samples)", "| batch | 8 |", "| psnr | 21.5 |", "After step 20, means over 3 batches", "their psnr is the best",
         "read_export",

@@ -81,14 +81,14 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
 
 def _trained_on(card: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Rows of the data."""
-    data = card.get("data") or {}
-    if not data.get("dataset"):
+    data = card.get("data")
+    if not isinstance(data, Mapping) or not data.get("dataset"):
         return []
-    rows = [("data", f"{data['dataset']} (sha256 {data['digest'][:12]}...)" if data.get("digest") else str(data["dataset"]))]
+    rows = [("data", str(data["dataset"]) + (f" (sha256 {str(data['digest'])[:12]}...)" if data.get("digest") else ""))]
     rows.append(("licence of the data", str(data.get("licence") or "none noted")))
     if {"n_frames", "image_size"} <= data.keys():
-        size = "x".join(map(str, data["image_size"]))
-        rows.append(("clips", f"{data['n_frames']} frames of {size}" + (f" at {data['fps']:g} a second" if "fps" in data else "")))
+        size = "x".join(str(data["image_size"]).strip("[]()").split(", "))
+        rows.append(("clips", f"{data['n_frames']} frames of {size}" + (f" at {data['fps']} a second" if "fps" in data else "")))
     if data.get("classes"):
         rows.append(("classes", str(len(data["classes"]))))
     return rows

@@ -103,7 +103,7 @@ def _export(kind: Kind, args: argparse.Namespace) -> None:
     made: dict[str, Any] = {}
     digests: set[str] = set()
     for name, which in names.items():
-        state, card, digest = read_export(args.source, which)
+        state, card, digest = read_export(args.source, "ema" if which == "ema" else "model")
         if (card.get("system"), card.get("stage")) != (args.system, args.stage):
             told = f"{card.get('system')} {card.get('stage')}"
             raise UserError(f"{args.source} is an export of '{told}', not of '{args.system} {args.stage}'")
