@@ -24,7 +24,7 @@ from evaluation.generated import generated_videos
 from evaluation.motion import MotionConfig, measure_motion
 from evaluation.quality import measure_fvd, measure_kvd, measure_vis
 from evaluation.reconstruction import ReconstructConfig, measure_reconstruction
-from evaluation.report import append_row, row
+from evaluation.report import append_row, digits, row
 from evaluation.settings import FvdConfig, KvdConfig, VideosConfig, VisConfig
 from evaluation.similarity import ClipsimConfig, measure_clipsim
 from evaluation.videos import VideoSet
@@ -187,9 +187,9 @@ def _lines(protocol: Mapping[str, Any], parent: str = "") -> Iterator[tuple[str,
 def table(figures: dict[str, Any]) -> str:
     """Figures and protocol as two columns of text."""
     rows = [
-        (name, f"{value:.4f}" if isinstance(value, float) else str(value))
+        (name, digits(value) if isinstance(value, float) else str(value))
         for name, value in figures.items()
-        if name not in ("notes", "protocol")
+        if name != "notes" and not isinstance(value, dict)
     ]
     rows += [("", ""), *_lines(figures["protocol"])]
     width = max(len(name) for name, _ in rows)

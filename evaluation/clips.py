@@ -105,12 +105,13 @@ def look(frames: np.ndarray) -> Look:
     mark = int.from_bytes(hashlib.blake2b(frames.data, digest_size=8).digest(), "little", signed=True)
     if len(frames) < 2:
         return Look(0.0, 1.0, mark)
-    change = static = 0.0
+    change = static = 0
     for before, after in pairwise(frames):
-        apart = np.where(before > after, before - after, after - before)
-        change += float(apart.mean(dtype=np.float64))
-        static += float((apart <= 1).mean(dtype=np.float64))
-    return Look(change / (len(frames) - 1) / 255, static / (len(frames) - 1), mark)
+        apart = np.maximum(before, after) - np.minimum(before, after)
+        change += int(apart.sum(dtype=np.uint32))
+        static += int(np.count_nonzero(apart <= 1))
+    values = (len(frames) - 1) * frames[0].size
+    return Look(change / values / 255, static / values, mark)
 
 
 def choose_clips(

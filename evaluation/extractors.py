@@ -42,7 +42,7 @@ LOADERS: dict[str, Callable[[Path, Rules, torch.device], Extractor]] = {"i3d": _
 
 NETWORKS = {
     "i3d": "StyleGAN-V's TorchScript I3D (i3d_torchscript.pt) or the I3D of PVDM, HVDM and CMD (i3d_pretrained_400.pt)",
-    "videomae": f"VideoMAE's ViT-g/14 ({FILE}, 4 GB), or a TorchScript of it",
+    "videomae": f"VideoMAE's ViT-g/14 ({FILE}, 1.0 billion weights), or a TorchScript of it",
     "c3d": "the TorchScript C3D of UCF-101 (c3d_ucf101.pt)",
 }
 """Kind of a network -> which file that is, for messages."""

@@ -112,7 +112,10 @@ def frechet_figures(config: FrechetConfig, extractor: Extractor, real: Side | No
     if config.noise_floor and least >= LEAST_FOR_FLOOR:
         floor = frechet_distance(*real.halves, unbiased=unbiased)
         half = frechet_distance(real.halves[0], generated.halves[0], unbiased=unbiased)
-        counts = {"floor_videos": [half.n for half in real.halves], "half_videos": [side.halves[0].n for side in (real, generated)]}
+        counts = {
+            f"floor_{config.unit}": [half.n for half in real.halves],
+            f"half_{config.unit}": [side.halves[0].n for side in (real, generated)],
+        }
         figures |= {"noise_floor": floor, f"{name}_of_halves": half, **counts}
     described = {"id": config.name(name, len(generated.clips)), "covariance": config.rules.covariance, "dim": moments[0].dim}
     return report(config, figures, notes, described, extractor, [real, generated])

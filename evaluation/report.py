@@ -26,6 +26,11 @@ def report(
 ) -> dict[str, Any]:
     """Figures, what to know of them (also printed), and how they were measured."""
     notes = [*filter(None, [config.rules.note]), *(note for side in sides for note in _notes(config, side)), *notes]
+    vectors = config.frames if config.unit == "frames" else 1
+    if "fd_by_size" in figures and (least := vectors * min(map(int, figures["fd_by_size"]))) <= described["dim"]:
+        notes.append(
+            f"fd_inf is from sets of {least} {config.unit} on, with {described['dim']} features: the line is not straight there, it is off"
+        )
     for note in notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
     for side in sides:
@@ -69,6 +74,11 @@ def _notes(config: VideosConfig, side: Side) -> list[str]:
     return notes
 
 
+def digits(value: float) -> str:
+    """Four digits behind the point; of numbers below a hundredth the first four."""
+    return f"{value:.4f}" if abs(value) >= 0.01 or not value else f"{value:.4g}"
+
+
 def row(figures: Mapping[str, Any]) -> str:
     """The first figure as a row of a markdown table with `COLUMNS`."""
     protocol = figures["protocol"]
@@ -76,8 +86,8 @@ def row(figures: Mapping[str, Any]) -> str:
     low, high = figures.get(f"{name}_low"), figures.get(f"{name}_high")
     cells = [
         protocol["id"],
-        f"{figures[name]:.4f}",
-        "" if low is None else f"{low:.4f} .. {high:.4f}",
+        digits(figures[name]),
+        "" if low is None or high is None else f"{digits(low)} .. {digits(high)}",
         str(figures.get("real_videos", "")),
         str(figures["generated_videos"]),
         str(protocol["frames"]),

@@ -47,9 +47,9 @@ class ClipsimConfig(VideosConfig):
 
 def measure_clipsim(config: ClipsimConfig, env: Env, generated: VideoSet | None = None) -> Figures:
     """Figures and protocol, on all ranks; the processes share the videos, each is counted once. `generated`: in place of --dir2."""
+    network = Clip(config.clip, env.device)
     clips = clips_of(config, generated or open_videos(config.dir2, "--dir2"), "generated", env, config.size, config.step)
     texts = captions_of(clips.videos, clips.numbers, config.prompts)
-    network = Clip(config.clip, env.device)
     side = measured(config, clips, network.frames, env, keep_rows=True)
     return agreed(None if side is None else _figures(config, network, side, texts), env)
 

@@ -104,6 +104,7 @@ def parameters(net: nn.Module) -> set[str]:
 
 
 def load_script(path: Path, device: torch.device) -> nn.Module:
+    """A TorchScript network in evaluation mode. UserError for a damaged file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch would rather have another format, the published files have this

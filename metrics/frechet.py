@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
+Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 _LEAST_SLAB = 256
 
@@ -194,17 +194,20 @@ def frechet_distance(first: Moments, second: Moments, *, unbiased: bool = True) 
     if few[0] is not None and few[1] is not None:
         cross = np.linalg.svd(few[0] @ few[1].T, compute_uv=False).sum()
         return apart + float(np.square(few[0]).sum() + np.square(few[1]).sum() - 2 * cross)
-    covariances = [
-        moments.scatter.cpu().numpy() / divisor if rows is None else None
-        for moments, divisor, rows in zip((first, second), divisors, few, strict=True)
-    ]
-    one, two = (0, 1) if covariances[1] is not None else (1, 0)
-    rows, own, other = few[one], covariances[one], covariances[two]
-    assert other is not None
-    root = _root(own) if own is not None else rows.T
-    variance = np.trace(own) if own is not None else np.square(rows).sum()
+    one, two = (0, 1) if few[1] is None else (1, 0)
+    other = _covariance((first, second)[two], divisors[two])
+    if (rows := few[one]) is not None:
+        root, variance = rows.T, np.square(rows).sum()
+    else:
+        own = _covariance((first, second)[one], divisors[one])
+        root, variance = _root(own), np.trace(own)
     cross = np.sqrt(np.linalg.eigvalsh(root.T @ other @ root).clip(min=0)).sum()
     return apart + float(variance + np.trace(other) - 2 * cross)
+
+
+def _covariance(moments: Moments, divisor: int) -> Array:
+    found: Array = moments.scatter.cpu().numpy() / divisor
+    return found
 
 
 def _few_rows(moments: Moments, divisor: int) -> Array | None:

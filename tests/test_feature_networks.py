@@ -187,7 +187,7 @@ def test_videomae_sees_stretched_videos_of_its_length(tmp_path: Path, tiny_mae: 
     assert about["sha256"] == hashlib.sha256((tmp_path / "mae.pth").read_bytes()).hexdigest()
     with pytest.raises(UserError, match=r"mae\.pth cannot take videos of 6 frames, 14 x 20: VideoMAE takes 4 frames of 224 x 224"):
         detector(torch.zeros(1, 3, 6, 14, 20, dtype=torch.uint8))
-    with pytest.raises(UserError, match=rf"no such file; wanted is VideoMAE's ViT-g/14 \({videomae.FILE}, 4 GB\)"):
+    with pytest.raises(UserError, match=rf"no such file; wanted is VideoMAE's ViT-g/14 \({videomae.FILE}, 1.0 billion weights\)"):
         open_extractor("videomae", str(tmp_path / "gone.pth"), "--i3d", rules, cpu)
 
 
