@@ -20,21 +20,21 @@ from launch.env import Env
 from pipelines.jobs import SampleConfig, SampleJob
 from utils.errors import ConfigError, UserError
 
-_OF_FVD: Any = dataclasses.field(default=0, init=False)
-"""A setting of `evaluate.py fvd` that the networks and the real clips decide here."""
-_FOLDER: Any = dataclasses.field(default="", init=False)
-"""The same, of a text."""
+
+def _unset(default: Any) -> Any:
+    """A setting of `evaluate.py fvd` that the networks and the real clips decide here, and no flag."""
+    return dataclasses.field(default=default, init=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class LadderConfig(FvdConfig):
     """Frechet video distances of reconstructions, of generated motion of true content, and of full generation, upon the same clips."""
 
-    dir1: str = _FOLDER
-    dir2: str = _FOLDER
-    preset: str = _FOLDER
-    stride: int = _OF_FVD
-    resolution: int = _OF_FVD
+    dir1: str = _unset("")
+    dir2: str = _unset("")
+    preset: str = _unset("")
+    stride: int = _unset(0)
+    resolution: int = _unset(0)
 
     run: str = ""
     """The trained system: the --results-dir of training, or what else sample.py takes."""
@@ -51,6 +51,9 @@ class LadderConfig(FvdConfig):
     """Denoising steps of all networks; 0: as sample.py. More settings of sample.py, such as --motion.steps, go into --sampling."""
     guidance_scale: float | None = None
     """Guidance of all networks; none: as sample.py."""
+    protocol: str = "stylegan-v"
+    """stylegan-v: the network resizes, covariances over n. pvdm: PVDM, HVDM and CMD, centre crop, covariances over n - 1. videomae:
+    content-debiased FVD, of another network. Of real videos all take frames in a row, from a random offset on."""
     sampling: str = ""
     """Settings of sample.py in one text, such as --sampling="--content.steps 50 --motion.steps 100 --seed 1"."""
 

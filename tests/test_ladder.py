@@ -95,7 +95,7 @@ def test_the_rungs_are_the_pipeline_s(place: Path) -> None:
             assert np.array_equal(rungs[name].read(row, range(4)), to_uint8(wanted)[0].permute(1, 2, 3, 0).numpy()), name
 
 
-def test_a_digest_names_what_a_rung_depends_on(place: Path) -> None:
+def test_a_digest_names_what_a_rung_depends_on(place: Path, tmp_path: Path) -> None:
     def digests(*flags: str) -> dict[str, str | None]:
         return {name: videos.digest(0) for name, videos in made(place, real_clips(place), *flags).items()}
 
@@ -103,6 +103,9 @@ def test_a_digest_names_what_a_rung_depends_on(place: Path) -> None:
     assert len(set(first.values())) == 2 and None not in first.values()
     assert other_content == first
     assert other_motion["reconstruction"] == first["reconstruction"] and other_motion["motion"] != first["motion"]
+    ae = place / "runs" / "000-cmd-autoencoder"
+    other = cmd_family.export(cmd_family.content_task(ae), tmp_path / "content", 5)
+    assert digests("--content", str(other)) == first
     rungs = made(place, real_clips(place))
     assert len({videos.digest(number) for videos in rungs.values() for number in range(CLIPS)}) == 2 * CLIPS
 
@@ -172,14 +175,19 @@ def test_a_table_and_a_file(place: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert shown.err.count("note: 45 real videos, --num-videos 50 were asked for") == 1
     assert "fvd_motion" in shown.out and "content frames of real clips, generated motion" in shown.out
     rows = (tmp_path / "l.md").read_text().splitlines()
-    assert len(rows) == 5 and [row.split("|")[1].strip() for row in rows[2:]] == [
-        f"fvd45_4f_{n}" for n in ("reconstruction", "motion", "full")
-    ]
+    named = [row.split("|")[1].strip() for row in rows[2:]]
+    assert named == ["fvd45_4f_reconstruction", "fvd45_4f_motion", "fvd45_4f_full"]
     assert json.loads((tmp_path / "l.json").read_text())["rungs"]["motion"]["fvd"] > 0
     evaluate.ladder(parse_launch("", [*line, "--print-config"]))
     (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
     evaluate.ladder(parse_launch("", ["--config", str(tmp_path / "again.yaml"), "--print-config"]))
     assert capsys.readouterr().out == (tmp_path / "again.yaml").read_text()
+
+
+def test_there_is_no_flag_for_what_the_networks_decide(place: Path) -> None:
+    for flag in ("--dir1", "--dir2", "--preset", "--stride", "--resolution"):
+        with pytest.raises(ConfigError, match=f"unknown flag '{flag}'"):
+            evaluate.ladder(parse_launch("", [flag, "1"]))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +210,7 @@ def test_settings_that_cannot_work(place: Path, how: dict[str, Any], said: str) 
     [
         ({"n_frames": 3}, "--n-frames 3: the autoencoder takes clips of 4"),
         ({"n_frames": 5}, "--num-frames 5: clips of CMD have 4"),
-        ({"real_stride": 9}, r"28 frames \(-n, --stride\)"),
+        ({"real_stride": 9}, r"28 frames \(4, 9 apart\)"),
         ({"data_path": "{folder}"}, "has no class, of which the networks know 3"),
         ({"data_path": "{other}"}, "is of the class 'four', which is none of the 3"),
         ({"sampling": "--mode long --num-frames 9"}, "--mode long is not for CMD"),
