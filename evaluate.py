@@ -8,8 +8,8 @@ evaluate.py fid --dir1 REAL --dir2 FAKE                   Frechet inception dist
 evaluate.py fd --dir1 REAL --dir2 FAKE                    the same through a network of a pip package: no download, no FID
 evaluate.py vis --dir2 FAKE --c3d FILE                    inception score of a folder of videos
 evaluate.py clipsim --dir2 FAKE --clip FOLDER             CLIP similarity of videos and their texts
-evaluate.py ladder --run RUNS --data-path SHARDS --i3d FILE  of a system: reconstruction, motion of true content, full generation
-evaluate.py fvd --dir1 REAL --run RUNS --i3d FILE         of videos that are generated for it (also kvd, vis), and never written
+evaluate.py ladder RUNS --data-path SHARDS --i3d FILE     of a system: reconstruction, motion of true content, full generation
+evaluate.py fvd RUNS --dir1 REAL --i3d FILE               of videos that are generated for it (also kvd, vis), and never written
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ from evaluation.videos import VideoSet
 from launch.env import Env, distributed
 from launch.run import Launch, parse_launch, run_main
 from pipelines.encoders import ENCODERS
+from pipelines.systems import with_run
 from utils.config import dump_yaml, load_config, to_dict
 from utils.errors import ConfigError, UserError
 from utils.files import atomic_write_text
@@ -97,14 +98,14 @@ def vis(launch: Launch) -> None:
 
 def ladder(launch: Launch) -> None:
     """The subcommand of that name."""
-    _measure(launch, _load(launch, "ladder", {"": LadderConfig}), measure_ladder)
+    _measure(launch, _load(dataclasses.replace(launch, argv=with_run(launch.argv)), "ladder", {"": LadderConfig}), measure_ladder)
 
 
 def _measure_videos(
     launch: Launch, name: str, schema: type[Videos], measure: Callable[[Videos, Env, VideoSet | None], dict[str, Any]]
 ) -> None:
     """A figure of sets of videos, whose row also goes to a table."""
-    config = _load(dataclasses.replace(launch, argv=double_dashes(launch.argv)), name, {"": schema})
+    config = _load(dataclasses.replace(launch, argv=double_dashes(with_run(launch.argv))), name, {"": schema})
 
     def measured(settings: Videos, env: Env) -> dict[str, Any]:
         """With the videos of --run, where that is given."""

@@ -18,6 +18,7 @@ from evaluation.settings import FvdConfig
 from evaluation.videos import VideoSet, open_videos
 from launch.env import Env
 from pipelines.jobs import SampleConfig, SampleJob
+from utils.config import flag
 from utils.errors import ConfigError, UserError
 
 
@@ -36,8 +37,9 @@ class LadderConfig(FvdConfig):
     stride: int = _unset(0)
     resolution: int = _unset(0)
 
-    run: str = ""
-    """The trained system: the --results-dir of training, or what else sample.py takes."""
+    run: str = flag("", "results-dir")
+    """The trained system: the --results-dir of training, or what else sample.py takes. The same as a
+    bare first argument, which is what works under torchrun too (it may take --run for one of its own flags)."""
     data_path: str = ""
     """Real clips, of which all rungs are made: a shard set made by preprocess.py. Where the networks know no classes, or there is one
     network, also a folder of videos."""
