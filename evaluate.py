@@ -98,14 +98,14 @@ def vis(launch: Launch) -> None:
 
 def ladder(launch: Launch) -> None:
     """The subcommand of that name."""
-    _measure(launch, _load(dataclasses.replace(launch, argv=with_run(launch.argv)), "ladder", {"": LadderConfig}), measure_ladder)
+    _measure(launch, _load_videos(launch, "ladder", LadderConfig), measure_ladder)
 
 
 def _measure_videos(
     launch: Launch, name: str, schema: type[Videos], measure: Callable[[Videos, Env, VideoSet | None], dict[str, Any]]
 ) -> None:
     """A figure of sets of videos, whose row also goes to a table."""
-    config = _load(dataclasses.replace(launch, argv=double_dashes(with_run(launch.argv))), name, {"": schema})
+    config = _load_videos(launch, name, schema)
 
     def measured(settings: Videos, env: Env) -> dict[str, Any]:
         """With the videos of --run, where that is given."""
@@ -113,6 +113,11 @@ def _measure_videos(
         return measure(settings, env, made)
 
     _measure(launch, config, measured)
+
+
+def _load_videos(launch: Launch, name: str, schema: type[Videos]) -> Videos:
+    """Settings of such a figure, in all ways that they may be written."""
+    return _load(dataclasses.replace(launch, argv=double_dashes(with_run(launch.argv))), name, {"": schema})
 
 
 def double_dashes(argv: list[str]) -> list[str]:

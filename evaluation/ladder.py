@@ -43,9 +43,9 @@ class LadderConfig(FvdConfig):
     data_path: str = ""
     """Real clips, of which all rungs are made: a shard set made by preprocess.py. Where the networks know no classes, or there is one
     network, also a folder of videos."""
-    num_videos: int = 2048
+    num_videos: int = flag(2048, "ns")
     """Clips of each rung, and real ones; a set of fewer is measured whole, and said so."""
-    n_frames: int = 0
+    n_frames: int = flag(0, "n")
     """Of each clip; 0: as many as in training. Only Latte and VIDM make others."""
     real_stride: int = 0
     """Distance of two frames of a clip in the stored videos; 0: as in training."""
