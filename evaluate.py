@@ -8,7 +8,8 @@ evaluate.py fid --dir1 REAL --dir2 FAKE                   Frechet inception dist
 evaluate.py fd --dir1 REAL --dir2 FAKE                    the same through a network of a pip package: no download, no FID
 evaluate.py vis --dir2 FAKE --c3d FILE                    inception score of a folder of videos
 evaluate.py clipsim --dir2 FAKE --clip FOLDER             CLIP similarity of videos and their texts
-evaluate.py fvd --dir1 REAL --run RUNS --i3d FILE         of videos that are generated for it (also kvd, vis), and never written
+evaluate.py ladder RUNS --data-path SHARDS --i3d FILE     of a system: reconstruction, motion of true content, full generation
+evaluate.py fvd RUNS --dir1 REAL --i3d FILE               of videos that are generated for it (also kvd, vis), and never written
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 
 from evaluation.frames import FdConfig, FidConfig, measure_fd, measure_fid
 from evaluation.generated import generated_videos
+from evaluation.ladder import LadderConfig, measure_ladder
 from evaluation.motion import MotionConfig, measure_motion
 from evaluation.quality import measure_fvd, measure_kvd, measure_vis
 from evaluation.reconstruction import ReconstructConfig, measure_reconstruction
@@ -31,6 +33,7 @@ from evaluation.videos import VideoSet
 from launch.env import Env, distributed
 from launch.run import Launch, parse_launch, run_main
 from pipelines.encoders import ENCODERS
+from pipelines.systems import with_run
 from utils.config import dump_yaml, load_config, to_dict
 from utils.errors import ConfigError, UserError
 from utils.files import atomic_write_text
@@ -93,13 +96,16 @@ def vis(launch: Launch) -> None:
     _measure_videos(launch, "vis", VisConfig, measure_vis)
 
 
+def ladder(launch: Launch) -> None:
+    """The subcommand of that name."""
+    _measure(launch, _load_videos(launch, "ladder", LadderConfig), measure_ladder)
+
+
 def _measure_videos(
     launch: Launch, name: str, schema: type[Videos], measure: Callable[[Videos, Env, VideoSet | None], dict[str, Any]]
 ) -> None:
     """A figure of sets of videos, whose row also goes to a table."""
-    config = _load(dataclasses.replace(launch, argv=double_dashes(launch.argv)), name, {"": schema})
-    if config.markdown:
-        check_out(config.markdown, "--markdown")
+    config = _load_videos(launch, name, schema)
 
     def measured(settings: Videos, env: Env) -> dict[str, Any]:
         """With the videos of --run, where that is given."""
@@ -107,6 +113,11 @@ def _measure_videos(
         return measure(settings, env, made)
 
     _measure(launch, config, measured)
+
+
+def _load_videos(launch: Launch, name: str, schema: type[Videos]) -> Videos:
+    """Settings of such a figure, in all ways that they may be written."""
+    return _load(dataclasses.replace(launch, argv=double_dashes(with_run(launch.argv))), name, {"": schema})
 
 
 def double_dashes(argv: list[str]) -> list[str]:
@@ -146,6 +157,8 @@ def _measure(launch: Launch, config: Shared, measure: Callable[[Shared, Env], di
     if _shown(launch, config):
         return
     check_out(config.out)
+    if isinstance(config, VideosConfig):
+        check_out(config.markdown, "--markdown")
     with distributed(config.timeout) as env:
         figures = measure(config, env)
         if not env.is_main:
@@ -154,9 +167,10 @@ def _measure(launch: Launch, config: Shared, measure: Callable[[Shared, Env], di
         if config.out:
             atomic_write_text(Path(config.out), json.dumps(figures, indent=2) + "\n")
         if isinstance(config, VideosConfig):
-            print(f"\n{row(figures)}", flush=True)
-            if config.markdown:
-                append_row(Path(config.markdown), figures)
+            rows = list(figures["rungs"].values()) if "rungs" in figures else [figures]
+            print("\n" + "\n".join(map(row, rows)), flush=True)
+            for one in rows if config.markdown else ():
+                append_row(Path(config.markdown), one)
 
 
 def motion(launch: Launch) -> None:
@@ -205,6 +219,7 @@ COMMANDS: dict[str, Callable[[Launch], None]] = {
     "fd": fd,
     "vis": vis,
     "clipsim": clipsim,
+    "ladder": ladder,
 }
 
 

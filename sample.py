@@ -34,7 +34,7 @@ from metrics.frames import psnr
 from pipelines.batches import Batches
 from pipelines.jobs import PictureJob, SampleConfig, SampleJob
 from pipelines.long import LATENTS, LongJob, continue_from, count_clips, first_frame, write_long_grid, write_videos
-from pipelines.systems import SYSTEMS, load_sampling
+from pipelines.systems import SYSTEMS, load_sampling, with_run
 from pipelines.video_files import count, exactest, iterate, video_path, write_video
 from utils.config import dump_yaml, to_dict
 from utils.errors import UserError
@@ -51,10 +51,7 @@ PICTURES_SHOWN = 8
 def main() -> None:
     """Parse, and generate what is not there yet."""
     launch = parse_launch(__doc__ or "")
-    first = launch.argv[0] if launch.argv else ""
-    # A bare first argument is the value of --run, which torchrun on Python 3.11 takes for an abbreviation of its own --run-path.
-    argv = ["--run", *launch.argv] if first and not first.startswith("-") and "=" not in first else launch.argv
-    config = load_sampling(argv, "sample.py", launch.about)
+    config = load_sampling(with_run(launch.argv), "sample.py", launch.about)
     config.validate()
     if launch.print_config or launch.dry_run:
         print(dump_yaml(to_dict(config)), end="")

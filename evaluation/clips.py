@@ -136,8 +136,10 @@ def choose_clips(
             else:
                 totals[number] = total
     if not totals:
-        span = f"{frames} frames (-n)" if stride == 1 or protocol.spread else f"{(frames - 1) * stride + 1} frames (-n, --stride)"
-        raise UserError(f"{videos.name(0)} and all {len(videos)} videos beside it have fewer than {span}")
+        span = (
+            f"{frames} frames (-n)" if stride == 1 or protocol.spread else f"{(frames - 1) * stride + 1} frames ({frames}, {stride} apart)"
+        )
+        raise UserError(f"none of {len(videos)} videos is long enough: {videos.name(0)} and all others have fewer than {span}")
     numbers = sorted(totals)
     picks = [protocol.picks(role, totals[number], frames, int(draws[number]), videos.is_pictures(number), stride) for number in numbers]
     if size is None:

@@ -78,6 +78,12 @@ class GeneratedVideos:
 
 def generated_videos(run: str, flags: str, count: int, device: torch.device) -> GeneratedVideos:
     """The samples that `sample.py RUN FLAGS` would write. Raises UserError or ConfigError in one line."""
-    config = load_sampling(["--run", run, *shlex.split(flags)], "sample.py", "")
+    job, config = open_job(run, shlex.split(flags), device)
+    return GeneratedVideos(job, config, count)
+
+
+def open_job(run: str, flags: Sequence[str], device: torch.device) -> tuple[SampleJob, SampleConfig]:
+    """What `sample.py RUN FLAGS` would make samples by, and its settings. Raises UserError or ConfigError in one line."""
+    config = load_sampling(["--run", run, *flags], "sample.py", "")
     config.validate()
-    return GeneratedVideos(SYSTEMS[config.system].job(config, device), config, count)
+    return SYSTEMS[config.system].job(config, device), config

@@ -1,5 +1,6 @@
 """Figures of sets of videos, by what networks see in them: Frechet and kernel video distance (FVD, KVD), inception score (VIS)."""
 
+from collections.abc import Container
 from typing import Any
 
 import torch.distributed as dist
@@ -92,8 +93,10 @@ def agreed(figures: Figures | None, env: Env) -> Figures:
     return told[0]
 
 
-def frechet_figures(config: FrechetConfig, extractor: Extractor, real: Side | None, generated: Side | None) -> Figures:
-    """Distance and all that goes with it, on rank 0."""
+def frechet_figures(
+    config: FrechetConfig, extractor: Extractor, real: Side | None, generated: Side | None, told: Container[str] = ()
+) -> Figures:
+    """Distance and all that goes with it, on rank 0. `told`: notes that were printed before."""
     assert real is not None and generated is not None
     unbiased, name = config.rules.unbiased, config.rules.figure
     moments = [side.moments for side in (real, generated)]
@@ -118,7 +121,7 @@ def frechet_figures(config: FrechetConfig, extractor: Extractor, real: Side | No
         }
         figures |= {"noise_floor": floor, f"{name}_of_halves": half, **counts}
     described = {"id": config.name(name, len(generated.clips)), "covariance": config.rules.covariance, "dim": moments[0].dim}
-    return report(config, figures, notes, described, extractor, [real, generated])
+    return report(config, figures, notes, described, extractor, [real, generated], told)
 
 
 def _kernel_figures(config: KvdConfig, extractor: Extractor, real: Side | None, generated: Side | None) -> Figures:

@@ -1,7 +1,7 @@
 """Figures with all that they depend on: notes, protocol, a row of a table."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -22,16 +22,22 @@ def too_few(least: int, dim: int, unit: str) -> list[str]:
 
 
 def report(
-    config: VideosConfig, figures: dict[str, Any], notes: list[str], described: Mapping[str, Any], extractor: Extractor, sides: list[Side]
+    config: VideosConfig,
+    figures: dict[str, Any],
+    notes: list[str],
+    described: Mapping[str, Any],
+    extractor: Extractor,
+    sides: list[Side],
+    told: Container[str] = (),
 ) -> dict[str, Any]:
-    """Figures, what to know of them (also printed), and how they were measured."""
+    """Figures, what to know of them (also printed, but for what was `told` before), and how they were measured."""
     notes = [*filter(None, [config.rules.note]), *(note for side in sides for note in _notes(config, side)), *notes]
     vectors = config.frames if config.unit == "frames" else 1
     if "fd_by_size" in figures and (least := vectors * min(map(int, figures["fd_by_size"]))) <= described["dim"]:
         notes.append(
             f"fd_inf is from sets of {least} {config.unit} on, with {described['dim']} features: the line is not straight there, it is off"
         )
-    for note in notes:
+    for note in (note for note in notes if note not in told):
         print(f"note: {note}", file=sys.stderr, flush=True)
     for side in sides:
         role = side.clips.role

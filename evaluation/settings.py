@@ -17,9 +17,10 @@ class VideosConfig:
     dir2: str = ""
     """Generated videos: the --out of sample.py, any folder of mp4, gif and other video files, .npy arrays and folders of pictures, or a
     shard set made by preprocess.py."""
-    run: str = ""
+    run: str = flag("", "results-dir")
     """In place of --dir2: the --results-dir of training, or what else sample.py takes. Its samples are generated while they are measured,
-    and never written."""
+    and never written. The same as a bare first argument, which is what works under torchrun too (it may take --run for one of its own
+    flags)."""
     sampling: str = ""
     """With --run: settings of sample.py in one text, such as --sampling="--steps 50 --guidance-scale 2 --seed 1"."""
     preset: str = ""

@@ -34,7 +34,7 @@ class Clip:
         lacking = [names for names in PARTS if there.isdisjoint(names)] if weights else [("model.safetensors",)]
         if lacking:
             raise UserError(
-                f"{folder} is no folder of a CLIP: {' or '.join(lacking[0])} is not in it; one as of openai/clip-vit-base-patch32"
+                f"--clip {folder} is no folder of a CLIP: {' or '.join(lacking[0])} is not in it; one as of openai/clip-vit-base-patch32"
             )
         if importlib.util.find_spec("transformers") is None:
             raise UserError("CLIP is read by the package transformers, which is not installed: pip install transformers")

@@ -164,7 +164,7 @@ class CMDPipeline(Saveable):
         return torch.cat([self._generate(rng, given, content, motion) for _, rng, given in groups])
 
     def _generate(self, rng: SampleRng, given: Mapping[str, Tensor], content: Sampling, motion: Sampling) -> Tensor:
-        assert self.content is not None and self.motion is not None
+        assert self.content is not None
         ae = self.ae.config
         content = dataclasses.replace(content, clip=content.clip and self.vae is None)
         with self._autocast():
@@ -177,17 +177,45 @@ class CMDPipeline(Saveable):
                 content,
                 condition=understood(self.content, given, content.guidance),
             )
-            latent = sample(
+        return self.decode(frame, self._motion(rng, given, motion, frame))
+
+    def animate(
+        self,
+        content: Tensor,
+        indices: Sequence[int],
+        labels: Sequence[int] | None = None,
+        *,
+        seed: int = 0,
+        motion: Sampling = MOTION_SAMPLING,
+        cond: Tensor | None = None,
+        exact: bool = True,
+    ) -> Tensor:
+        """Clips b 3 t h w in [-1, 1] of given content frames b C h w, of which only the motion is generated: with the noise that
+        `generate` draws the motion of sample number `indices[i]` from. Classes, vectors, `exact` and errors as there."""
+        if self.motion is None:
+            raise UserError("generated motion needs a motion model, not the autoencoder alone")
+        groups = in_groups(indices, labels, cond, seed=seed, num_classes=self.num_classes, exact=exact, device=self.device)
+        clips = []
+        for group, rng, given in groups:
+            frame = content[group].to(self.device)
+            clips.append(self.decode(frame, self._motion(rng, given, motion, frame)))
+        return torch.cat(clips)
+
+    def _motion(self, rng: SampleRng, given: Mapping[str, Tensor], sampling: Sampling, frame: Tensor) -> Tensor:
+        """Motion latents b D t W'+H' of content frames."""
+        assert self.motion is not None
+        ae = self.ae.config
+        with self._autocast():
+            return sample(
                 self.motion.module,
                 diffusion_of(self.motion),
                 (ae.embed_dim, *ae.latent_size),
                 rng,
                 "motion",
-                motion,
-                condition=understood(self.motion, given, motion.guidance),
+                sampling,
+                condition=understood(self.motion, given, sampling.guidance),
                 always={"keyframe": frame},
             )
-        return self.decode(frame, latent)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")

@@ -58,6 +58,12 @@ def load_sampling(argv: Sequence[str], prog: str, about: str) -> SampleConfig:
     return config
 
 
+def with_run(argv: Sequence[str]) -> list[str]:
+    """A command line whose bare first argument is the value of --run: that works under torchrun too, which may take --run for its own."""
+    first = argv[0] if argv else ""
+    return ["--run", *argv] if first and not first.startswith("-") and "=" not in first else list(argv)
+
+
 def _told(argv: Sequence[str]) -> str:
     """The system that the command line or its recipes mean; empty when nothing tells."""
     given: dict[str, str] = {}

@@ -248,7 +248,7 @@ def test_strides_take_frames_that_far_apart(place: Path, tmp_path: Path) -> None
     real = choose_clips(open_videos(place / "long", ""), config.rules, "real", ALONE, count=6, frames=5, size=None, seed=0, stride=4)
     assert all(np.diff(picks).tolist() == [4] * 4 and picks[-1] < 40 for picks in real.picks) and len({tuple(p) for p in real.picks}) > 1
     assert real.read(0)[0, :, 0, 0].tolist() == [level(0, frame) for frame in real.picks[0]]
-    with pytest.raises(UserError, match=r"fewer than 45 frames \(-n, --stride\)"):
+    with pytest.raises(UserError, match=r"fewer than 45 frames \(12, 4 apart\)"):
         measure_fvd(fvd_config(place, dir2=str(place / "long"), n_frames=12, stride=4), ALONE)
 
 

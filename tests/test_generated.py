@@ -56,13 +56,17 @@ def test_the_figure_is_that_of_the_folder(pvdm: Path, tmp_path: Path) -> None:
     save_script(ToyI3D(), tmp_path / "i3d.pt")
     make(tmp_path / "fake", pvdm, "--steps", 2, "--num-videos", 4, "--format", "png")
     common = ["--dir1", tmp_path / "real", "--i3d", tmp_path / "i3d.pt", "--num-videos", 4, "--n-frames", 4]
-    sides = {"folder": ["--dir2", tmp_path / "fake"], "run": ["--run", pvdm, "--sampling=--steps 2"]}
+    sides = {
+        "folder": ["--dir2", tmp_path / "fake"],
+        "run": ["--run", pvdm, "--sampling=--steps 2"],
+        "bare": [pvdm, "--sampling=--steps 2"],
+    }
     found = {}
     for name, side in sides.items():
         out = tmp_path / f"{name}.json"
-        evaluate.fvd(parse_launch("", [*map(str, (*common, *side)), "--out", str(out)]))
+        evaluate.fvd(parse_launch("", [*map(str, (*side, *common)), "--out", str(out)]))
         found[name] = json.loads(out.read_text())
-    assert found["run"]["fvd"] == found["folder"]["fvd"]
+    assert found["run"] == found["bare"] and found["run"]["fvd"] == found["folder"]["fvd"]
     assert "steps" in json.dumps(found["run"]["protocol"]) and str(pvdm) in json.dumps(found["run"]["protocol"])
 
 

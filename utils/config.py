@@ -76,7 +76,7 @@ def load_config(schemas: Mapping[str, type[T]], argv: Sequence[str] | None = Non
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain values of a config dataclass: what `from_dict` and a YAML file take back."""
-    return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config) if field.init}
 
 
 def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
