@@ -23,12 +23,12 @@ from diffusion import DiffusionConfig
 from models import resolve
 from models.autoencoders.hvdm import HVDMAEConfig, HVDMAutoencoder
 from models.autoencoders.pvdm import PVDMAEConfig, PVDMAutoencoder
+from models.official.released import RELEASED_CLIPS
 from models.unets.plane_unet import PlaneUNet
 from models.unets.vidm_content import ContentUNet
 from models.unets.vidm_motion import MotionUNet
 from models.unets.volume_unet import VolumeUNet
 from pipelines.hvdm_sample import HVDMSampleConfig, HVDMSampleJob
-from models.official.released import RELEASED_CLIPS
 from pipelines.long import write_videos
 from pipelines.pvdm_sample import PVDMSampleConfig, PVDMSampleJob
 from pipelines.vidm_sample import VIDMSampleConfig, VIDMSampleJob

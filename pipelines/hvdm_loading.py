@@ -8,9 +8,9 @@ from models.autoencoders.hvdm import HVDMAEConfig, HVDMAutoencoder
 from models.official import hvdm as official_autoencoder
 from models.official import hvdm_unet as official_unet
 from models.official.checkpoint import State
+from models.official.released import RELEASED_CLIPS
 from models.transformers.volume_dit import VolumeDiT, VolumeDiTConfig
 from models.unets.volume_unet import VolumeUNet, VolumeUNetConfig
-from models.official.released import RELEASED_CLIPS
 from pipelines.loading import Loaded, Weights, exported_denoiser, exported_network, is_official, released_network
 
 

@@ -8,9 +8,9 @@ from models.autoencoders.pvdm import PVDMAEConfig, PVDMAutoencoder
 from models.official import pvdm as official_autoencoder
 from models.official import pvdm_unet as official_unet
 from models.official.checkpoint import State
+from models.official.released import RELEASED_CLIPS
 from models.transformers.plane_dit import PlaneDiT, PlaneDiTConfig
 from models.unets.plane_unet import PlaneUNet, PlaneUNetConfig
-from models.official.released import RELEASED_CLIPS
 from pipelines.loading import Loaded, Weights, exported_denoiser, exported_network, is_official, released_network
 
 

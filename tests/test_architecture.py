@@ -22,7 +22,7 @@ ALLOWED = {
     "engine": {"launch", "utils"},
     "pipelines": {"models", "diffusion", "datasets", "utils"},
     "evaluation": {"pipelines", "models", "losses", "datasets", "metrics", "launch", "utils"},
-    "tasks": {"models", "diffusion", "losses", "datasets", "metrics", "pipelines", "engine", "launch", "utils"},
+    "tasks": {"models", "diffusion", "losses", "datasets", "metrics", "pipelines", "evaluation", "engine", "launch", "utils"},
 }
 """Package -> packages of ours that it may import, besides itself."""
 
