@@ -152,10 +152,12 @@ class Scorer(Protocol):
     """Of the figure, after `score/`."""
     about: str
     """A line that says what is compared with what."""
-    source: BatchSource
-    """Of the samples that are made."""
     steps: int
-    """Global batches of it that are needed."""
+    """Global batches that are needed."""
+
+    @property
+    def source(self) -> BatchSource:
+        """Of the samples that are made."""
 
     def measure(self, made: Iterable[tuple[Tensor, Made]]) -> float:
         """The figure, on every rank, of (`index`, what was made) of this rank's micro-batches. Raises an agreed Stopped after a signal."""

@@ -188,7 +188,5 @@ def _look_at_real(
         raise ConfigError(f"--score-every: {where} has one video of {scored.frames} frames, a distance needs two")
     side = measured(rules, clips, extractor, env, keep_rows=False)
     scorer.compare_with(None if side is None else side.moments)
-    notes = (
-        [] if side is None else too_few(min(scorer.count * (side.moments.n // len(clips)), side.moments.n), side.moments.dim, rules.unit)
-    )
+    notes = [] if side is None else too_few(side.moments.n, side.moments.dim, rules.unit)
     return "; ".join([f"{len(clips)} of {where}", *notes])
