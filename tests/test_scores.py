@@ -180,7 +180,7 @@ def stages(root: Path) -> dict[str, tuple[Any, Batch, tuple[int, ...], str]]:
         "cmd-content": (cmd_family.content_task(ae, *steps), tall | common, (3, 16, 24), "content_"),
         "cmd-motion": (cmd_family.motion_task(ae, *steps), tall | common, clip, "motion_"),
         "pvdm-autoencoder": (pvdm_stage.task(), tall | common, clip, "r"),
-        "pvdm": (pvdm_denoiser.task(root / "ae", clips=pvdm_denoiser.SINGLE), square | common, (3, 4, 16, 16), ""),
+        "pvdm": (pvdm_denoiser.task(root / "ae", "--cond-prob", "0", clips=pvdm_denoiser.SINGLE), square | common, (3, 4, 16, 16), ""),
         "latte": (latte_denoiser.task(latte_denoiser.vae_export(root / "vae")), tall | common, clip, ""),
         "vidm-content": (vidm_stage.task("content"), vidm_stage.batch("content", 2), (3, 8, 12), ""),
         "vidm-motion": (vidm_stage.task("motion"), vidm_stage.batch("motion", 2), (3, 6, 8, 12), "motion_"),
@@ -267,8 +267,8 @@ def test_what_cannot_be_measured_is_refused(root: Path) -> None:
         opened(root, Scored("generated", 1, (16, 16)))
     with pytest.raises(ConfigError, match="nothing decodes"):
         opened(root, Scored("generated", 4, (16, 16), missing="nothing decodes"))
-    with pytest.raises(UserError, match="have fewer than 11 frames"):
-        opened(root, Scored("generated", 11, (16, 16)))
+    with pytest.raises(UserError, match="have fewer than 13 frames"):
+        opened(root, Scored("generated", 4, (16, 16), stride=4))
     with pytest.raises(ConfigError, match="compared with its originals; drop the flag"):
         opened(root, Scored("given back", 4, (16, 16), originals=True), real=str(root / "pixels"))
     with pytest.raises(ConfigError, match="makes nothing"):
