@@ -29,6 +29,9 @@ ALLOWED = {
 NARROW = {
     ("tasks", "engine"): {"engine.task", "engine.config"},
     ("tasks", "launch"): {"launch.env"},
+    ("tasks", "evaluation"): {
+        f"evaluation.{name}" for name in ("extractors", "frames", "protocols", "quality", "report", "settings", "videos")
+    },
     ("evaluation", "launch"): {"launch.env"},
     ("engine", "launch"): {"launch.agent", "launch.env", "launch.failures"},
 }

@@ -1,5 +1,6 @@
 """Figures of what a stage makes, while it is trained: of each stage, on any number of ranks, over restarts; broken generators, mistakes."""
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from evaluation.quality import measure_fvd
 from evaluation.settings import FvdConfig
 from launch.env import Stopped, distributed
 from tasks.scores import open_scorer
-from tests import cmd_family, latte_denoiser, pvdm_denoiser, pvdm_stage, vidm_stage
+from tests import cmd_family, hvdm_denoiser, hvdm_exports, latte_denoiser, pvdm_denoiser, pvdm_stage, vidm_stage
 from tests.distributed import run
 from tests.pvdm_denoiser import ENV, UNET
 from tests.pvdm_exports import export_autoencoder
@@ -34,6 +35,7 @@ from utils.rng import SampleRng
 SHORT = "--global-batch-size 4 --max-steps 4 --num-workers 0 --precision fp32 --log-every 1 --preview-every 0 --eval-every 0 --ckpt-every 2"
 SHORT += " --lr 1e-2 --parallel fsdp --compile off --ema-every 1 --cond-prob 0"
 NAME = "score/fvd6_4f"
+HVDM = ["--cond-prob", "0", "--img-prob", "0", "--frame-strides", "2", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -175,12 +177,15 @@ def stages(root: Path) -> dict[str, tuple[Any, Batch, tuple[int, ...], str]]:
     common = {"label": torch.tensor([0, 1]), "index": torch.arange(2)}
     square = {"video": torch.randint(0, 256, (2, 3, 4, 16, 16), dtype=torch.uint8)}
     steps = ("--preview.steps", "2")
+    hvdm_ae = hvdm_exports.export_autoencoder(root / "hvdm-ae")
+    strided = dataclasses.replace(hvdm_denoiser.SINGLE, strides=(2, 3))
     return {
         "cmd-autoencoder": (cmd_family.autoencoder_task(), tall | common, clip, "r"),
         "cmd-content": (cmd_family.content_task(ae, *steps), tall | common, (3, 16, 24), "content_"),
         "cmd-motion": (cmd_family.motion_task(ae, *steps), tall | common, clip, "motion_"),
         "pvdm-autoencoder": (pvdm_stage.task(), tall | common, clip, "r"),
         "pvdm": (pvdm_denoiser.task(root / "ae", "--cond-prob", "0", clips=pvdm_denoiser.SINGLE), square | common, (3, 4, 16, 16), ""),
+        "hvdm": (hvdm_denoiser.task(hvdm_ae, *HVDM, clips=strided), square | common, (3, 4, 16, 16), ""),
         "latte": (latte_denoiser.task(latte_denoiser.vae_export(root / "vae")), tall | common, clip, ""),
         "vidm-content": (vidm_stage.task("content"), vidm_stage.batch("content", 2), (3, 8, 12), ""),
         "vidm-motion": (vidm_stage.task("motion"), vidm_stage.batch("motion", 2), (3, 6, 8, 12), "motion_"),
@@ -192,6 +197,7 @@ def test_every_stage_makes_what_it_says(root: Path) -> None:
         assert isinstance(task, Scoring), name
         scored = task.scored()
         assert (scored.frames, scored.size, scored.label) == (1 if len(shape) == 3 else shape[1], shape[-2:], label), name
+        assert scored.stride == (2 if name == "hvdm" else 1), name
         torch.manual_seed(0)
         networks = {key: network.module.eval() for key, network in task.networks().items()}
         with torch.no_grad():
