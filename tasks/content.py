@@ -104,7 +104,7 @@ class CMDContentTask:
     def scored(self) -> Scored:
         """Content frames, beside those of the same samples' clips: they are no frames of a video."""
         clips = self.clips
-        return Scored("content frames generated", 1, clips.image_size, label="content_", originals=True)
+        return Scored("generated as content frames", 1, clips.image_size, label="content_", originals=True)
 
     def make(self, networks: Networks, batch: Batch, rng: SampleRng) -> Made:
         """A content frame for the condition of each sample, and that of its clip."""

@@ -124,7 +124,7 @@ def open_scorer(config: RunConfig, task: Task, source: ClipSource, env: Env) -> 
         raise ConfigError(f"--score-every: {scored.missing}")
     rules = _rules(setting, scored)
     extractor = _network(setting, rules, env)
-    extractor(torch.zeros(1, 3, scored.frames, *scored.size, dtype=torch.uint8))
+    rows = extractor(torch.zeros(1, 3, scored.frames, *scored.size, dtype=torch.uint8))
     count = min(setting.videos, source.steps_per_epoch * source.order.global_batch) if scored.originals else setting.videos
     if count < 2:
         raise ConfigError(f"--score-every: {source.shards.location} has one sample, a distance needs two")
@@ -132,7 +132,8 @@ def open_scorer(config: RunConfig, task: Task, source: ClipSource, env: Env) -> 
     scorer = DistanceScorer(name, source, count, extractor, env, unbiased=rules.rules.unbiased)
     against = "their originals" if scored.originals else _look_at_real(scorer, setting, scored, rules, source, extractor, env)
     unit = "frames" if scored.frames == 1 else f"videos of {scored.frames} frames"
-    scorer.about = f"score/{name}, every {setting.every} steps: {count} {unit} {scored.what}, compared with {against}"
+    about = f"score/{name}, every {setting.every} steps: {count} {unit} {scored.what}, compared with {against}"
+    scorer.about = "; ".join([about, *too_few(count * len(rows), rows.shape[1], rules.unit)])
     return scorer
 
 
@@ -188,5 +189,4 @@ def _look_at_real(
         raise ConfigError(f"--score-every: {where} has one video of {scored.frames} frames, a distance needs two")
     side = measured(rules, clips, extractor, env, keep_rows=False)
     scorer.compare_with(None if side is None else side.moments)
-    notes = [] if side is None else too_few(side.moments.n, side.moments.dim, rules.unit)
-    return "; ".join([f"{len(clips)} of {where}", *notes])
+    return f"{len(clips)} of {where}"
