@@ -9,10 +9,11 @@ The same line starts a run, resumes it and finds it finished. Exit status: 0 don
 and saved; 130 Ctrl-C; 2 wrong settings; 1 any other error.
 """
 
+from datasets.loader import ClipSource
 from engine.elastic import for_ranks
 from engine.loop import fit
 from engine.plan import report
-from engine.task import BatchSource, Task
+from engine.task import Task
 from launch.env import Env, distributed
 from launch.run import parse_launch, run_main
 from tasks import autoencoder, frame_vae, hvdm_autoencoder, pvdm_autoencoder
@@ -20,6 +21,7 @@ from tasks.autoencoder_config import CMDAutoencoderConfig
 from tasks.frame_vae_config import FrameVAERunConfig
 from tasks.hvdm_autoencoder_config import HVDMAutoencoderConfig
 from tasks.pvdm_autoencoder_config import PVDMAutoencoderConfig
+from tasks.scores import open_scorer
 from utils.config import dump_yaml, load_config, to_dict
 
 PROG = "train_ae.py"
@@ -32,7 +34,7 @@ SCHEMAS: dict[str, type[Config]] = {
 }
 
 
-def build(config: Config, env: Env) -> tuple[Task, BatchSource, BatchSource | None]:
+def build(config: Config, env: Env) -> tuple[Task, ClipSource, ClipSource | None]:
     """Task, training samples and validation samples of the config's system."""
     if isinstance(config, PVDMAutoencoderConfig):
         return pvdm_autoencoder.build(config, env)
@@ -58,7 +60,7 @@ def main() -> None:
     with distributed(config.parallel.timeout) as env:
         config = for_ranks(config, env)
         task, source, valid = build(config, env)
-        fit(task, source, config, env, valid=valid)
+        fit(task, source, config, env, valid=valid, scorer=open_scorer(config, task, valid or source, env))
 
 
 if __name__ == "__main__":

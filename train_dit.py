@@ -18,6 +18,7 @@ from tasks.hvdm_config import HVDMRunConfig
 from tasks.latent import LatentTask
 from tasks.latent_config import LatteRunConfig
 from tasks.pvdm_config import PVDMRunConfig
+from tasks.scores import open_scorer
 from utils.config import dump_yaml, load_config, to_dict
 
 PROG = "train_dit.py"
@@ -49,7 +50,7 @@ def main() -> None:
     with distributed(config.parallel.timeout) as env:
         config = for_ranks(config, env)
         task, source, valid = build(config, env)
-        fit(task, source, config, env, valid=valid)
+        fit(task, source, config, env, valid=valid, scorer=open_scorer(config, task, valid or source, env))
 
 
 if __name__ == "__main__":

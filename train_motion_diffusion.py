@@ -16,6 +16,7 @@ from launch.env import Env, distributed
 from launch.run import parse_launch, run_main
 from tasks import motion, vidm_motion
 from tasks.motion import CMDMotionConfig
+from tasks.scores import open_scorer
 from tasks.vidm_config import VIDMMotionConfig
 from utils.config import dump_yaml, load_config, to_dict
 
@@ -46,7 +47,7 @@ def main() -> None:
     with distributed(config.parallel.timeout) as env:
         config = for_ranks(config, env)
         task, source, valid = build(config, env)
-        fit(task, source, config, env, valid=valid)
+        fit(task, source, config, env, valid=valid, scorer=open_scorer(config, task, valid or source, env))
 
 
 if __name__ == "__main__":

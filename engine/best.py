@@ -30,8 +30,9 @@ class Best:
         """Every rank makes one."""
         self._env = env
         self._config = config.best
-        self._every = config.log.eval_every
+        self._every = config.score.every if config.best.scored else config.log.eval_every
         self.metric = config.best.name
+        self._key = self.metric if config.best.scored else f"eval/{self.metric}"
         self.step: int | None = None
         """Of the best evaluation; None: there is none yet, or the run keeps its last weights."""
         self.value = math.nan
@@ -42,12 +43,12 @@ class Best:
 
     @property
     def unknown(self) -> bool:
-        """Whether no evaluation has had the metric yet."""
-        return bool(self.metric) and self.step is None
+        """Whether the metric is one of the validation set, and no evaluation has had it yet."""
+        return bool(self.metric) and not self._config.scored and self.step is None
 
     def check(self, values: Collection[str]) -> None:
         """Raises ConfigError when an evaluation's values (`eval/<name>`) lack the metric."""
-        if f"eval/{self.metric}" not in values:
+        if self._key not in values:
             there = ", ".join(name.removeprefix("eval/") for name in values) or "nothing"
             raise ConfigError(f"--best-metric {self.metric}: the evaluation of this stage measures {there}")
 
@@ -56,7 +57,7 @@ class Best:
 
         `export` takes what the card says of it and returns why it could not be written, or nothing. Then the best before remains.
         """
-        value = values.get(f"eval/{self.metric}", math.nan)
+        value = values.get(self._key, math.nan)
         if not math.isfinite(value) or (self.step is not None and self._config.sign * (value - self.value) <= 0):
             return ""
         reason = export({"best": {"metric": self.metric, "value": value}})

@@ -18,6 +18,7 @@ _LOWEST = {
     "checkpoint": {"every": 0, "keep_last": 0, "keep_every": 0},
     "log": {"every": 0, "preview_every": 0, "eval_every": 0, "eval_batches": 0, "status_every": 0},
     "best": {"patience": 0},
+    "score": {"every": 0, "videos": 2, "steps": 0},
 }  # fmt: skip
 """Group -> setting -> the least that it may be."""
 
@@ -157,11 +158,36 @@ class LogConfig:
         return first, last
 
 
+SCORE = "score/"
+"""How the names of figures begin that compare what is made with what is real; less is better."""
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Figures of what the averaged weights make, measured by all ranks while training goes on."""
+
+    every: int = flag(0, "score-every")
+    """Steps between figures of what the averaged weights generate or give back, of the last step too; 0: none."""
+    videos: int = flag(256, "score-videos")
+    """How many are compared with as many real ones."""
+    i3d: str = flag("", "score-i3d")
+    """Network of the Frechet video distance: i3d_torchscript.pt or i3d_pretrained_400.pt, or that of the protocol. Empty: frames are
+    compared through EfficientNet-Lite0, whose weights a pip package has."""
+    protocol: str = flag("", "score-protocol")
+    """With --score-i3d: that of evaluate.py fvd; empty: its default, and of reconstructions that of evaluate.py reconstruct."""
+    steps: int = flag(0, "score-steps")
+    """Steps of the sampler; 0: as previews."""
+    real: str = flag("", "score-real")
+    """Real videos that generated ones are compared with: a shard set or a folder; empty: those of --val-path, else of training."""
+    cache: str = flag("", "score-cache")
+    """Folder of features of real videos; empty: $KINOFORM_CACHE, or ~/.cache/kinoform."""
+
+
 @dataclass(frozen=True)
 class BestConfig:
     metric: str = flag("", "best-metric")
-    """Keep the export of the evaluation that was best by this metric, such as psnr, in place of the last weights; needs --val-path.
-    Empty: the last weights."""
+    """Keep the export of the evaluation that was best by this metric, in place of the last weights: one of --val-path, such as psnr, or
+    with --score-every its figure, score/<name>. Empty: the last weights."""
     mode: Literal["auto", "min", "max"] = flag("auto", "best-mode")
     """Whether less or more of the metric is better; auto: as is known of the metric."""
     patience: int = flag(0, "patience")
@@ -169,14 +195,21 @@ class BestConfig:
 
     @property
     def name(self) -> str:
-        """The metric as an evaluation names it; log lines have a prefix before it."""
+        """The metric as an evaluation names it; log lines have a prefix before it. A score keeps its own."""
         return self.metric.removeprefix("eval/")
+
+    @property
+    def scored(self) -> bool:
+        """Whether it is a score, not a metric of the validation set."""
+        return self.name.startswith(SCORE)
 
     @property
     def sign(self) -> int:
         """1 where more of the metric is better, -1 where less is. Raises ConfigError where `auto` does not know."""
         if self.mode != "auto":
             return 1 if self.mode == "max" else -1
+        if self.scored:
+            return -1
         if self.name in _BETTER:
             return _BETTER[self.name]
         raise ConfigError(f"--best-metric {self.metric}: give --best-mode min or max; it is known of {', '.join(_BETTER)}")
@@ -193,6 +226,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     best: BestConfig = field(default_factory=BestConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
 
     def validate(self) -> None:
         """Raises ConfigError for a number that cannot be. Stages add what they know."""
@@ -219,5 +253,9 @@ class RunConfig:
             assert self.best.sign  # or it raises
         elif self.best.patience:
             raise ConfigError("--patience: name what should get better with --best-metric, such as psnr or loss")
-        if self.best.patience and not self.log.eval_every:
+        if self.best.scored and not self.score.every:
+            raise ConfigError(f"--best-metric {self.best.metric} is measured while training goes on: set --score-every")
+        if self.best.patience and not (self.best.scored or self.log.eval_every):
             raise ConfigError("--patience counts evaluations: set --eval-every")
+        if self.score.protocol and not self.score.i3d:
+            raise ConfigError(f"--score-protocol {self.score.protocol} is one of video distances: give their network with --score-i3d FILE")

@@ -1,41 +1,45 @@
 """A training run, from its folder to its export: `fit`."""
 
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from engine.best import Best
 from engine.checkpoint import Checkpointer, State
-from engine.config import RunConfig
+from engine.config import SCORE, RunConfig
 from engine.ema import late_averages
 from engine.feed import Feed, fixed_batch
 from engine.flops import count_flops, peak_flops
 from engine.metrics import Meter, counted
-from engine.outputs import PREVIEW_SAMPLES, evaluate, export, finish, mark_shown, preview, shown_step
+from engine.outputs import PREVIEW_SAMPLES, due, evaluate, export, finish, mark_shown, measured, preview, shown_step
 from engine.profile import Profiler
 from engine.recorder import Recorder
 from engine.runs import open_run
 from engine.shard import samples_per_rank
 from engine.tally import Guard, Tally, name_samples
-from engine.task import BatchSource, Measuring, Task
+from engine.task import BatchSource, Measuring, Scorer, Task
 from engine.team import Team
 from engine.watch import Watch
-from launch.env import Env
+from launch.env import Env, Stopped
 from utils.errors import ConfigError
 from utils.rng import SampleRng, derive_seed
 
 
-def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: BatchSource | None = None) -> Path:
+def fit(
+    task: Task, source: BatchSource, config: RunConfig, env: Env, valid: BatchSource | None = None, scorer: Scorer | None = None
+) -> Path:
     """Train `task` on `source` to the step that the config names, going on where the run was left; returns the run's folder.
 
     Every rank calls it, inside `launch.env.distributed`. Raises Stopped after a stop signal, once a checkpoint is written, and
-    UserError for what the user can mend. `valid`: another source with the same batch sizes, for evaluations and previews.
+    UserError for what the user can mend. `valid`: another source with the same batch sizes, for evaluations and previews. `scorer`:
+    compares what is made with what is real.
     """
     train, log = config.train, config.log
-    if config.best.metric and valid is None:
-        raise ConfigError(f"--best-metric {config.best.metric} compares evaluations: give the samples for them with --val-path")
+    _check_metric(config, valid, scorer)
     global_batch, share = train.global_batch_size, samples_per_rank(config, env)
     total = train.max_steps or train.epochs * source.steps_per_epoch
 
@@ -78,19 +82,20 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
     def show(ended: bool) -> bool:
         """The evaluation and the pictures that are due, all when the run has `ended`; returns whether it ends here."""
         done = progress["step"]
-        if valid is not None and (ended or _due(done, log.eval_every)):
-            values = evaluate(task, team, valid, config, env)
+        with _stopping(save, checkpointer, recorder, done):
+            values = measured(task, team, valid, scorer, config, env, done, ended)
+        if values:
             recorder.values(done, progress["samples"], values)
             recorder.say(best.keep(values, done, partial(export, run, task, team, progress, config, env)))
         ended = ended or best.exhausted(done)
-        if ended or _due(done, log.preview_every):
+        if ended or due(done, log.preview_every):
             recorder.preview(done, preview(task, team, shown, config, env))
         mark_shown(run.folder, done, env)
         return ended
 
     with closing(run), watch, closing(feed), recorder, profiler:
         begun = f"{run.folder}: from step {first} to {total}, {env.world_size} process(es) on {env.device.type}"
-        recorder.say(run.note, begun, *late_averages(networks, total))
+        recorder.say(run.note, begun, *late_averages(networks, total), scorer.about if scorer else "")
         if best.unknown and valid is not None and first < total:
             best.check(evaluate(task, team, valid, config, env, limit=1))
         ended = show(first >= total) if seen < first else first >= total or best.exhausted(first)
@@ -125,17 +130,15 @@ def fit(task: Task, source: BatchSource, config: RunConfig, env: Env, valid: Bat
             stop = guard.stop(lambda bad, ranks: name_samples(source.describe, bad, ranks, global_batch, env.world_size))
             watch.rest()
             ended = done == total
-            if stop or ended or _due(done, log.every):
+            if stop or ended or due(done, log.every):
                 recorder.values(done, progress["samples"], meter.read(done, guard.skipped()) | counted(source) | checkpointer.read())
             guard.take_back(progress, global_batch)
-            if stop or ended or (_due(done, config.checkpoint.every) and not guard.failing):
+            if stop or ended or (due(done, config.checkpoint.every) and not guard.failing):
                 with meter.paused():
                     save()
             if stop:
-                checkpointer.wait()
-                recorder.say(f"stopped, and saved at step {progress['step']}: the same command goes on from here")
-                raise stop
-            if ended or _due(done, log.eval_every) or _due(done, log.preview_every):
+                _leave(stop, checkpointer, recorder, progress["step"])
+            if ended or due(done, log.eval_every, log.preview_every, config.score.every):
                 with meter.paused():
                     ended = show(ended)
             if ended:
@@ -157,5 +160,27 @@ def _take_up(task: Task, state: State, checkpointer: Checkpointer, checkpoint: P
         task.measure()
 
 
-def _due(done: int, every: int) -> bool:
-    return every > 0 and done % every == 0
+def _leave(stop: Exception, checkpointer: Checkpointer, recorder: Recorder, step: int) -> NoReturn:
+    checkpointer.wait()
+    recorder.say(f"stopped, and saved at step {step}: the same command goes on from here")
+    raise stop
+
+
+@contextmanager
+def _stopping(save: Callable[[], None], checkpointer: Checkpointer, recorder: Recorder, step: int) -> Iterator[None]:
+    """A stop signal in the block ends the run once it is saved: what is due after the step is made when the run goes on."""
+    try:
+        yield
+    except Stopped as stop:
+        save()
+        _leave(stop, checkpointer, recorder, step)
+
+
+def _check_metric(config: RunConfig, valid: BatchSource | None, scorer: Scorer | None) -> None:
+    """Raises ConfigError where nothing can measure what the best weights are chosen by."""
+    best = config.best
+    if best.scored and (scorer is None or best.name != SCORE + scorer.name):
+        there = f"the figure of this run is {SCORE}{scorer.name}" if scorer else "this run measures no score"
+        raise ConfigError(f"--best-metric {best.metric}: {there}")
+    if best.metric and not best.scored and valid is None:
+        raise ConfigError(f"--best-metric {best.metric} compares evaluations: give the samples for them with --val-path")

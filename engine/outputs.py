@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from engine.best import Best
-from engine.config import RunConfig
+from engine.config import SCORE, RunConfig
 from engine.describe import describe
 from engine.feed import close, to_device
 from engine.runs import Run
-from engine.task import Batch, BatchSource, Task
+from engine.task import Batch, BatchSource, Scorer, Scoring, Task
 from engine.team import Team
 from launch.env import Env
 from utils.errors import UserError
@@ -53,6 +54,37 @@ def evaluate(task: Task, team: Team, valid: BatchSource, config: RunConfig, env:
     dist.all_reduce(packed)
     totals, numbers = packed.view(2, -1).tolist()
     return {f"eval/{name}": total / number for name, total, number in zip(sums, totals, numbers, strict=True) if number}
+
+
+def score(scorer: Scorer, task: Task, team: Team, config: RunConfig, env: Env) -> dict[str, float]:
+    """The figure of what the networks make, as `score/<name>`. Every rank calls it. Raises Stopped after a signal."""
+    assert isinstance(task, Scoring)
+    seed = derive_seed(config.train.seed, "score")
+    batches = scorer.source.batches(0)
+    placed = (to_device(batch, env.device) for batch in islice(batches, scorer.steps * config.train.accumulation))
+    try:
+        with team.evaluation() as networks:
+            made = ((batch["index"], task.make(networks, batch, SampleRng(seed, batch["index"], env.device))) for batch in placed)
+            return {SCORE + scorer.name: scorer.measure(made)}
+    finally:
+        close(batches)
+
+
+def measured(
+    task: Task, team: Team, valid: BatchSource | None, scorer: Scorer | None, config: RunConfig, env: Env, done: int, ended: bool
+) -> dict[str, float]:
+    """The figures that are due after `done` steps, all when the run has `ended`. Every rank calls it. Raises Stopped after a signal."""
+    values: dict[str, float] = {}
+    if valid is not None and (ended or due(done, config.log.eval_every)):
+        values |= evaluate(task, team, valid, config, env)
+    if scorer is not None and (ended or due(done, config.score.every)):
+        values |= score(scorer, task, team, config, env)
+    return values
+
+
+def due(done: int, *every: int) -> bool:
+    """Whether something is due after `done` steps that is due every so many, 0 for never."""
+    return any(number > 0 and done % number == 0 for number in every)
 
 
 def preview(task: Task, team: Team, batch: Batch, config: RunConfig, env: Env) -> dict[str, Tensor]:

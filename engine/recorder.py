@@ -17,7 +17,7 @@ from typing import TextIO
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.config import LogConfig
+from engine.config import SCORE, LogConfig
 from engine.heartbeat import Heartbeat
 from engine.ranks import Ranks
 from launch.env import Stopped
@@ -27,6 +27,9 @@ from utils.media import gif_bytes, grid, png_bytes, to_uint8, write_mp4
 
 _OURS = ("datasets", "diffusion", "engine", "launch", "losses", "metrics", "models", "pipelines", "tasks", "utils")
 _log = logging.getLogger(__name__)
+
+MEASURED = ("eval/", SCORE)
+"""How the names of figures begin that are measured between the steps."""
 
 PREVIEW_FPS = 8.0
 """Frames per second of previews, slow enough to look at."""
@@ -170,7 +173,7 @@ def format_line(step: int, total: int, values: Mapping[str, float], slowest: str
     width = len(str(total))
     parts = [f"step {step:>{width}}/{total}"]
     for key, value in values.items():
-        if key.startswith(("loss", "train/", "eval/")):
+        if key.startswith(("loss", "train/", *MEASURED)):
             parts.append(f"{key.removeprefix('train/')} {value:.4g}")
     for key, value in values.items():
         if key.startswith("grad_norm/"):
@@ -208,7 +211,7 @@ def _cut(path: Path, step: int, seen: int) -> None:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             values = json.loads(line)
-            if values["step"] <= (min(step, seen) if any(key.startswith("eval/") for key in values) else step):
+            if values["step"] <= (min(step, seen) if any(key.startswith(MEASURED) for key in values) else step):
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             continue

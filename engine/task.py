@@ -3,7 +3,7 @@
 Both are protocols: a task is a plain class with these methods, it inherits nothing and never sees process groups.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -103,6 +103,64 @@ class Measuring(Protocol):
 
     def measure(self) -> None:
         """Every rank calls it, in a run that has no checkpoint to go on from: others take what was measured from there."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a task makes to be scored."""
+
+    what: str
+    """In words, after their number: "generated", "given back"."""
+    frames: int
+    """Of each; 1: pictures."""
+    size: tuple[int, int]
+    """Height and width."""
+    label: str = ""
+    """What the figure's name begins with, where it is not of whole samples or not of the whole system."""
+    originals: bool = False
+    """They come with what they are compared with; else they are compared with real videos."""
+    stride: int = 1
+    """Distance of their frames in the stored videos."""
+    missing: str = ""
+    """Why nothing can be made after all, and what to do about it."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """Videos b 3 t h w or pictures b 3 h w in [-1, 1], one of each sample of a batch, and their originals where there are any."""
+
+    videos: Tensor
+    originals: Tensor | None = None
+
+
+@runtime_checkable
+class Scoring(Protocol):
+    """A Task that makes what can be compared with real videos may have this too."""
+
+    def scored(self) -> Scored:
+        """What `make` gives."""
+
+    def make(self, networks: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> Made:
+        """Something of each sample: the conditions are the batch's, the noise is the samples' own. EMA weights where there are any, no
+        gradient; every rank calls it equally often."""
+
+
+class Scorer(Protocol):
+    """Compares what a task makes, on all ranks, with what is real. It may know process groups."""
+
+    name: str
+    """Of the figure, after `score/`."""
+    about: str
+    """A line that says what is compared with what."""
+    steps: int
+    """Global batches that are needed."""
+
+    @property
+    def source(self) -> BatchSource:
+        """Of the samples that are made."""
+
+    def measure(self, made: Iterable[tuple[Tensor, Made]]) -> float:
+        """The figure, on every rank, of (`index`, what was made) of this rank's micro-batches. Raises an agreed Stopped after a signal."""
 
 
 @runtime_checkable

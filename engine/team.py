@@ -118,11 +118,13 @@ class Team:
         self.share_statistics()
         for member in self.members.values():
             member.module.eval()
-        with torch.no_grad(), self.autocast():
-            yield {member.name: member.best for member in self.members.values()} | self.frozen
-        for member in self.members.values():
-            member.module.train()
-        self.reshard()
+        try:
+            with torch.no_grad(), self.autocast():
+                yield {member.name: member.best for member in self.members.values()} | self.frozen
+        finally:  # what is left by a stop signal is saved
+            for member in self.members.values():
+                member.module.train()
+            self.reshard()
 
     def reshard(self) -> None:
         """Give up gathered weights: a root module keeps them after a forward pass without backward, and they would grow stale."""

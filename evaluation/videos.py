@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.config import DataConfig, open_shards
+from datasets.mixture import Collection
 from datasets.reader import ClipReader
 from datasets.shards import IMAGE_SUFFIXES, INDEX, VIDEO_SUFFIXES
 from datasets.sources.base import Video, relative, walk
@@ -119,10 +120,11 @@ class FolderVideos:
 class ShardVideos:
     """The stored clips of a shard set."""
 
-    def __init__(self, root: str) -> None:
-        self.shards = open_shards(DataConfig(path=(root,)))
+    def __init__(self, root: str | Collection) -> None:
+        """`root`: where the set is, or sets that are open already."""
+        self.shards = root if isinstance(root, Collection) else open_shards(DataConfig(path=(root,)))
         if self.shards.is_latent:
-            raise UserError(f"{root} holds latents; give the shard set of the clips they were made of")
+            raise UserError(f"{self.shards.location} holds latents; give the shard set of the clips they were made of")
         self._lock = threading.Lock()
         self._reader = functools.lru_cache(maxsize=4)(functools.partial(ClipReader, self.shards))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from datasets.loader import ClipSource
-from engine.task import Batch, LossOutput, Network
+from engine.task import Batch, LossOutput, Made, Network, Scored
 from launch.env import Env
 from losses.reconstruction import mse
 from models.autoencoders.cmd import CMDAEConfig, CMDAutoencoder
@@ -16,6 +16,7 @@ from tasks.clips import ClipInfo, Networks, empty_batch, input_clips, open_clips
 from tasks.reconstruction import (
     adversarial_terms,
     discriminators_output,
+    given_back,
     is_adversarial,
     loss_frame,
     loss_networks,
@@ -27,6 +28,7 @@ from tasks.reconstruction import (
 )
 from utils.config import to_dict
 from utils.errors import ConfigError
+from utils.media import to_float
 from utils.rng import SampleRng
 
 
@@ -106,6 +108,14 @@ class CMDAutoencoderTask:
         """Each original above its reconstruction, and the content frames."""
         clips, recon, content = self._pixels(networks, batch, rng)
         return {"reconstruction": torch.cat([clips, recon], dim=3), "content_frame": content}
+
+    def scored(self) -> Scored:
+        """Reconstructions."""
+        return given_back(self.clips)
+
+    def make(self, networks: Networks, batch: Batch, rng: SampleRng) -> Made:
+        """The reconstruction of each clip."""
+        return Made(self._pixels(networks, batch, rng)[1], to_float(batch["video"]))
 
     def state(self) -> dict[str, int | float]:
         """Nothing of its own."""

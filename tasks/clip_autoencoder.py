@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.task import Batch, LossOutput, Network
+from engine.task import Batch, LossOutput, Made, Network, Scored
 from pipelines.loading import Loaded
 from tasks.clip_autoencoder_config import ClipAutoencoderRunConfig
 from tasks.clips import ClipInfo, Networks, empty_batch, units
 from tasks.reconstruction import (
     adversarial_terms,
     discriminators_output,
+    given_back,
     is_adversarial,
     loss_frame,
     loss_networks,
@@ -95,6 +96,15 @@ class ClipAutoencoderTask:
         """Each original above its reconstruction."""
         clips = to_float(batch["video"])
         return {"reconstruction": torch.cat([clips, networks["ae"](clips).float()], dim=3)}
+
+    def scored(self) -> Scored:
+        """Reconstructions."""
+        return given_back(self.clips)
+
+    def make(self, networks: Networks, batch: Batch, rng: SampleRng) -> Made:
+        """The reconstruction of each clip."""
+        clips = to_float(batch["video"])
+        return Made(networks["ae"](clips).float().clamp(-1, 1), clips)
 
     def state(self) -> dict[str, int | float]:
         """Nothing of its own."""

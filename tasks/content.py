@@ -9,7 +9,7 @@ from torch import Tensor
 from datasets.loader import ClipSource
 from diffusion import build as build_process
 from diffusion import learned_variance
-from engine.task import Batch, LossOutput, Network
+from engine.task import Batch, LossOutput, Made, Network, Scored
 from launch.env import Env
 from models.transformers.dit import ContentDiT
 from pipelines.sampling import Sampling, sample
@@ -98,14 +98,28 @@ class CMDContentTask:
         """Content frames of a few classes, always from the same noise."""
         setting, device = self.config.preview, batch["label"].device
         own = SampleRng(self.config.train.seed, torch.arange(setting.samples), device)
-        guidance = setting.guidance if self.condition.dropout > 0 else 1.0
-        sampling = Sampling(steps=setting.steps, guidance=guidance, clip=self.first.vae is None)
-        shape = (self.first.channels, *self.first.size)
         given = self.condition.grid(setting.samples, batch)
-        frames = sample(networks["content"], self.config.diffusion, shape, own, "preview", sampling, condition=given)
-        if self.first.vae is not None:
-            frames = networks["vae"].decode(frames[:, :, None])[:, :, 0]
-        return {"content_samples": frames.clamp(-1, 1)}
+        return {"content_samples": self._drawn(networks, own, "preview", setting.steps, given)}
+
+    def scored(self) -> Scored:
+        """Content frames, beside those of the same samples' clips: they are no frames of a video."""
+        clips = self.clips
+        return Scored("generated as content frames", 1, clips.image_size, label="content_", originals=True)
+
+    def make(self, networks: Networks, batch: Batch, rng: SampleRng) -> Made:
+        """A content frame for the condition of each sample, and that of its clip."""
+        content, _ = self.first.latents(networks, batch, rng)
+        steps = self.config.score.steps or self.config.preview.steps
+        made = self._drawn(networks, rng, "score", steps, self.condition.given(batch))
+        return Made(made, self.first.shown(networks, content[:, :, None])[:, :, 0])
+
+    def _drawn(self, networks: Networks, own: SampleRng, stream: str, steps: int, given: dict[str, Tensor]) -> Tensor:
+        """Content frames b 3 h w in [-1, 1] for the samples of `own`."""
+        guidance = self.config.preview.guidance if self.condition.dropout > 0 else 1.0
+        sampling = Sampling(steps=steps, guidance=guidance, clip=self.first.vae is None)
+        shape = (self.first.channels, *self.first.size)
+        frames = sample(networks["content"], self.config.diffusion, shape, own, stream, sampling, condition=given)
+        return self.first.shown(networks, frames[:, :, None])[:, :, 0]
 
     def state(self) -> dict[str, int | float]:
         """Nothing of its own."""

@@ -127,6 +127,10 @@ class FirstStage:
             return input_clips(networks, batch, rng)
         return networks["ae"].decode(*self.latents(networks, batch, rng)).float()
 
+    def shown(self, networks: Networks, clips: Tensor) -> Tensor:
+        """What the autoencoder takes or gives, b C t h w, as clips b 3 t h w in [-1, 1]."""
+        return (clips if self.vae is None else networks["vae"].decode(clips)).clamp(-1, 1)
+
     @property
     def channels(self) -> int:
         return self.ae.config.channels
@@ -219,9 +223,7 @@ class Condition:
 
     def given(self, batch: Batch) -> dict[str, Tensor]:
         """Keyword arguments of the denoiser with every condition kept."""
-        if self.cond_dim:
-            return {"cond": batch["cond"]}
-        return {"y": batch["label"]} if self.num_classes else {}
+        return {"cond": batch["cond"]} if self.cond_dim else {"y": batch["label"]} if self.num_classes else {}
 
     def grid(self, count: int, batch: Batch) -> dict[str, Tensor]:
         """Keyword arguments for `count` samples that show the classes one after the other, or the batch's vectors in turn."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from datasets.loader import ClipSource
 from engine.config import OptimConfig
-from engine.task import Batch, LossOutput, Network
+from engine.task import Batch, LossOutput, Made, Network, Scored
 from launch.env import Env
 from losses import perceptual
 from losses.adversarial import discriminator_loss, generator_loss
@@ -18,6 +18,7 @@ from models.autoencoders.frame_vae import FrameVAE, sample
 from models.discriminators import FrameDiscriminator
 from tasks.clips import ClipInfo, Networks, empty_batch, open_clips, units
 from tasks.frame_vae_config import FrameVAERunConfig
+from tasks.reconstruction import given_back
 from utils.config import to_dict
 from utils.errors import ConfigError
 from utils.media import to_channels, to_float, to_rgb
@@ -102,9 +103,19 @@ class FrameVAETask:
 
     def preview(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
         """Each frame above its reconstruction."""
+        found = self.make(networks, batch, rng)
+        assert found.originals is not None
+        return {"reconstruction": torch.cat([found.originals, found.videos], dim=2)}
+
+    def scored(self) -> Scored:
+        """Reconstructions of single frames."""
+        return given_back(self.clips)
+
+    def make(self, networks: Networks, batch: Batch, rng: SampleRng) -> Made:
+        """The reconstruction of each frame."""
         frames = self._frames(batch)
         made = networks["ae"].decode(self._latents(networks, frames, rng)).float().clamp(-1, 1)
-        return {"reconstruction": to_rgb(torch.cat([frames, made], dim=2))}
+        return Made(to_rgb(made), to_rgb(frames))
 
     def state(self) -> dict[str, int | float]:
         """Nothing of its own."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion import build as build_process
-from engine.task import Batch, LossOutput, Network
+from engine.task import Batch, LossOutput, Made, Network, Scored
 from pipelines.sampling import Sampling, sample
 from tasks.clips import ClipInfo, Networks, empty_batch, units
 from tasks.diffusion_task import Condition, PreviewConfig, denoising_loss, measured
@@ -113,7 +113,7 @@ class LatentTask:
     def preview(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
         """Clips of a few classes, always from the same noise; each goes on for a second clip where the space knows how. And clips that
         begin in the other ways that it knows."""
-        drawn = functools.partial(self.draw, networks["model"], batch["label"].device)
+        drawn = functools.partial(self.draw, networks["model"], self.noise(batch["label"].device))
         given = self.condition.grid(self.config.preview.samples, batch)
         latents = drawn("preview", given)
         clips = [self.space.show(networks, latents)]
@@ -131,16 +131,42 @@ class LatentTask:
         turn = torch.arange(self.config.preview.samples)
         return {name: value[turn.to(value.device) % len(value)] for name, value in batch.items()}
 
+    def noise(self, device: torch.device) -> SampleRng:
+        """That of the samples of a preview."""
+        return SampleRng(self.config.train.seed, torch.arange(self.config.preview.samples), device)
+
     def draw(
-        self, model: nn.Module, device: torch.device, stream: str, given: dict[str, Tensor], told: dict[str, Tensor] | None = None
+        self,
+        model: nn.Module,
+        own: SampleRng,
+        stream: str,
+        given: dict[str, Tensor],
+        told: dict[str, Tensor] | None = None,
+        steps: int = 0,
     ) -> Tensor:
-        """The samples of a preview, (samples, *shape), from the noise that belongs to the stream. `given`, `told`: as `condition` and
-        `always` of `pipelines.sampling.sample`."""
+        """A draw for each of the samples of `own`, (b, *shape), from the noise that belongs to the stream. `given`, `told`: as `condition`
+        and `always` of `pipelines.sampling.sample`. `steps` 0: those of previews."""
         setting = self.config.preview
-        own = SampleRng(self.config.train.seed, torch.arange(setting.samples), device)
         guidance = setting.guidance if isinstance(setting, PreviewConfig) and self.condition.dropout > 0 else 1.0
-        sampling = dataclasses.replace(self.sampling, steps=setting.steps, guidance=guidance)
+        sampling = dataclasses.replace(self.sampling, steps=steps or setting.steps, guidance=guidance)
         return sample(model, self.config.diffusion, self.space.shape, own, stream, sampling, condition=given, always=told)
+
+    def scored(self) -> Scored:
+        """Generated clips, at the first of the distances of frames that the denoiser knows; of first frames pictures."""
+        clips = self.clips
+        stride = clips.strides[0] if clips.strides else clips.frame_interval
+        blind = clips.latents is not None and not self.space.networks()
+        missing = "nothing decodes what is generated: give the autoencoder with --ae" if blind else ""
+        return Scored("generated", 1 if clips.take == "first" else clips.n_frames, clips.image_size, stride=stride, missing=missing)
+
+    def make(self, networks: Networks, batch: Batch, rng: SampleRng) -> Made:
+        """A clip or picture for the condition of each sample, which goes on from nothing."""
+        given = Condition.given(self.condition, batch)  # a system's own may add what is trained beside clips
+        told = {}
+        if self.clips.strides:
+            told["stride"] = torch.zeros(len(rng), dtype=torch.int64, device=rng.device)
+        latents = self.draw(networks["model"], rng, "score", given, told, self.config.score.steps)
+        return Made(self.space.show(networks, latents).clamp(-1, 1))
 
     def measure(self) -> None:
         """Measures, on every rank, what a run keeps as it began."""

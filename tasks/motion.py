@@ -10,7 +10,7 @@ from datasets.loader import ClipSource
 from diffusion import build as build_process
 from diffusion import learned_variance
 from engine.config import OptimConfig
-from engine.task import Batch, LossOutput, Network
+from engine.task import Batch, LossOutput, Made, Network, Scored
 from launch.env import Env
 from models.transformers.motion_dit import MotionDiT
 from pipelines.sampling import Sampling, sample
@@ -109,22 +109,37 @@ class CMDMotionTask:
         setting = self.config.preview
         batch = {name: value[: setting.samples] for name, value in batch.items()}
         few = SampleRng(rng.seed, rng.index[: setting.samples], rng.device)
-        content, motion = self.first.latents(networks, batch, few)
-        sampling = Sampling(steps=setting.steps, guidance=setting.guidance if self.condition.dropout > 0 else 1.0)
+        content, _ = self.first.latents(networks, batch, few)
+        own = SampleRng(self.config.train.seed, torch.arange(len(content)), content.device)
+        clips = self.first.shown(networks, self.first.clips(networks, batch, few))
+        return {"motion_samples": torch.cat([clips, self._drawn(networks, batch, content, own, "preview", setting.steps)], dim=3)}
+
+    def scored(self) -> Scored:
+        """Clips with true content frames."""
+        clips = self.clips
+        what = "generated for true content frames"
+        return Scored(what, clips.n_frames, clips.image_size, label="motion_", stride=clips.frame_interval)
+
+    def make(self, networks: Networks, batch: Batch, rng: SampleRng) -> Made:
+        """A clip with the content frame and the condition of each sample."""
+        content, _ = self.first.latents(networks, batch, rng)
+        return Made(self._drawn(networks, batch, content, rng, "score", self.config.score.steps or self.config.preview.steps))
+
+    def _drawn(self, networks: Networks, batch: Batch, content: Tensor, own: SampleRng, stream: str, steps: int) -> Tensor:
+        """Clips b 3 t h w in [-1, 1] with generated motion, of content frames b C h w."""
+        ae = self.first.ae.config
+        guidance = self.config.preview.guidance if self.condition.dropout > 0 else 1.0
         latents = sample(
             networks["motion"],
             self.config.diffusion,
-            tuple(motion.shape[1:]),
-            SampleRng(self.config.train.seed, torch.arange(len(content)), content.device),
-            "preview",
-            sampling,
+            (ae.embed_dim, *ae.latent_size),
+            own,
+            stream,
+            Sampling(steps=steps, guidance=guidance),
             condition=self.condition.given(batch),
             always={"keyframe": content},
         )
-        videos = [self.first.clips(networks, batch, few), networks["ae"].decode(content, latents).float()]
-        if self.first.vae is not None:
-            videos = [networks["vae"].decode(v) for v in videos]
-        return {"motion_samples": torch.cat(videos, dim=3).clamp(-1, 1)}
+        return self.first.shown(networks, networks["ae"].decode(content, latents).float())
 
     def state(self) -> dict[str, int | float]:
         """Nothing of its own."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.config import OptimConfig
-from engine.task import LossOutput, Network
+from engine.task import LossOutput, Network, Scored
 from losses import perceptual
 from losses.adversarial import discriminator_loss, feature_matching, generator_loss
 from losses.reconstruction import l1, mse, pick_frame, subbands
@@ -15,7 +15,7 @@ from losses.reconstruction import perceptual as perceptual_distance
 from metrics.frames import SSIM_WINDOW, psnr, ssim
 from models.discriminators import DiscriminatorConfig, Discriminators
 from models.official.criterion import import_criterion
-from tasks.clips import Networks
+from tasks.clips import ClipInfo, Networks
 from tasks.reconstruction_config import AdversarialConfig, PerceptualConfig
 from utils.errors import UserError
 from utils.rng import SampleRng
@@ -121,6 +121,11 @@ def summed(terms: Terms, count: int) -> LossOutput:
     """The loss of `count` samples from its terms."""
     total = torch.stack([factor * value.sum() for factor, value in terms.values()]).sum()
     return LossOutput(total, count, {name: (value.detach().sum(), count) for name, (_, value) in terms.items()})
+
+
+def given_back(clips: ClipInfo) -> Scored:
+    """Reconstructions, beside the clips that they are of."""
+    return Scored("given back", clips.n_frames, clips.image_size, label="r", originals=True)
 
 
 def measures(networks: Networks, clips: Tensor, recon: Tensor, frame: Tensor) -> dict[str, tuple[Tensor, int]]:

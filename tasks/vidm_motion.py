@@ -1,13 +1,14 @@
 """VIDM's motion stage: a model of frame r of a clip, given its first frame and frame r - 1, and the flow network with it
 (spec, vidm.md sections 3 and 7)."""
 
+import dataclasses
 import functools
 
 import torch
 from torch import Tensor, nn
 
 from datasets.loader import ClipSource
-from engine.task import Batch
+from engine.task import Batch, Made, Scored
 from launch.env import Env
 from models.layers.spynet import load_spynet
 from models.unets.vidm_motion import MotionUNet, MotionUNetConfig
@@ -42,14 +43,29 @@ class MotionTask(LatentTask):
     def preview(self, networks: Networks, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
         """Pictures of the first, the previous and the true frame beside the drawn one; and short videos that begin in the first frame."""
         current, told = self.space.latents(networks, self.shown(batch), rng)
-        drawn = functools.partial(self.draw, networks["model"], current.device, given={})
-        row = [told["first"], told["previous"], current, drawn("preview/next", told=told)]
+        own = self.noise(current.device)
+        row = [told["first"], told["previous"], current, self.draw(networks["model"], own, "preview/next", {}, told)]
         found = {"next": torch.cat(row, dim=3).clamp(-1, 1)}
-        video = [told["first"]]
-        for number in range(1, min(self.config.preview.frames, self.denoiser.config.video_timesteps)):
-            frame = torch.full((len(current),), number, device=current.device)
-            video.append(drawn(f"preview/frame-{number}", told={"frame": frame, "previous": video[-1], "first": video[0]}))
-        return found | ({"video": torch.stack(video, dim=2).clamp(-1, 1)} if len(video) > 1 else {})
+        frames = min(self.config.preview.frames, self.denoiser.config.video_timesteps)
+        return found | ({"video": self._video(networks, told["first"], frames, own, "preview")} if frames > 1 else {})
+
+    def scored(self) -> Scored:
+        """Videos generated from true first frames."""
+        return dataclasses.replace(super().scored(), what="generated from true first frames", label="motion_")
+
+    def make(self, networks: Networks, batch: Batch, rng: SampleRng) -> Made:
+        """A video that begins in the first frame of each sample."""
+        first = to_float(batch["video"][:, :, 0])
+        return Made(self._video(networks, first, self.clips.n_frames, rng, "score", self.config.score.steps))
+
+    def _video(self, networks: Networks, first: Tensor, frames: int, own: SampleRng, stream: str, steps: int = 0) -> Tensor:
+        """Videos b 3 t h w in [-1, 1] that begin in first frames b 3 h w."""
+        video = [first]
+        for number in range(1, frames):
+            frame = torch.full((len(first),), number, device=first.device)
+            told = {"frame": frame, "previous": video[-1], "first": first}
+            video.append(self.draw(networks["model"], own, f"{stream}/frame-{number}", {}, told, steps))
+        return torch.stack(video, dim=2).clamp(-1, 1)
 
 
 def build(config: VIDMMotionConfig, env: Env) -> tuple[MotionTask, ClipSource, ClipSource | None]:

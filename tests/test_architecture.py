@@ -22,13 +22,16 @@ ALLOWED = {
     "engine": {"launch", "utils"},
     "pipelines": {"models", "diffusion", "datasets", "utils"},
     "evaluation": {"pipelines", "models", "losses", "datasets", "metrics", "launch", "utils"},
-    "tasks": {"models", "diffusion", "losses", "datasets", "metrics", "pipelines", "engine", "launch", "utils"},
+    "tasks": {"models", "diffusion", "losses", "datasets", "metrics", "pipelines", "evaluation", "engine", "launch", "utils"},
 }
 """Package -> packages of ours that it may import, besides itself."""
 
 NARROW = {
     ("tasks", "engine"): {"engine.task", "engine.config"},
     ("tasks", "launch"): {"launch.env"},
+    ("tasks", "evaluation"): {
+        f"evaluation.{name}" for name in ("extractors", "frames", "protocols", "quality", "report", "settings", "videos")
+    },
     ("evaluation", "launch"): {"launch.env"},
     ("engine", "launch"): {"launch.agent", "launch.env", "launch.failures"},
 }

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.config import BestConfig, CheckpointConfig, EmaConfig, LogConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from engine.config import (
+    BestConfig,
+    CheckpointConfig,
+    EmaConfig,
+    LogConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    ScoreConfig,
+    TrainConfig,
+)
 from engine.task import Batch, LossOutput, Network
 from utils.rng import SampleRng
 
@@ -176,6 +186,7 @@ def toy_config(folder: Path | str, **changes: Any) -> RunConfig:
         "checkpoint": CheckpointConfig(every=100),
         "log": LogConfig(every=1, preview_every=0, eval_every=0, tensorboard=False),
         "best": BestConfig(),
+        "score": ScoreConfig(),
     }
     for key, value in changes.items():
         if "." in key:

