@@ -58,9 +58,9 @@ def processes() -> Iterator[Env]:
 
 
 def now(device: torch.device, clock: Clock = time.perf_counter) -> float:
-    """Seconds on a clock, once the device has done all it was given."""
+    """Seconds on a clock, once the device has done all it was given; not what runs beside it in other streams."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
     return clock()
 
 

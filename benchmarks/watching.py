@@ -134,7 +134,6 @@ def watched(work: Work, steps: int, folder: Path, log: LogConfig, env: Env, chec
             sums = work()
             worked = work.clock()
             _after(step, work.loss, sums, meter, guard, recorder, log, checkpointer)
-            watch.rest()
             ended = work.clock()
             times.watched.append(ended - started)
             times.calls.append(begun - started + ended - worked)

@@ -184,11 +184,11 @@ class Checkpointer:
         """In the thread, on every rank: copy, make the folder, write the files, take their digests, let rank 0 commit, agree on the
         outcome. `began`: when the save did."""
         try:
+            if copy is not None:
+                copy.make()  # first of all: the loop waits for it
+                tensors = copy.tensors
             if self._env.device.type == "cuda":
                 torch.cuda.set_device(self._env.device)  # a new thread begins on GPU 0, which may be another rank's
-            if copy is not None:
-                copy.make()
-                tensors = copy.tensors
             reason = self._agree(_make_folder(temporary, self._run) if self._env.is_main else "")
             if not reason:
                 parts: list[Any] = [None] * self._env.world_size

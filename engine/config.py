@@ -157,6 +157,10 @@ class LogConfig:
             raise ConfigError(f"--profile-steps {self.profile_steps}: give the first and the last step as log lines count them: 10:15")
         return first, last
 
+    def check(self) -> None:
+        """Raises ConfigError on steps to profile that are none."""
+        _ = self.profiled
+
 
 SCORE = "score/"
 """How the names of figures begin that compare what is made with what is real; less is better."""
@@ -214,6 +218,11 @@ class BestConfig:
             return _BETTER[self.name]
         raise ConfigError(f"--best-metric {self.metric}: give --best-mode min or max; it is known of {', '.join(_BETTER)}")
 
+    def check(self) -> None:
+        """Raises ConfigError on a metric of which `auto` does not know what is better."""
+        if self.metric:
+            _ = self.sign
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -248,10 +257,9 @@ class RunConfig:
             raise ConfigError(f"--keep-every {kept}: checkpoints are written every {every} steps (--ckpt-every): give a multiple of that")
         if self.parallel.optim_offload and self.parallel.mode == "ddp":
             raise ConfigError("--optim-offload moves the shards of a network to host memory: use it with --parallel fsdp or hsdp")
-        assert self.log.profiled != (0, 0)  # or it raises
-        if self.best.metric:
-            assert self.best.sign  # or it raises
-        elif self.best.patience:
+        self.log.check()
+        self.best.check()
+        if self.best.patience and not self.best.metric:
             raise ConfigError("--patience: name what should get better with --best-metric, such as psnr or loss")
         if self.best.scored and not self.score.every:
             raise ConfigError(f"--best-metric {self.best.metric} is measured while training goes on: set --score-every")

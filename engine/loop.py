@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from engine.best import Best
 from engine.checkpoint import Checkpointer, State
@@ -20,7 +21,7 @@ from engine.profile import Profiler
 from engine.recorder import Recorder
 from engine.runs import open_run
 from engine.shard import samples_per_rank
-from engine.tally import Guard, Tally, name_samples
+from engine.tally import Guard, Sums, Tally, name_samples
 from engine.task import BatchSource, Measuring, Scorer, Task
 from engine.team import Team
 from engine.watch import Watch
@@ -69,7 +70,8 @@ def fit(
     guard = Guard(env, train.max_bad_steps, progress["skipped"])
     shown = fixed_batch(valid or source, PREVIEW_SAMPLES, env)
     feed = Feed(source, first, train.accumulation, env.device)
-    meter, watch = Meter(env, feed, total, trained[0], flops, peak), Watch(run.folder, config.parallel, env)
+    watch = Watch(run.folder, config.parallel, env)
+    meter = Meter(env, feed, total, trained[0], flops, peak, watch.rest)
     profiler = Profiler(run.folder, log, env, first)
     recorder = Recorder(run.folder, log, is_main=env.is_main, step=first, total=total, seen=seen, ranks=meter.ranks)
 
@@ -93,7 +95,7 @@ def fit(
         mark_shown(run.folder, done, env)
         return ended
 
-    with closing(run), watch, closing(feed), recorder, profiler:
+    with watch, closing(feed), recorder, profiler:
         begun = f"{run.folder}: from step {first} to {total}, {env.world_size} process(es) on {env.device.type}"
         recorder.say(run.note, begun, *late_averages(networks, total), scorer.about if scorer else "")
         if best.unknown and valid is not None and first < total:
@@ -102,7 +104,7 @@ def fit(
         for step in profiler.steps(watch.steps(range(first, first if ended else total))):
             batches = feed.step()
             torch.manual_seed(derive_seed(train.seed, f"step {step} rank {env.rank}"))  # for dropout; all else is addressed
-            turns = []
+            turns: list[tuple[Sums, Tensor]] = []
             for phase in task.phases(step):
                 tally = Tally(env)
                 with team.turn(phase) as modules:
@@ -114,7 +116,7 @@ def fit(
                         (output.total / share).backward()
                         tally.add(output)
                 sums, norm = tally.reduce(), team.gradient_norm(phase)
-                divisor, good = sums.count / global_batch, sums.finite(norm)
+                divisor, good = sums.count / global_batch, sums.finite(norm, turns)
                 checkpointer.copied()
                 rate = team.step(phase, step, total, norm, divisor, good)
                 meter.turn(phase, sums, norm, good, rate, global_batch)
@@ -127,8 +129,7 @@ def fit(
             recorder.advance()
             checkpointer.poll()
 
-            stop = guard.stop(lambda bad, ranks: name_samples(source.describe, bad, ranks, global_batch, env.world_size))
-            watch.rest()
+            stop = guard.stop(lambda at, bad: name_samples(source.describe, at, bad, global_batch, env.world_size, train.accumulation))
             ended = done == total
             if stop or ended or due(done, log.every):
                 recorder.values(done, progress["samples"], meter.read(done, guard.skipped()) | counted(source) | checkpointer.read())
@@ -148,6 +149,7 @@ def fit(
         feed.close()
         checkpointer.wait()
         recorder.say(finish(run, task, team, progress, config, env, best, min(first, seen)))
+    run.close()  # here alone: after an error a checkpoint may still be being written, and the end of the process frees the lock
     return run.folder
 
 

@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,13 +32,24 @@ class Meter:
     ranks `time/slowest_rank`, `time/slowest_own` and `time/spread`, as `Ranks.compare` has them.
     """
 
-    def __init__(self, env: Env, feed: Feed, total: int, main_network: str, flops: Mapping[str, float | None], peak: float | None) -> None:
+    def __init__(
+        self,
+        env: Env,
+        feed: Feed,
+        total: int,
+        main_network: str,
+        flops: Mapping[str, float | None],
+        peak: float | None,
+        rest: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`rest`: called once the device has done what it was given, before something that is no step (`Watch.rest`)."""
         self._env = env
         self._feed = feed
         self._total = total
         self._main = main_network
         self._flops = flops
         self._peak = peak
+        self._rest = rest
         self.ranks = Ranks(env)
         self._sums: dict[tuple[str, tuple[str, ...]], Tensor] = {}
         """Phase and names of its metrics -> their sums. A loss may get further terms at any step, such as a discriminator's."""
@@ -92,8 +103,9 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside the block is no step time: checkpoints, evaluations, previews."""
+        """Time inside the block is no step time, nor watched as one: checkpoints, evaluations, previews."""
         self._drain()
+        self._rest()
         started, worked = time.perf_counter(), busy()
         yield
         self._drain()
@@ -143,7 +155,7 @@ class Meter:
 
     def _drain(self) -> None:
         if self._env.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()  # not that of a checkpoint's copy
 
 
 def counted(source: BatchSource) -> dict[str, float]:

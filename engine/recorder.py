@@ -252,5 +252,5 @@ class _Handler(logging.Handler):
         with suppress(OSError, ValueError):  # output into a full disk or a closed pipe is lost, and a run is worth more
             if self._bar:
                 tqdm.write(line, file=sys.stderr)
-            else:
+            if not self._bar or not sys.stdout.isatty():
                 print(line, flush=True)

@@ -22,12 +22,13 @@ _ALIGNMENT = 64
 class Copy:
     """A copy that is being made. `tensors`: in host memory, whole when `make` has returned; sharded ones stay DTensors."""
 
-    def __init__(self, tensors: dict[str, Tensor], pairs: list[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, tensors: dict[str, Tensor], pairs: list[tuple[Tensor, Tensor]], from_gpu: bool) -> None:
+        """`pairs` of a tensor's copy and the tensor are still to be copied; `from_gpu`: these, or others before them, from a GPU."""
         self.tensors = tensors
         self._on_host = [pair for pair in pairs if not pair[1].is_cuda]
         self._copied = threading.Event()
         on_gpu = [pair for pair in pairs if pair[1].is_cuda]
-        self._event = _queue(on_gpu) if on_gpu else None
+        self._event = _queue(on_gpu) if from_gpu else None
 
     def make(self) -> None:
         """In the thread that writes: return when everything is copied."""
@@ -80,7 +81,7 @@ class Arena:
                 pair[0].copy_(pair[1], non_blocking=self._pinned)
             else:
                 later.append(pair)
-        return Copy(dict(self._copies), later)
+        return Copy(dict(self._copies), later, any(tensor.is_cuda for tensor in tensors.values()))
 
     def _views(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parts of the buffer, one after the other, of the tensors' types, shapes, meshes and placements."""

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,9 @@ from utils.errors import UserError
 _log = logging.getLogger(__name__)
 
 _NAMED_SAMPLES = 8
-"""Samples of a bad micro-batch that the error names, at most."""
+"""Samples that the error names, at most."""
+Describe = Callable[[int, Mapping[int, int]], str]
+"""Names the samples of a step, by what `Outcome.read` says of its bad ranks."""
 
 
 @dataclass
@@ -28,7 +30,7 @@ class Sums:
     names: list[str]
     packed: Tensor
     """(2 n + 1 + world,) with n = 1 + len(names): the loss and the metrics, the samples behind each of them, the ranks that were asked
-    to stop, and 1 for each rank whose own loss was not finite."""
+    to stop, and for each rank 0, or of its micro-batches the number from the first on whose loss was not finite."""
 
     @property
     def values(self) -> Tensor:
@@ -40,9 +42,10 @@ class Sums:
         """Samples behind the loss, scalar."""
         return self.packed[len(self.names) + 1]
 
-    def finite(self, norm: Tensor) -> Tensor:
-        """Whether the loss and the norm of its gradient are finite, bool scalar."""
-        return torch.hypot(self.packed[0], norm) < math.inf
+    def finite(self, norm: Tensor, turns: Sequence[tuple["Sums", Tensor]] = ()) -> Tensor:
+        """Whether the loss and the norm of its gradient are finite and the `turns` of the step before this one were good, bool scalar."""
+        finite = torch.hypot(self.packed[0], norm) < math.inf
+        return finite & turns[-1][1] if turns else finite
 
 
 class Tally:
@@ -67,7 +70,7 @@ class Tally:
         known = torch.tensor([*counts, float(bool(env.stop))], dtype=torch.float64, pin_memory=env.device.type == "cuda")
         bad = torch.zeros(env.world_size, dtype=torch.float64, device=env.device)
         own = torch.stack([torch.as_tensor(value, device=env.device) for value in values])
-        bad[env.rank] = ~own[0].isfinite()
+        bad[env.rank] = _from_the_first_bad(outputs, own[0])
         packed = torch.cat([own, known.to(env.device, non_blocking=True), bad])
         dist.all_reduce(packed)
         return Sums(names, packed)
@@ -83,13 +86,22 @@ class Outcome:
     event: torch.cuda.Event | None
     """When they will be there."""
 
-    def read(self) -> tuple[bool, bool, list[int]]:
-        """Whether a rank was asked to stop, whether all turns were good, and the ranks with a loss that was not finite."""
+    def read(self) -> tuple[bool, bool, dict[int, int]]:
+        """Whether a rank was asked to stop, whether all turns were good, and of ranks with a loss that was not finite how many
+        micro-batches there are from the first such on."""
         if self.event is not None:
             self.event.synchronize()
         flags = [sums.packed.tolist()[2 * (len(sums.names) + 1) :] for sums, _ in self.turns]
-        bad = {rank for _, *ranks in flags for rank, flag in enumerate(ranks) if flag}
-        return any(stop for stop, *_ in flags), all(bool(good) for _, good in self.turns), sorted(bad)
+        bad = {rank: int(most) for rank, most in enumerate(map(max, zip(*(ranks for _, *ranks in flags), strict=True))) if most}
+        return any(stop for stop, *_ in flags), all(bool(good) for _, good in self.turns), bad
+
+
+def _from_the_first_bad(outputs: list[LossOutput], loss: Tensor) -> Tensor:
+    """How many micro-batches there are from the first with a loss that is not finite on; 0 where there is none. `loss`: their sum."""
+    if len(outputs) == 1:
+        return ~loss.isfinite()
+    bad = ~torch.stack([output.total for output in outputs]).isfinite()
+    return (bad * torch.arange(len(outputs), 0, -1, device=bad.device)).amax()
 
 
 class Guard:
@@ -104,7 +116,7 @@ class Guard:
         self._max_bad_steps = max_bad_steps
         self._skipped = skipped
         self._pending: deque[Outcome] = deque()
-        self._bad: list[tuple[int, list[int]]] = []
+        self._bad: list[tuple[int, dict[int, int]]] = []
 
     def end_step(self, step: int, turns: list[tuple[Sums, Tensor]]) -> None:
         """Record the turns of step `step`, each with whether it was good: a step of which one was left out is counted as skipped."""
@@ -119,21 +131,18 @@ class Guard:
         """Steps left out since the run began. Waits for the device."""
         return self._skipped + sum(not outcome.read()[1] for outcome in self._pending)
 
-    def stop(self, describe: Callable[[int, list[int]], str]) -> Stopped | UserError | None:
-        """What to raise once the state is saved: Stopped where a rank was asked to stop, UserError after too many bad steps in a row.
-
-        `describe(step, ranks)` names samples of a step for the message.
-        """
+    def stop(self, describe: Describe) -> Stopped | UserError | None:
+        """What to raise once the state is saved: Stopped where a rank was asked to stop, UserError after too many bad steps in a row."""
         stop = False
         while len(self._pending) > int(self._cuda and not self._too_many()):  # the step that is under way may have been a good one
             outcome = self._pending.popleft()
-            asked, good, ranks = outcome.read()
+            asked, good, bad = outcome.read()
             stop = stop or asked
             if good:
                 self._bad.clear()
                 continue
             self._skipped += 1
-            self._bad.append((outcome.step, ranks))
+            self._bad.append((outcome.step, bad))
             if len(self._bad) == 1 and self._is_main:
                 what = self._beginning(describe)
                 _log.warning(
@@ -158,7 +167,7 @@ class Guard:
             progress["samples"] -= len(self._bad) * global_batch_size
             self._skipped -= len(self._bad)
 
-    def _message(self, describe: Callable[[int, list[int]], str]) -> str:
+    def _message(self, describe: Describe) -> str:
         first, last = self._bad[0][0], self._bad[-1][0]
         return (
             f"steps {first + 1} to {last + 1}: loss or gradient not finite {len(self._bad)} times in a row, all skipped "
@@ -167,15 +176,19 @@ class Guard:
             f"the state before them is saved as {checkpoint_name(first)}"
         )
 
-    def _beginning(self, describe: Callable[[int, list[int]], str]) -> str:
+    def _beginning(self, describe: Describe) -> str:
         """What was not finite in the first bad step of the row, and on which samples."""
-        step, ranks = self._bad[0]
-        return f"{f'the loss of rank {ranks[0]}' if ranks else 'a gradient'} on {describe(step, ranks)}"
+        step, bad = self._bad[0]
+        return f"{f'the loss of rank {min(bad)}' if bad else 'a gradient'} on {describe(step, bad)}"
 
 
-def name_samples(source_describe: Callable[[int], str], step: int, ranks: list[int], global_batch_size: int, world_size: int) -> str:
-    """Names of the first samples that the first of `ranks` (none: rank 0) read in a step."""
-    share = global_batch_size // world_size
-    first = step * global_batch_size + (ranks[0] if ranks else 0) * share
-    names = [source_describe(index) for index in range(first, first + min(share, _NAMED_SAMPLES))]
-    return ", ".join(names) + (f" and {share - len(names)} more" if share > len(names) else "")
+def name_samples(
+    source_describe: Callable[[int], str], step: int, bad: Mapping[int, int], global_batch_size: int, world_size: int, accumulation: int
+) -> str:
+    """Names of the samples of a step among which is what was not finite: the micro-batch of the first bad rank; without one, all."""
+    first, count = step * global_batch_size, global_batch_size
+    if bad:
+        count = global_batch_size // (world_size * accumulation)
+        first += (min(bad) * accumulation + accumulation - bad[min(bad)]) * count
+    names = [source_describe(index) for index in range(first, first + min(count, _NAMED_SAMPLES))]
+    return ", ".join(names) + (f" and {count - len(names)} more" if count > len(names) else "")

@@ -54,7 +54,7 @@ class Watch:
         self._closed.set()
 
     def steps(self, numbers: range) -> Iterator[int]:
-        """The steps' numbers, each watched from here to `rest`."""
+        """The steps' numbers, each watched from here to the next, or to `rest`."""
         for number in numbers:
             self._step, self._armed = number, number != numbers.start
             if self._env.peers is not None:
@@ -62,7 +62,7 @@ class Watch:
             yield number
 
     def rest(self) -> None:
-        """The step is done: what follows is not watched."""
+        """The step is done, on the device too: what follows until the next one is not watched."""
         self._armed = False
         if self._env.peers is not None:
             self._env.peers.resting = True

@@ -88,11 +88,12 @@ def test_offload_changes_nothing_but_the_rounding(tmp_path: Path, env: Env) -> N
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["none", "block", "selective"])
-def test_the_estimate_is_within_15_percent_of_the_peak(env: Env, kind: str, precision: str) -> None:
+@pytest.mark.parametrize(("mode", "offload"), [("ddp", False), ("fsdp", False), ("fsdp", True), ("hsdp", False)])
+def test_the_estimate_is_within_15_percent_of_the_peak(env: Env, kind: str, precision: str, mode: str, offload: bool) -> None:
     count = 16
     task = Denoiser(DiTConfig((64, 64), 4, hidden_size=384, depth=8, num_heads=6))
-    parallel = ParallelConfig(mode="ddp", compile="off", activation_checkpointing=kind, precision=precision)  # type: ignore[arg-type]
-    config = RunConfig(parallel=parallel)
+    how = {"mode": mode, "optim_offload": offload, "activation_checkpointing": kind, "precision": precision}
+    config = RunConfig(parallel=ParallelConfig(compile="off", **how))  # type: ignore[arg-type]
     networks = build_on_meta(task)  # type: ignore[arg-type]
     needs = [measure(name, network, 1) for name, network in networks.items()]
     planned = estimate_peak(task, networks, "model", count, needs, config)  # type: ignore[arg-type]
