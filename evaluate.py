@@ -9,7 +9,7 @@ evaluate.py fd --dir1 REAL --dir2 FAKE                    the same through a net
 evaluate.py vis --dir2 FAKE --c3d FILE                    inception score of a folder of videos
 evaluate.py clipsim --dir2 FAKE --clip FOLDER             CLIP similarity of videos and their texts
 evaluate.py ladder RUNS --data-path SHARDS --i3d FILE     of a system: reconstruction, motion of true content, full generation
-evaluate.py fvd RUNS --dir1 REAL --i3d FILE               of videos that are generated for it (also kvd, vis), and never written
+evaluate.py fvd RUNS --dir1 REAL --i3d FILE               of videos that are generated for it (also kvd, vis, fid, fd)
 """
 
 import dataclasses
