@@ -49,7 +49,8 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	@for name in train_step latte_step pvdm_step hvdm_step vidm_step vidm_frame wavelet long_video checkpoint watching stream preprocess formats evaluation; do echo "== benchmarks/$$name.py"; $(BIN)/python -m benchmarks.$$name || exit 1; done
+	@for name in train_step latte_step pvdm_step hvdm_step vidm_step vidm_frame wavelet long_video checkpoint watching stream preprocess formats evaluation; do echo "== benchmarks/$$name.py"; launch=; \
+	  [ $$name != watching ] || launch="-m torch.distributed.run --standalone --nproc-per-node 2"; $(BIN)/python $$launch -m benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
