@@ -12,7 +12,7 @@ from torch import Tensor
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 _LEAST_SLAB = 1024
-_BLOCK = 100
+_BLOCK = 64
 
 
 class _Sums:
