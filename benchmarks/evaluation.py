@@ -85,9 +85,8 @@ def report(clips: int, dim: int, rounds: int, threads: int) -> None:
     sums = {name: [way.summarise(side) for side in sides] for name, way in WAYS.items()}
     ours, other = (way.distance(*sums[name]) for name, way in WAYS.items())
     assert abs(ours - other) <= AGREE * abs(other), f"{ours} and {other}"
-    print(
-        f"{clips} clips a side, {dim} numbers each, threads {threads}, {clock} time: distance {ours:.9f}, apart {abs(ours - other) / abs(other):.1e} of it"
-    )
+    print(f"{clips} clips a side, {dim} numbers each, threads {threads}, {clock} time")
+    print(f"  distance {ours:.9f}, apart {abs(ours - other) / abs(other):.1e} of it")
     work: dict[str, Callable[[], object]] = {f"{name}: all": partial(way, sides) for name, way in WAYS.items()}
     work |= {f"{name}: distance": partial(way.distance, *sums[name]) for name, way in WAYS.items()}
     taken = alternate(work, rounds, torch.device("cpu"), CLOCKS[clock])
