@@ -187,10 +187,12 @@ def frechet_distance(first: Moments, second: Moments, *, unbiased: bool = True) 
     one, two = (0, 1) if few[1] is None else (1, 0)
     other = _covariance((first, second)[two], divisors[two])
     if (rows := few[one]) is not None:
-        variances, inner = np.square(rows).sum() + np.trace(other), rows @ other @ rows.T
+        variances = np.square(rows).sum() + np.trace(other)
+        inner: Array = rows @ other @ rows.T
     else:
         own = _covariance((first, second)[one], divisors[one])
-        variances, inner = np.trace(own) + np.trace(other), _inner(own, other)
+        variances = np.trace(own) + np.trace(other)
+        inner = _inner(own, other)
     cross = np.sqrt(np.linalg.eigvalsh(inner, UPLO="L").clip(min=0)).sum()
     return apart + float(variances - 2 * cross)
 
