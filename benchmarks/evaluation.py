@@ -1,12 +1,14 @@
 """From features of clips to the Frechet distance: sums in one pass and symmetric eigenvalues, beside all features and a matrix root.
 
 The other way is that of most published scripts: collect the features of both sides, numpy.cov, scipy.linalg.sqrtm. Time is that of
-both sides and the distance, and of the distance alone, for features that are there; memory that of a process which makes features
+both sides and the distance, and of the distance alone, for features that are there: processor time of one thread, and time by the
+clock on all cores, as a user runs it; memory that of a process which makes features
 batch by batch, 400 numbers a clip as of I3D, 1408 as of VideoMAE. The values must agree.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -76,13 +78,15 @@ BASELINE = "all features, sqrtm"
 WAYS = {"one pass, eigenvalues": Way(moments, frechet_distance), BASELINE: Way(collected, root_distance)}
 
 
-def report(clips: int, dim: int, rounds: int, clock: str) -> None:
-    """Prints value and time of both ways, as a whole and of the distance alone."""
+def report(clips: int, dim: int, rounds: int, threads: int) -> None:
+    """Prints value and time of both ways, as a whole and of the distance alone: processor time of one thread, or time by the clock."""
+    clock = "cpu" if threads == 1 else "wall"
     sides = [list(batches(clips, dim, seed)) for seed in (0, 1)]
     sums = {name: [way.summarise(side) for side in sides] for name, way in WAYS.items()}
     ours, other = (way.distance(*sums[name]) for name, way in WAYS.items())
     assert abs(ours - other) <= AGREE * abs(other), f"{ours} and {other}"
-    print(f"{clips} clips a side, {dim} numbers each: distance {ours:.9f}, apart {abs(ours - other) / abs(other):.1e} of it")
+    print(f"{clips} clips a side, {dim} numbers each, threads {threads}, {clock} time")
+    print(f"  distance {ours:.9f}, apart {abs(ours - other) / abs(other):.1e} of it")
     work: dict[str, Callable[[], object]] = {f"{name}: all": partial(way, sides) for name, way in WAYS.items()}
     work |= {f"{name}: distance": partial(way.distance, *sums[name]) for name, way in WAYS.items()}
     taken = alternate(work, rounds, torch.device("cpu"), CLOCKS[clock])
@@ -91,13 +95,18 @@ def report(clips: int, dim: int, rounds: int, clock: str) -> None:
         print(f"  {name:<34}{time * 1e3:>9.1f} ms (ratio {ratio:.3f})", flush=True)
 
 
+def separately(threads: int, *options: str) -> subprocess.CompletedProcess[str]:
+    """This benchmark in a process with so many threads: NumPy and SciPy read their number when they are loaded."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    line = [sys.executable, "-m", "benchmarks.evaluation", *options]
+    return subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | dict.fromkeys(names, str(threads)))
+
+
 def peaks(dim: int, clips: list[int]) -> None:
     """Prints the memory that each way needs for so many clips, each in a process of its own."""
     for name in WAYS:
-        line = [sys.executable, "-m", "benchmarks.evaluation", "--peak", name, "--dims", str(dim), "--clips"]
         found = [
-            json.loads(subprocess.run([*line, str(count)], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-            for count in clips
+            json.loads(separately(1, "--peak", name, "--dims", str(dim), "--clips", str(count)).stdout.splitlines()[-1]) for count in clips
         ]
         told = ", ".join(f"{count} clips {growth / 2**20:.0f} MiB" for count, growth in zip(clips, found, strict=True))
         print(f"  memory, {name:<24}{told}", flush=True)
@@ -122,16 +131,21 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=2048, help="of each side (default 2048)")
     parser.add_argument("--dims", type=int, nargs="+", default=[400, 1408], help="numbers of a feature (default 400 1408)")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median is printed (default 3)")
-    parser.add_argument("--clock", choices=CLOCKS, default="cpu", help="cpu: processor time; wall: time (default cpu)")
     parser.add_argument("--peak", choices=WAYS, help=argparse.SUPPRESS)  # of a process that measures its memory
+    parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)  # of a process that measures time
     args = parser.parse_args()
-    torch.set_num_threads(1)
     if args.peak:
         print(json.dumps(growth(args.peak, args.dims[0], args.clips)))
         return
-    print(f"{machine(torch.device('cpu'))}; {args.clock} time")
+    if args.threads:
+        report(args.clips, args.dims[0], args.rounds, args.threads)
+        return
+    print(machine(torch.device("cpu")))
+    cores = len(os.sched_getaffinity(0))
     for dim in args.dims:
-        report(args.clips, dim, args.rounds, args.clock)
+        for threads in sorted({1, cores}):
+            shared = ("--clips", str(args.clips), "--dims", str(dim), "--rounds", str(args.rounds))
+            print(separately(threads, "--threads", str(threads), *shared).stdout, end="", flush=True)
         peaks(dim, [args.clips, 8 * args.clips])
 
 

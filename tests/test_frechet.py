@@ -92,6 +92,25 @@ def test_an_updates_rows_may_be_written_over() -> None:
     assert found.mean.tolist() == [1, 1]
 
 
+def test_sums_that_join_others_are_left_as_they_are() -> None:
+    rows = features(2500, 6, 6, 5)
+    one, whole = moments_of(rows), Moments(6)
+    before = one.scatter.clone()
+    whole.merge(one)
+    whole.merge(one)
+    assert whole.n == 5000 and torch.equal(one.scatter, before)
+    torch.testing.assert_close(whole.scatter, 2 * before)
+
+
+def test_one_number_that_is_not_finite_is_refused_and_large_ones_are_not() -> None:
+    for bad in (math.nan, math.inf, -math.inf):
+        rows = torch.ones(4, 3)
+        rows[2, 1] = bad
+        with pytest.raises(ValueError, match="not finite"):
+            moments_of(rows)
+    assert moments_of(torch.full((4, 3), 3e38)).n == 4  # whose sum is beyond float32
+
+
 # ---- kernel distance
 
 
