@@ -54,20 +54,44 @@ def reference(first: Tensor, second: Tensor, *, unbiased: bool) -> float:
 def test_the_distance_is_that_of_the_reference(
     counts: tuple[int, int], dim: int, rank: int, steep: float, shift: float, unbiased: bool
 ) -> None:
-    """Full and deficient rank, fewer rows than numbers on one side or both; to 1e-6 of the variances that the distance is made of."""
+    """Full and deficient rank, fewer rows than numbers on one side or both; to 1e-6 of the distance."""
     first = features(counts[0], dim, min(rank, dim), 0, steep, shift)
     second = 1.3 * features(counts[1], dim, min(rank, dim), 1, steep) + shift + 0.2
     expected = reference(first, second, unbiased=unbiased)
     for one, two in ((first, second), (second, first)):
         found = frechet_distance(moments_of(one), moments_of(two), unbiased=unbiased)
-        assert found == pytest.approx(expected, rel=1e-6, abs=1e-6 * float(first.var(0).sum() + second.var(0).sum()))
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    count=st.integers(20, 120),
+    dim=st.integers(2, 60),
+    rank=st.integers(1, 60),
+    steep=st.sampled_from([0.0, 1.0, 2.0]),
+    noise=st.sampled_from([0.3, 0.03, 0.01]),
+    as_sums=st.tuples(st.booleans(), st.booleans()),
+)
+@example(count=100, dim=60, rank=60, steep=2.0, noise=0.01, as_sums=(True, True))
+@example(count=30, dim=60, rank=60, steep=0.0, noise=0.01, as_sums=(True, True))  # fewer rows than numbers, of which only sums are left
+@example(count=120, dim=60, rank=10, steep=0.0, noise=0.01, as_sums=(True, False))
+def test_the_distance_of_close_sets_is_exact(
+    count: int, dim: int, rank: int, steep: float, noise: float, as_sums: tuple[bool, bool]
+) -> None:
+    """As those of good reconstructions are: to 1e-6 of the distance itself, thousands of times smaller than the variances."""
+    first = features(count, dim, min(rank, dim), 0, steep)
+    mixed = torch.randn(count, count, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / count**0.5
+    second = first + noise * mixed @ first
+    sides = [moments_of(rows) for rows in (first, second)]
+    sides = [Moments.of(one.n, one.mean, one.scatter) if sums else one for one, sums in zip(sides, as_sums, strict=True)]
+    assert frechet_distance(*sides) == pytest.approx(reference(first, second, unbiased=True), rel=1e-6)
 
 
 def test_a_set_is_at_no_distance_from_itself() -> None:
     for count, dim, rank in ((500, 30, 30), (500, 30, 7), (20, 30, 30), (400, 300, 300)):
         rows = features(count, dim, rank, 3)
         spread = float(rows.var(0).sum())
-        assert abs(frechet_distance(moments_of(rows), moments_of(rows.clone()))) < 1e-6 * spread
+        assert abs(frechet_distance(moments_of(rows), moments_of(rows.clone()))) < 1e-12 * spread
 
 
 @settings(max_examples=20, deadline=None)
