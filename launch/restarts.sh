@@ -43,7 +43,7 @@ leash() { # a command that ends when this script is killed
 # Status: 0 done; 2 wrong settings; 75 stopped by a signal; 130 by Ctrl-C; else the last failure's, or 1 when a stop was not saved.
 # As torchrun makes every status 1, each process of the run leaves its own in the folder KINOFORM_STATUS_DIR, and there says from which
 # checkpoint it goes on. STATUSES: how many processes see that folder (default: PROCESSES). With NODES=lowest:highest
-# the run goes on without a machine that is told to stop. KINOFORM_ATTEMPT tells the run which start this is, from 0.
+# the run goes on without a machine that is told to stop. By KINOFORM_LAUNCH, a random word, the run knows its later starts.
 run_again() {
   local failures=0 status seconds why begun=''
   asked=${asked:-} asked_at=$SECONDS child='' killed=''
@@ -51,7 +51,8 @@ run_again() {
   trap 'forward TERM' TERM HUP
   trap 'forward USR1' USR1
   KINOFORM_STATUS_DIR=$(mktemp -d "${KINOFORM_STATUS_DIR:-${TMPDIR:-/tmp}}/.kinoform-${SLURM_JOB_ID:-run}.XXXXXX") || return 1
-  export KINOFORM_STATUS_DIR KINOFORM_ATTEMPT=0
+  KINOFORM_LAUNCH=$(od -An -N8 -tx8 /dev/urandom | tr -d ' ')
+  export KINOFORM_STATUS_DIR KINOFORM_LAUNCH
   set -m # the command gets a process group of its own, so that a terminal's Ctrl-C does not reach it twice
   while :; do
     rm -f "$KINOFORM_STATUS_DIR"/*-*
@@ -74,7 +75,6 @@ run_again() {
     seconds=$((seconds < 60 ? seconds : 60))
     say "$why: starting again in $seconds s ($failures of $RESTARTS without a new checkpoint)"
     attempt sleep $seconds
-    KINOFORM_ATTEMPT=$((KINOFORM_ATTEMPT + 1))
   done
   if [ $status -ne 0 ]; then explain; status=$?; fi
   rm -rf "$KINOFORM_STATUS_DIR"

@@ -15,7 +15,7 @@ from tests.distributed import ROOT, environment
 AGENT = """#!/bin/bash
 # Stands in for torchrun: the n-th start does what the n-th line of $PLAY/lines says, in the shell.
 echo >>"$PLAY/starts"
-[ "$KINOFORM_ATTEMPT" = $(($(wc -l <"$PLAY/starts") - 1)) ] || exit 99
+echo "$KINOFORM_LAUNCH" >>"$PLAY/launches"
 leave() { echo "$2" >"$KINOFORM_STATUS_DIR/0-$1"; }
 train() { leave 0 training; echo "$1" >"$KINOFORM_STATUS_DIR/begun"; }
 obey() { trap "echo $1 >>$PLAY/heard; leave 0 $2; exit 1" "$1"; }
@@ -106,6 +106,14 @@ def test_a_folder_of_statuses_that_was_given_keeps_what_it_holds(tmp_path: Path)
     ended = Play(tmp_path, ["exit 1", "exit 0"]).run(KINOFORM_STATUS_DIR=str(tmp_path / "mine"))
     assert ended[:2] == (0, 2), ended[2]
     assert [place.name for place in (tmp_path / "mine").rglob("*")] == ["0"]
+
+
+def test_all_starts_of_a_launch_have_one_name_that_no_other_launch_has(tmp_path: Path) -> None:
+    play = Play(tmp_path, ["exit 1", "exit 0", "exit 0"])
+    for _ in range(2):
+        play.run()
+    first, again, other = (tmp_path / "launches").read_text().split()
+    assert first == again != other and len(first) == 16
 
 
 @pytest.mark.parametrize(
