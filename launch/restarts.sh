@@ -27,9 +27,9 @@ show() { # a command, as it can be typed
   echo "${line# }"
 }
 
-gpus() { # how many this machine has, at least 1
+gpus() { # how many this machine lets its processes use, at least 1
   local found
-  if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then found=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l)
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then found=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l)
   else found=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU '); fi
   echo $((found > 0 ? found : 1))
 }
