@@ -12,7 +12,8 @@
 #   PORT          a free port on it, open to the others (default: 29400)
 #   NODES         how many machines; or lowest:highest (1:4), then the run goes on with those that are there
 #   RUN_ID        must be the same on all machines, and another one for another run on the same HOST and PORT (default: kinoform)
-#   JOIN_TIMEOUT  seconds to wait for HOST, then for the others (default: 600); with NODES=1:4, LAST_CALL seconds for further ones (default: 30)
+#   JOIN_TIMEOUT  seconds to wait for HOST, then for the others (default: 600)
+#   LAST_CALL     with NODES=1:4, seconds to wait for further machines (default: 30)
 #   INTERFACE     the network interface that connects the machines, such as eth0 (default: where this machine's own name leads to no
 #                 address of the network, the interface towards HOST; else gloo and NCCL choose)
 # and PYTHON PROCESSES RESTARTS BACKOFF GRACE, explained in launch/restarts.sh.

@@ -45,7 +45,8 @@ leash() { # a command that ends when this script is killed
 # checkpoint it goes on. STATUSES: how many processes see that folder (default: PROCESSES). With NODES=lowest:highest
 # the run goes on without a machine that is told to stop. By KINOFORM_LAUNCH, a random word, the run knows its later starts.
 run_again() {
-  local failures=0 status seconds why begun=''
+  local failures=0 status seconds why
+  begun='' # the checkpoint from which the last start went on; nothing where it has not got so far
   asked=${asked:-} asked_at=$SECONDS child='' killed=''
   trap 'forward INT' INT
   trap 'forward TERM' TERM HUP
@@ -63,8 +64,8 @@ run_again() {
     if [ "$(ended_with 2)" -gt 0 ]; then status=2; fi
     if [ $status -eq 2 ] || [ -n "$asked" ]; then break; fi
     why="failed with status $status"
-    if [ "$(cat "$KINOFORM_STATUS_DIR/begun" 2>/dev/null)" != "$begun" ]; then failures=0; fi
-    begun=$(cat "$KINOFORM_STATUS_DIR/begun" 2>/dev/null)
+    if [ "$(now_begun)" != "$begun" ]; then failures=0; fi
+    begun=$(now_begun)
     if [ "$(ended_with 75)" -ge "${STATUSES:-$PROCESSES}" ]; then # the signal went to another machine
       if [[ ${NODES:-} != *:* ]]; then asked=TERM; break; fi
       why="stopped with another machine" failures=0
@@ -77,6 +78,7 @@ run_again() {
     attempt sleep $seconds
   done
   if [ $status -ne 0 ]; then explain; status=$?; fi
+  begun=$(now_begun)
   rm -rf "$KINOFORM_STATUS_DIR"
   return "$status"
 }
@@ -122,4 +124,5 @@ forward() { # notes the first signal, and passes it on; a second one would end t
   if [ -n "$child" ]; then kill -s "$1" "$child" 2>/dev/null; fi
 }
 
+now_begun() { cat "$KINOFORM_STATUS_DIR/begun" 2>/dev/null; }
 ended_with() { cat "$KINOFORM_STATUS_DIR"/*-* 2>/dev/null | grep -cxE "$1"; } # how many processes have left this status
