@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.distributed import ROOT, environment
 from tests.test_launch_scripts import Play, dry_run
@@ -106,3 +107,12 @@ def test_one_process_for_each_gpu_that_may_be_seen(visible: str | None, processe
     command = ["launch/single_node.sh", "--dry-run", "train_ae.py"]
     told = subprocess.run(command, cwd=ROOT, env=variables, text=True, capture_output=True, timeout=30, check=True).stdout
     assert f" --nproc-per-node={processes} " in told
+
+
+def test_the_job_of_the_docs_is_one_that_kubernetes_takes() -> None:
+    """It refuses a podFailurePolicy with any other restartPolicy, and one without a limit of new pods would be cut off after six."""
+    text = (ROOT / "docs/clusters.md").read_text()
+    lines = re.findall(r"^    (.*)$", text[text.index("    apiVersion: batch/v1") : text.index("Its API")], re.MULTILINE)
+    job = yaml.safe_load("\n".join(lines))["spec"]
+    assert job["podFailurePolicy"]["rules"][0] == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}}
+    assert job["template"]["spec"]["restartPolicy"] == "Never" and job["backoffLimit"] > 6
