@@ -84,4 +84,5 @@ if [ -n "$dry" ]; then
   agent show "$@"
 else
   run_again join "$@"
+  exit # here, as bash goes on reading after this block, in a file that may have been edited in all this time
 fi

@@ -15,4 +15,4 @@ if [ "${1:-}" = --dry-run ]; then run=show; shift; fi
 
 PROCESSES=${PROCESSES:-$(gpus)}
 $run "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$PROCESSES" --max-restarts=0 \
-  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -- "$@"
+  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -- "$@"; exit # bash would read on in a file that may have been edited

@@ -228,3 +228,15 @@ def test_what_would_be_submitted() -> None:
     told = dry_run("slurm/submit.sh", "shards", "VIDEOS", "--out", "SHARDS", ARRAY="0-7", NAME="digits", LOGS="logs")
     assert told.endswith("--array=0-7 --output=logs/%x-%A_%a.log slurm/preprocess.sbatch VIDEOS --out SHARDS\n")
     assert dry_run("slurm/submit.sh", "train.py", code=2).startswith("error: train.py: no such script; give shards, or one of ")
+
+
+@pytest.mark.parametrize("script", ["single_node", "multi_node"])
+def test_a_script_that_is_edited_while_it_runs_ends_as_it_began(script: str, tmp_path: Path) -> None:
+    for name in ("launch", "train_ae.py"):
+        (shutil.copytree if name == "launch" else shutil.copy)(ROOT / name, tmp_path / name)
+    play, copy = Play(tmp_path, ["exit 0"]), tmp_path / f"launch/{script}.sh"
+    edit = f"echo 'exit 9' >>{copy}; sed 's/^# Runs/# Runs more than before:/' {copy} >{copy}.new; cat {copy}.new >{copy}; exit 0"
+    (tmp_path / "lines").write_text(edit + "\n")
+    values = {"PLAY": str(play.folder), "PYTHON": str(tmp_path / "agent"), "PROCESSES": "1", "HOST": "127.0.0.1", "NODES": "1"}
+    done = subprocess.run([copy, "train_ae.py"], env=environment(**values), text=True, capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
