@@ -29,13 +29,16 @@ run_step() {
 }
 
 # Whether the job may queue again: not after RESTARTS times in a row in which it went on from the checkpoint of the time before. Of what
-# does not train (shards, samples) nothing is known, and each time counts as one that got on.
+# does not train (shards, samples), or was stopped before it began to, nothing is known: it may.
 gets_on() {
   local count=0 from=''
-  if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then { read -r count && read -r from; } 2>/dev/null <"$requeues"; fi
-  if [ -n "$begun" ] && [ "$begun" = "$from" ]; then count=$((count + 1)); else count=0; fi
+  if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then rm -f "$requeues"; fi # of an older job with this number
+  if [ -z "$begun" ]; then return 0; fi
+  { read -r count && read -r from; } 2>/dev/null <"$requeues"
+  if [ "$begun" = "$from" ]; then count=$((count + 1)); else count=0; fi
   if [ "$count" -gt "$RESTARTS" ]; then return 1; fi
   printf '%s\n' "$count" "$begun" >"$requeues"
+  return 0 # also where it cannot be written
 }
 
 queue_again() { # unless Slurm is ending the job; a busy controller is asked again for a minute or more

@@ -112,7 +112,7 @@ def test_one_process_for_each_gpu_that_may_be_seen(visible: str | None, processe
 def test_the_job_of_the_docs_is_one_that_kubernetes_takes() -> None:
     """It refuses a podFailurePolicy with any other restartPolicy, and one without a limit of new pods would be cut off after six."""
     text = (ROOT / "docs/clusters.md").read_text()
-    lines = re.findall(r"^    (.*)$", text[text.index("    apiVersion: batch/v1") : text.index("Its API")], re.MULTILINE)
+    lines = re.findall(r"^    (.*)$", text[text.index("    apiVersion: batch/v1") : text.index("These lines follow")], re.MULTILINE)
     job = yaml.safe_load("\n".join(lines))["spec"]
     assert job["podFailurePolicy"]["rules"][0] == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}}
     assert job["template"]["spec"]["restartPolicy"] == "Never" and job["backoffLimit"] > 6

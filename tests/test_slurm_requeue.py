@@ -51,8 +51,9 @@ class Job:
         (0, ["None", "a b/step_2", "a b/step_2"], [True, True, False]),
         (1, ["None", "None", "step_2", "step_2", "step_2"], [True, True, True, True, False]),
         (0, ["", "", ""], [True, True, True]),
+        (0, ["None", "", "None"], [True, True, False]),
     ],
-    ids=["never saves", "no restarts", "saves now and then", "does not say"],
+    ids=["never saves", "no restarts", "saves now and then", "does not say", "does not say once"],
 )
 def test_a_job_that_does_not_get_on_does_not_queue_again_without_end(
     restarts: int, begun: list[str], queued: list[bool], tmp_path: Path
@@ -64,11 +65,18 @@ def test_a_job_that_does_not_get_on_does_not_queue_again_without_end(
     given_up = f"giving up after {restarts} requeues without a new checkpoint"
     assert [output.count(given_up) for _, output in ends] == [0 if again else 1 for again in queued]
     left = [place.name for place in tmp_path.iterdir() if place.name.startswith(".kinoform")]
-    assert left == ([".kinoform-7.requeues"] if queued[-1] else [])
+    assert left == ([".kinoform-7.requeues"] if queued[-1] and begun[-1] else [])
 
 
 def test_what_an_older_job_of_the_same_number_left_does_not_count(tmp_path: Path) -> None:
     job = Job(tmp_path, 0)
     job.start("None")
     job.starts = 0
+    assert [job.start(begun)[0] for begun in ("", "None", "None")] == [0, 0, 1]
+
+
+def test_a_full_disk_does_not_keep_a_job_from_the_queue(tmp_path: Path) -> None:
+    job = Job(tmp_path, 0)
+    (tmp_path / ".kinoform-7.requeues").mkdir()
+    job.starts = 1
     assert job.start("None")[0] == 0
