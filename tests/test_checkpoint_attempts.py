@@ -86,6 +86,8 @@ def test_an_elastic_launch_knows_its_run_when_machines_join_and_leave(tmp_path: 
     assert starts("E", path) == ("000-toy", "step_0000005")
     save(tmp_path / "000-toy", 7)
     assert starts("FE", path) == starts("F", path) == ("000-toy", "step_0000007"), "it goes back once"
+    save(tmp_path / "000-toy", 9)
+    assert starts("F", path.with_name("step_0000007")) == ("000-toy", "step_0000007"), "to another checkpoint it does"
 
 
 def test_what_starts_a_process_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
