@@ -38,7 +38,8 @@ def test_a_heartbeat_lives_and_tells_the_end(tmp_path: Path) -> None:
     heartbeat = Heartbeat(tmp_path, 3, 9, every=0.02)
     heartbeat.start()
     heartbeat.beat(4)
-    first = written(tmp_path, time.time())
+    under_way = written(tmp_path, time.time())  # perhaps with the step before: it may have been begun before the step ended
+    first = written(tmp_path, under_way.time)
     second = written(tmp_path, first.time)  # while no step ends
     assert (second.step, second.total, second.state, second.pid, second.host) == (4, 9, "running", os.getpid(), socket.gethostname())
     assert second.stepped == first.stepped, "it says since when no step has ended"
