@@ -4,7 +4,8 @@
 
 says what it tells. Exit status: 0 the run starts, its steps end, or it has ended well; 1 it hangs, is gone or has failed; 2 no such file.
 Give a `--max-age` above what the longest step, evaluation or checkpoint takes, and a `--max-start` above what it takes to check and
-load a checkpoint. Nothing heavy is imported: a probe may call it often.
+load a checkpoint. A run that has failed has that time to start again, as the launch scripts have it do. Nothing heavy is imported: a
+probe may call it often.
 """
 
 import argparse
@@ -23,7 +24,7 @@ FILE = "heartbeat.json"
 EVERY = 5.0
 """Seconds between two writes."""
 MAX_AGE, MAX_START = 900.0, 3600.0
-"""Seconds without a step after which a run hangs, and that its start may take before the first."""
+"""Seconds without a step after which a run hangs, and that its start may take before the first, also after a failure."""
 
 State = Literal["starting", "running", "done", "stopped", "failed"]
 
@@ -133,8 +134,10 @@ def judge(beat: Beat, now: float, max_age: float, max_start: float = MAX_START) 
     if beat.state == "starting":
         return now - beat.time <= max_start, f"starting: process {beat.pid} on {beat.host}, for {max(now - beat.time, 0):.0f} s"
     where = f"step {beat.step}/{beat.total} on {beat.host}, process {beat.pid}"
+    if beat.state == "failed":
+        return now - beat.time <= max_start, f"failed at {where}, {max(now - beat.time, 0):.0f} s ago, and has not started again"
     if beat.state != "running":
-        return beat.state != "failed", f"{beat.state} at {where}"
+        return True, f"{beat.state} at {where}"
     if now - beat.time > max_age:
         return False, f"gone: {where} wrote nothing for {now - beat.time:.0f} s"
     if beat.time - beat.stepped > max_age:
@@ -147,7 +150,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m engine.heartbeat", description="Says whether a run lives, from its heartbeat.json.")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--max-age", type=float, default=MAX_AGE, help=f"seconds without a step that are a hang (default {MAX_AGE:g})")
-    parser.add_argument("--max-start", type=float, default=MAX_START, help=f"seconds that its start may take (default {MAX_START:g})")
+    parser.add_argument(
+        "--max-start", type=float, default=MAX_START, help=f"seconds that a start may take, also a new one (default {MAX_START:g})"
+    )
     args = parser.parse_args()
     try:
         well, words = judge(read(args.run), time.time(), args.max_age, args.max_start)

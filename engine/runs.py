@@ -1,7 +1,6 @@
 """Which folder a run writes to and where it goes on from. Rank 0 looks and decides, the others are told."""
 
 import logging
-import os
 import re
 import shutil
 import uuid
@@ -17,20 +16,15 @@ from engine import manifest
 from engine.config import RunConfig
 from engine.heartbeat import announce
 from engine.identity import IDENTITY, differences, identity, is_run_of, settings_of
+from engine.launches import Launch
 from engine.lock import RunLock
-from launch.agent import leave_start
+from launch.agent import leave_start, starter
 from launch.env import Env
 from utils.config import save_yaml, to_dict
 from utils.errors import ConfigError, UserError
 from utils.files import atomic_write_text
 
 T = TypeVar("T")
-
-LAUNCH = "launch"
-"""File of a run folder: by which launch it was last taken up, and to which of its checkpoints that went back."""
-
-LATER = ("KINOFORM_ATTEMPT", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-"""Variables that are above 0 when the same command is started again by a launch script, by Slurm or by torchrun."""
 
 _PATIENCE = timedelta(hours=1)
 """How long ranks wait for what others read or write: a slow file system may take long for that."""
@@ -65,8 +59,8 @@ def open_run(config: RunConfig, task_name: str, env: Env) -> Run:
 
     auto: the newest run of this name and identity, else a new one; none: a new one; a path: that run, or that checkpoint of it, which
     becomes its newest. A damaged checkpoint is passed over for the one before it, with a warning (auto), or refused (path).
-    Later attempts of a launch go on with the run that it has begun: a path that was taken up stands for what the run has written
-    since, none for auto, and auto does not begin another run because of changed settings.
+    Later starts of a launch (`engine.launches`) go on with the run that it has begun: a path that was taken up stands for what the run
+    has written since, none for auto, and auto does not begin another run because of changed settings.
     Raises UserError or ConfigError, the same on every rank; also when another command works on the run.
     """
     lock, group = RunLock(), patient_group() if env.world_size > 1 else None
@@ -81,9 +75,10 @@ def open_run(config: RunConfig, task_name: str, env: Env) -> Run:
 
         return cast("T", _together(env, group, attempt)[0])
 
-    found = on_main(lambda: _find(config, name, lock))
+    launch = Launch.of(_together(env, group, starter))
+    found = on_main(lambda: _find(config, name, lock, launch))
     checkpoint = _first_whole(found, env, group)
-    on_main(lambda: _take_up(found, checkpoint, config))
+    on_main(lambda: _take_up(found, checkpoint, config, launch))
     leave_start(str(checkpoint))
     return Run(found.folder, checkpoint, found.note, lock, group)
 
@@ -118,16 +113,16 @@ def _together(env: Env, group: dist.ProcessGroup | None, work: Callable[[], T]) 
     return outcomes
 
 
-def _find(config: RunConfig, name: str, lock: RunLock) -> _Found:
+def _find(config: RunConfig, name: str, lock: RunLock, launch: Launch) -> _Found:
     """Rank 0: the run folder, and its checkpoints, that the settings name."""
     if not re.fullmatch(r"[\w.+=-]+", name):
         raise ConfigError(f"--run-name {name!r}: letters, digits and . _ + = - only")
     results, resume = config.train.results_dir, config.train.resume
     results.mkdir(parents=True, exist_ok=True)
     if resume not in ("auto", "none"):
-        return _named(Path(resume), config, lock)
+        return _named(Path(resume), config, lock, launch)
     runs = _runs(results, name)
-    begun = [folder for folder in runs if _is_later() and _launch_of(folder)[:2] == _launch()]
+    begun = [folder for folder in runs if launch.began(folder)]
     usable = begun or (runs if resume == "auto" else [])
     found = next((folder for folder in reversed(usable) if is_run_of(folder, config)), None)
     if begun and not found:
@@ -144,7 +139,7 @@ def _find(config: RunConfig, name: str, lock: RunLock) -> _Found:
     if any(other not in runs and is_run_of(other, config) for other in before[: before.index(folder)]):
         lock.close()  # the same command was started twice at once: the other was quicker
         shutil.rmtree(folder)
-        return _find(config, name, lock)
+        return _find(config, name, lock, launch)
     return _Found(folder, note=note)
 
 
@@ -177,32 +172,12 @@ def _first_whole(found: _Found, env: Env, group: dist.ProcessGroup | None) -> Pa
     return None
 
 
-def _take_up(found: _Found, checkpoint: Path | None, config: RunConfig) -> None:
+def _take_up(found: _Found, checkpoint: Path | None, config: RunConfig, launch: Launch) -> None:
     """Rank 0: what others will find in the folder of a run that goes on, or begins."""
     if found.back_to and checkpoint:
         manifest.abandon_newer(found.folder, manifest.step_of(checkpoint))
-    atomic_write_text(found.folder / LAUNCH, "\n".join((*_launch(), found.back_to)) + "\n")
+    launch.note(found.folder, found.back_to)
     save_yaml(found.folder / "config.yaml", to_dict(config))
-
-
-def _is_later() -> bool:
-    """Whether this is not the first start of the command by what launched it."""
-    return any(os.environ.get(name, "0") not in ("", "0") for name in LATER)
-
-
-def _launch() -> tuple[str, str]:
-    """What tells this launch from others over all its attempts: its job or, without one, rank 0's folder of statuses."""
-    job = os.environ.get("SLURM_JOB_ID", "")
-    return job, "" if job else os.environ.get("KINOFORM_STATUS_DIR", "")
-
-
-def _launch_of(folder: Path) -> tuple[str, str, str]:
-    """What `_take_up` noted last: job, folder of statuses, the checkpoint that was gone back to."""
-    try:
-        job, statuses, back_to = (folder / LAUNCH).read_text().splitlines()
-    except (OSError, ValueError):
-        return "?", "?", ""
-    return job, statuses, back_to
 
 
 def _claim(folder: Path, lock: RunLock) -> None:
@@ -250,12 +225,12 @@ def _create(results: Path, name: str, config: RunConfig, lock: RunLock) -> Path:
         return folder
 
 
-def _named(place: Path, config: RunConfig, lock: RunLock) -> _Found:
+def _named(place: Path, config: RunConfig, lock: RunLock, launch: Launch) -> _Found:
     """The run, or the checkpoint of a run, at a path that the user gave."""
     place = place.resolve()
     back_to = place.name if place.parent.name == "checkpoints" else ""
     folder = place.parent.parent if back_to else place
-    again = _is_later() and (not back_to or _launch_of(folder)[::2] == (_launch()[0], back_to))
+    again = launch.began(folder, back_to)
     if not (folder / IDENTITY).is_file() or not (place.exists() or again):
         what = "does not exist" if not place.exists() else "is neither a run folder nor one of its checkpoints"
         raise UserError(f"--resume {place}: {what}; give <results-dir>/<NNN>-<name> or .../checkpoints/step_<step>")

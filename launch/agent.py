@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -36,6 +37,20 @@ _agent = _Agent()
 def under_agent() -> bool:
     """Whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def starter() -> str:
+    """What tells that which started this process, and may start it again, from others of all machines and times: KINOFORM_LAUNCH of the
+    launch scripts, else the agent, else (by hand) nothing."""
+    given = os.environ.get("KINOFORM_LAUNCH", "")
+    if given or not under_agent():
+        return given
+    agent = os.getppid()
+    with suppress(OSError):
+        # <process> (<name, which may hold spaces>) <state> ...: the 22nd word is when it began, in ticks since the host did
+        began = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{socket.gethostname()}-{agent}-{began}"
+    return f"{socket.gethostname()}-{agent}"
 
 
 def follow_agent() -> None:

@@ -65,8 +65,10 @@ else
   say "Moving digits -> video files -> shards"
   SHARDS=$OUT/shards/train
   HELD_OUT=$OUT/shards/held-out
-  "$PYTHON" preprocess.py shards --dataset-name synthetic-digits --num-videos 1000 --seed 0 --out "$SHARDS" --image-size "${SIZE[@]}" --clip-length $LENGTH
-  "$PYTHON" preprocess.py shards --dataset-name synthetic-digits --num-videos 64 --seed 1 --out "$HELD_OUT" --image-size "${SIZE[@]}" --clip-length $LENGTH
+  "$PYTHON" preprocess.py shards --dataset-name synthetic-digits --num-videos 1000 --seed 0 --out "$SHARDS" \
+    --image-size "${SIZE[@]}" --clip-length $LENGTH
+  "$PYTHON" preprocess.py shards --dataset-name synthetic-digits --num-videos 64 --seed 1 --out "$HELD_OUT" \
+    --image-size "${SIZE[@]}" --clip-length $LENGTH
 fi
 
 stages

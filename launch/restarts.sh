@@ -27,9 +27,9 @@ show() { # a command, as it can be typed
   echo "${line# }"
 }
 
-gpus() { # how many this machine has, at least 1
+gpus() { # how many this machine lets its processes use, at least 1
   local found
-  if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then found=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l)
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then found=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l)
   else found=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU '); fi
   echo $((found > 0 ? found : 1))
 }
@@ -43,15 +43,17 @@ leash() { # a command that ends when this script is killed
 # Status: 0 done; 2 wrong settings; 75 stopped by a signal; 130 by Ctrl-C; else the last failure's, or 1 when a stop was not saved.
 # As torchrun makes every status 1, each process of the run leaves its own in the folder KINOFORM_STATUS_DIR, and there says from which
 # checkpoint it goes on. STATUSES: how many processes see that folder (default: PROCESSES). With NODES=lowest:highest
-# the run goes on without a machine that is told to stop. KINOFORM_ATTEMPT tells the run which start this is, from 0.
+# the run goes on without a machine that is told to stop. By KINOFORM_LAUNCH, a random word, the run knows its later starts.
 run_again() {
-  local failures=0 status seconds why begun=''
+  local failures=0 status seconds why
+  begun='' # the checkpoint from which the last start went on; nothing where it has not got so far
   asked=${asked:-} asked_at=$SECONDS child='' killed=''
   trap 'forward INT' INT
   trap 'forward TERM' TERM HUP
   trap 'forward USR1' USR1
   KINOFORM_STATUS_DIR=$(mktemp -d "${KINOFORM_STATUS_DIR:-${TMPDIR:-/tmp}}/.kinoform-${SLURM_JOB_ID:-run}.XXXXXX") || return 1
-  export KINOFORM_STATUS_DIR KINOFORM_ATTEMPT=0
+  KINOFORM_LAUNCH=$(od -An -N8 -tx8 /dev/urandom | tr -d ' ')
+  export KINOFORM_STATUS_DIR KINOFORM_LAUNCH
   set -m # the command gets a process group of its own, so that a terminal's Ctrl-C does not reach it twice
   while :; do
     rm -f "$KINOFORM_STATUS_DIR"/*-*
@@ -62,8 +64,8 @@ run_again() {
     if [ "$(ended_with 2)" -gt 0 ]; then status=2; fi
     if [ $status -eq 2 ] || [ -n "$asked" ]; then break; fi
     why="failed with status $status"
-    if [ "$(cat "$KINOFORM_STATUS_DIR/begun" 2>/dev/null)" != "$begun" ]; then failures=0; fi
-    begun=$(cat "$KINOFORM_STATUS_DIR/begun" 2>/dev/null)
+    if [ "$(now_begun)" != "$begun" ]; then failures=0; fi
+    begun=$(now_begun)
     if [ "$(ended_with 75)" -ge "${STATUSES:-$PROCESSES}" ]; then # the signal went to another machine
       if [[ ${NODES:-} != *:* ]]; then asked=TERM; break; fi
       why="stopped with another machine" failures=0
@@ -74,9 +76,9 @@ run_again() {
     seconds=$((seconds < 60 ? seconds : 60))
     say "$why: starting again in $seconds s ($failures of $RESTARTS without a new checkpoint)"
     attempt sleep $seconds
-    KINOFORM_ATTEMPT=$((KINOFORM_ATTEMPT + 1))
   done
   if [ $status -ne 0 ]; then explain; status=$?; fi
+  begun=$(now_begun)
   rm -rf "$KINOFORM_STATUS_DIR"
   return "$status"
 }
@@ -122,4 +124,5 @@ forward() { # notes the first signal, and passes it on; a second one would end t
   if [ -n "$child" ]; then kill -s "$1" "$child" 2>/dev/null; fi
 }
 
+now_begun() { cat "$KINOFORM_STATUS_DIR/begun" 2>/dev/null; }
 ended_with() { cat "$KINOFORM_STATUS_DIR"/*-* 2>/dev/null | grep -cxE "$1"; } # how many processes have left this status

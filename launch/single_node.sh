@@ -4,7 +4,8 @@
 # --dry-run before the script's name prints what would be run. (After it, it is the script's own: sizes and memory.)
 # Paths are relative to the repository's folder. SIGTERM, SIGUSR1 and Ctrl-C save and stop; the same line goes on from there.
 # Variables: PYTHON PROCESSES RESTARTS BACKOFF GRACE, explained in launch/restarts.sh.
-# Exit status: 0 done; 75 stopped by a signal; 130 by Ctrl-C; 2 wrong settings; 1 given up, or stopped before all was saved.
+# Exit status: 0 done; 75 stopped by a signal; 130 by Ctrl-C; 2 wrong settings; 1 stopped before all was saved; given up: that of
+# the last failure (1; 137 of a killed torchrun).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 source launch/restarts.sh
@@ -14,4 +15,4 @@ if [ "${1:-}" = --dry-run ]; then run=show; shift; fi
 
 PROCESSES=${PROCESSES:-$(gpus)}
 $run "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$PROCESSES" --max-restarts=0 \
-  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -- "$@"
+  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -- "$@"; exit # bash would read on in a file that may have been edited

@@ -6,6 +6,7 @@ source launch/restarts.sh
 KINOFORM_STATUS_DIR=$SLURM_SUBMIT_DIR
 STATUSES=$((SLURM_JOB_NUM_NODES * PROCESSES))
 RESEND=yes
+requeues=$SLURM_SUBMIT_DIR/.kinoform-$SLURM_JOB_ID.requeues # how often it has queued again without progress, and where it went on from
 shell=()
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi # srun does not take it over by itself
 
@@ -17,8 +18,27 @@ run_step() {
   read -ra srun_args <<<"${SRUN_ARGS:-}"
   run_again leash srun --kill-on-bad-exit=1 "${srun_args[@]}" "${shell[@]}" "${run_in[@]}" "$@"
   status=$?
-  if [ -n "$asked" ] && [ $status -ne 0 ] && [ $status -ne 2 ] && queue_again; then exit 0; fi
+  if [ -n "$asked" ] && [ $status -ne 0 ] && [ $status -ne 2 ]; then
+    if ! gets_on; then
+      say "giving up after $RESTARTS requeues without a new checkpoint: give the job more TIME, or more time to save in (WARNING)"
+      status=1
+    elif queue_again; then exit 0; fi
+  fi
+  rm -f "$requeues"
   exit $status
+}
+
+# Whether the job may queue again: not after RESTARTS times in a row in which it went on from the checkpoint of the time before. Of what
+# does not train (shards, samples), or was stopped before it began to, nothing is known: it may.
+gets_on() {
+  local count=0 from=''
+  if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then rm -f "$requeues"; fi # of an older job with this number
+  if [ -z "$begun" ]; then return 0; fi
+  { read -r count && read -r from; } 2>/dev/null <"$requeues"
+  if [ "$begun" = "$from" ]; then count=$((count + 1)); else count=0; fi
+  if [ "$count" -gt "$RESTARTS" ]; then return 1; fi
+  printf '%s\n' "$count" "$begun" >"$requeues"
+  return 0 # also where it cannot be written
 }
 
 queue_again() { # unless Slurm is ending the job; a busy controller is asked again for a minute or more

@@ -1,6 +1,6 @@
-"""An entry script with a toy stage: `cluster_worker.py --results-dir FOLDER --max-steps N [--seconds S]`; S: what a step takes at least.
+"""An entry script with a toy stage: `cluster_worker.py --results-dir FOLDER --max-steps N [--seconds S] [--resume R]`.
 
-Each process prints its rank and number. `--max-steps 0` is a wrong setting.
+S: what a step takes at least. Each process prints its rank and number. `--max-steps 0` is a wrong setting.
 """
 
 import argparse
@@ -36,10 +36,12 @@ def main() -> None:
     parser.add_argument("--results-dir", required=True)
     parser.add_argument("--max-steps", type=int, required=True)
     parser.add_argument("--seconds", type=float, default=0.0)
+    parser.add_argument("--resume", default="auto")
     args = parser.parse_args()
     if args.max_steps < 1:
         raise ConfigError("--max-steps 0: must be positive")
-    config = toy_config(args.results_dir, max_steps=args.max_steps, **{"checkpoint.every": 2, "parallel.mode": "ddp"})
+    changes = {"max_steps": args.max_steps, "resume": args.resume, "checkpoint.every": 2, "parallel.mode": "ddp"}
+    config = toy_config(args.results_dir, **changes)
     with distributed(60.0) as env:
         os.write(1, f"rank {env.rank} is process {os.getpid()}\n".encode())
         source = SlowSource(config, env.rank, env.world_size)

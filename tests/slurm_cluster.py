@@ -149,6 +149,8 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
                 daemon.wait(20)
             daemon.kill()
             daemon.wait()
+        for left in ROOT.glob(f".kinoform-{ports[0]}??.requeues"):  # of jobs that were cancelled in the queue
+            left.unlink()
 
 
 def _quiet(command: list[str], env: dict[str, str]) -> str:

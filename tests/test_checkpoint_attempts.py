@@ -1,5 +1,6 @@
 """What a command goes on from when it is started again: by hand, by a launch script, by Slurm; and twice at once."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import pytest
 from engine import manifest, runs
 from engine.config import RunConfig
 from engine.runs import open_run
+from launch.agent import starter
 from launch.env import Env
+from tests.distributed import run as run_ranks
 from tests.test_runs import config, save
 from utils.errors import ConfigError, UserError
 from utils.files import sha256_file
@@ -16,7 +19,7 @@ from utils.files import sha256_file
 
 @pytest.fixture(autouse=True)
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*runs.LATER, "SLURM_JOB_ID", "KINOFORM_STATUS_DIR"):
+    for name in ("KINOFORM_LAUNCH", "TORCHELASTIC_RUN_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -32,26 +35,70 @@ def names(folder: Path) -> list[str]:
 
 
 def test_a_later_attempt_does_not_leave_its_run_for_a_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    statuses, tmp_path = tmp_path, tmp_path / "runs"
     start(tmp_path)
-    monkeypatch.setenv("KINOFORM_STATUS_DIR", str(statuses))
-    monkeypatch.setenv("KINOFORM_ATTEMPT", "1")
+    monkeypatch.setenv("KINOFORM_LAUNCH", "one")
     folder, _ = start(tmp_path, depth=5)
-    assert folder.name == "001-toy", "the first attempt had not got so far: 000 is an older launch's"
-    monkeypatch.setenv("KINOFORM_ATTEMPT", "2")
+    assert folder.name == "001-toy", "000 is an older launch's"
     with pytest.raises(ConfigError, match=r"001-toy, a run with other settings: model\.depth was 5 and is 6, though this launch began it"):
         start(tmp_path, depth=6)
     assert start(tmp_path, "none", depth=5)[0] == folder, "none makes one run a launch"
-    monkeypatch.setenv("KINOFORM_ATTEMPT", "0")
+    monkeypatch.setenv("KINOFORM_LAUNCH", "two")
     assert start(tmp_path, depth=6)[0].name == "002-toy"
+    monkeypatch.delenv("KINOFORM_LAUNCH")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert start(tmp_path, "none", depth=6)[0].name == "003-toy"
+    assert [start(tmp_path, "none", depth=6)[0].name for _ in range(2)] == ["003-toy", "004-toy"], "two commands of one job"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    monkeypatch.setenv("KINOFORM_STATUS_DIR", str(tmp_path))  # a job that is queued again has another one
-    with pytest.raises(ConfigError, match="003-toy"):
+    monkeypatch.setenv("KINOFORM_LAUNCH", "three")  # a job that is queued again has another one
+    with pytest.raises(ConfigError, match="004-toy"):
         start(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     assert start(tmp_path)[0].name == "000-toy"
+
+
+def start_on_machines(env: Env, results: str, machines: list[str], resume: str) -> list[str]:
+    """A start whose ranks are on machines with launch scripts of these names."""
+    os.environ["KINOFORM_LAUNCH"] = machines[env.rank]
+    run = open_run(config(Path(results), resume=resume), "toy", env)
+    run.close()
+    return [run.folder.name, run.resume_from.name if run.resume_from else ""]
+
+
+def test_an_elastic_launch_knows_its_run_when_machines_join_and_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's start for a machine that joins looks like the first one; rank 0 may then be there, and any machine may be lost."""
+
+    def starts(machines: str, resume: str | Path = "none") -> tuple[str, ...]:
+        if len(machines) > 1:
+            first, other = run_ranks(start_on_machines, results=str(tmp_path), machines=list(machines), resume=str(resume))
+            assert first == other
+            return tuple(first)
+        monkeypatch.setenv("KINOFORM_LAUNCH", machines)
+        folder, checkpoint = start(tmp_path, resume)
+        return folder.name, checkpoint
+
+    assert starts("A") == ("000-toy", "")
+    for step in (5, 10):
+        save(tmp_path / "000-toy", step)
+    assert starts("BA") == ("000-toy", "step_0000010"), "B joins and has rank 0"
+    assert starts("A") == starts("B") == starts("A") == ("000-toy", "step_0000010"), "any of them is lost, and comes back alone"
+    assert starts("BC") == starts("C") == ("000-toy", "step_0000010"), "the last that were in the first start have gone"
+    assert starts("D") == ("001-toy", ""), "another launch"
+    path = tmp_path / "000-toy/checkpoints/step_0000005"
+    assert starts("E", path) == ("000-toy", "step_0000005")
+    save(tmp_path / "000-toy", 7)
+    assert starts("FE", path) == starts("F", path) == ("000-toy", "step_0000007"), "it goes back once"
+    save(tmp_path / "000-toy", 9)
+    assert starts("F", path.with_name("step_0000007")) == ("000-toy", "step_0000007"), "to another checkpoint it does"
+
+
+def test_what_starts_a_process_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert starter() == "", "by hand"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    agent = starter()
+    assert f"-{os.getppid()}-" in agent and starter() == agent
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    assert starter() != agent
+    monkeypatch.setenv("KINOFORM_LAUNCH", "one")
+    assert starter() == "one"
 
 
 def test_going_back_to_a_checkpoint_leaves_no_newer_one_to_go_on_from(tmp_path: Path) -> None:

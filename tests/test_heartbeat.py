@@ -38,7 +38,8 @@ def test_a_heartbeat_lives_and_tells_the_end(tmp_path: Path) -> None:
     heartbeat = Heartbeat(tmp_path, 3, 9, every=0.02)
     heartbeat.start()
     heartbeat.beat(4)
-    first = written(tmp_path, time.time())
+    under_way = written(tmp_path, time.time())  # perhaps with the step before: it may have been begun before the step ended
+    first = written(tmp_path, under_way.time)
     second = written(tmp_path, first.time)  # while no step ends
     assert (second.step, second.total, second.state, second.pid, second.host) == (4, 9, "running", os.getpid(), socket.gethostname())
     assert second.stepped == first.stepped, "it says since when no step has ended"
@@ -57,6 +58,14 @@ def test_a_heartbeat_tells_a_run_that_hangs_from_one_that_is_gone() -> None:
     beat = dataclasses.replace(beat, state="starting")
     assert judge(beat, 1200.0, 60.0, max_start=600.0) == (True, "starting: process 12 on node-b, for 100 s"), "it may load for long"
     assert not judge(beat, 1800.0, 60.0, max_start=600.0)[0]
+
+
+def test_a_run_that_failed_has_time_to_start_again() -> None:
+    """A probe that fails meanwhile would kill the pod in which a launch script starts it again."""
+    beat = Beat(step=7, total=9, stepped=1000.0, time=1100.0, pid=12, host="node-b", state="failed")
+    assert judge(beat, 1400.0, 60.0, 600.0) == (True, "failed at step 7/9 on node-b, process 12, 300 s ago, and has not started again")
+    assert not judge(beat, 1701.0, 60.0, 600.0)[0]
+    assert judge(dataclasses.replace(beat, state="stopped"), 9e9, 60.0, 600.0) == (True, "stopped at step 7/9 on node-b, process 12")
 
 
 def test_a_run_that_starts_says_so_before_it_looks_at_its_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

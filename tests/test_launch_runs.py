@@ -31,9 +31,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Launched:
     """A launch script with the toy stage."""
 
-    def __init__(self, script: str, results: Path, seconds: float, **variables: str) -> None:
+    def __init__(self, script: str, results: Path, seconds: float, *arguments: str, **variables: str) -> None:
         self.place = results.parent / f"{results.name}-{time.monotonic_ns()}.log"
-        command = [f"launch/{script}.sh", WORKER, "--results-dir", str(results), "--max-steps", "30", "--seconds", str(seconds)]
+        command = [f"launch/{script}.sh", WORKER, "--results-dir", str(results), "--max-steps", "30", "--seconds", str(seconds), *arguments]
         env = environment(PYTHON=sys.executable, BACKOFF="1", **variables)
         with self.place.open("w") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
@@ -55,9 +55,9 @@ class Launched:
 
 
 @contextmanager
-def launched(script: str, results: Path, seconds: float, **variables: str) -> Iterator[Launched]:
+def launched(script: str, results: Path, seconds: float, *arguments: str, **variables: str) -> Iterator[Launched]:
     """It is killed at the end of the block at the latest."""
-    launch = Launched(script, results, seconds, **variables)
+    launch = Launched(script, results, seconds, *arguments, **variables)
     try:
         yield launch
     finally:
@@ -116,11 +116,12 @@ def test_several_machines_start_again_together(tmp_path: Path, whole: Path) -> N
 
 @pytest.mark.slow
 def test_a_machine_joins_and_when_it_is_told_to_stop_the_other_goes_on_alone(tmp_path: Path) -> None:
+    """Also with --resume none: it is one launch, and makes one run."""
     where = {"HOST": "127.0.0.1", "PORT": str(free_port()), "NODES": "1:2", "PROCESSES": "1", "LAST_CALL": "2"}
     results = tmp_path / "results"
-    with launched("multi_node", results, 3, **where) as one:
+    with launched("multi_node", results, 3, "--resume", "none", **where) as one:
         one.reads(r"from step 0 to 30, (1) process")
-        with launched("multi_node", results, 3, **where) as other:
+        with launched("multi_node", results, 3, "--resume", "none", **where) as other:
             one.reads(r"saved at step")
             ranks = {other.reads(r"rank (\d) is process"), one.reads(r"rank (\d) is process", times=2)}
             other.process.terminate()
