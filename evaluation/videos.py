@@ -31,7 +31,10 @@ _FORMS = (".npy", "", ".gif")
 
 
 class VideoSet(Protocol):
-    """Numbered videos of any lengths and sizes. Methods may be called from several threads."""
+    """Numbered videos of any lengths and sizes. Methods may be called from several threads, where the videos are not made."""
+
+    made: bool
+    """Whether networks make a video when it is read, which takes long, and is done as sample.py does it: in the main thread."""
 
     def __len__(self) -> int: ...
 
@@ -70,6 +73,8 @@ class FolderVideos:
     In a folder of sample.py's, the samples that its settings.json lists. Arrays are (t, 3, h, w), numbers 0..255, as VIDM's release
     writes its samples.
     """
+
+    made = False
 
     def __init__(self, root: Path, flag: str) -> None:
         self.root, self.flag = root, flag
@@ -119,6 +124,8 @@ class FolderVideos:
 
 class ShardVideos:
     """The stored clips of a shard set."""
+
+    made = False
 
     def __init__(self, root: str | Collection) -> None:
         """`root`: where the set is, or sets that are open already."""

@@ -1,6 +1,8 @@
 """What figures of videos are measured on: videos in all their forms, which of them, which frames, how large."""
 
 import json
+import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -245,3 +247,23 @@ def test_batches_hold_every_clip_once_in_order(tmp_path: Path) -> None:
         found = list(clips.batches([range(start, min(start + batch, 7)) for start in range(0, 7, batch)], 3))
         assert [len(looks) for looks, _ in found] == [len(videos) for _, videos in found]
         assert torch.equal(torch.cat([videos for _, videos in found]), torch.stack([clips.read(place) for place in range(7)]))
+
+
+def test_videos_that_are_made_are_made_in_the_main_thread_between_batches(tmp_path: Path) -> None:
+    """Flags of the process that a network sets while it looks at a batch would change their pixels."""
+    seen: list[tuple[bool, bool]] = []
+
+    class Made(FolderVideos):
+        made = True
+
+        def read(self, number: int, picks: Sequence[int]) -> np.ndarray:
+            seen.append((threading.current_thread() is threading.main_thread(), torch.backends.cudnn.deterministic))
+            return super().read(number, picks)
+
+    write_arrays(tmp_path, [5] * 6)
+    clips = choose_clips(Made(tmp_path, "--run"), PROTOCOLS["stylegan-v"], "generated", ALONE, count=6, frames=4, size=(8, 8), seed=0)
+    for batch, (_, videos) in enumerate(clips.batches([[0, 1], [2, 3], [4, 5]], 3)):
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            assert len(seen) == 2 * (batch + 1)
+        assert [levels(video) for video in videos] == [[level(2 * batch + one, frame) for frame in range(4)] for one in (0, 1)]
+    assert seen == [(True, False)] * 6
