@@ -118,6 +118,30 @@ def test_a_gif_holds_equal_frames_once(tmp_path: Path) -> None:
     assert videos.total(0) == 6 and np.array_equal(videos.read(0, range(6)), frames)
 
 
+@pytest.mark.parametrize("order", [[0] * 6, [0, 0, 1, 1, 2, 2]])
+def test_gifs_of_samples_have_the_frames_that_their_rate_says(tmp_path: Path, order: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    """Also a frozen one, of which a single picture is stored: without the rate it is noted."""
+    frames = known_frames(0, 3)[order]
+    for name in ("a.gif", "b.gif"):
+        write_gif(tmp_path / name, torch.from_numpy(frames).permute(3, 0, 1, 2), fps=8)
+    bare = open_videos(tmp_path, "--dir2")
+    stored = len(set(order))
+    assert [bare.total(0), bare.total(1)] == [stored, stored]
+    assert capsys.readouterr().err.count("a.gif stores one picture and counts as one frame") == (stored == 1)
+    (tmp_path / "settings.json").write_text(json.dumps({"fps": 8.0, "samples": [{"file": "a.gif"}]}))
+    videos = open_videos(tmp_path, "--dir2")
+    assert videos.total(0) == 6 and np.array_equal(videos.read(0, range(6)), frames)
+    assert videos.digest(0) != bare.digest(0)  # what was kept of it before is of other frames
+    assert clips_of(tmp_path).dropped == 0 and not capsys.readouterr().err
+
+
+def test_a_gif_is_decoded_once_for_all_frames_of_a_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gif(tmp_path / "a.gif", torch.from_numpy(known_frames(0, 6)).permute(3, 0, 1, 2))
+    videos, opened, plain = open_videos(tmp_path, "--dir2"), [], Image.open
+    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or plain(path))
+    assert len(videos.read(0, range(6))) == 6 and len(opened) == 1
+
+
 def test_one_video_in_several_forms_is_read_once_and_in_the_exact_one(tmp_path: Path) -> None:
     frames = known_frames(3, 5)
     write_arrays(tmp_path, [5])
