@@ -207,16 +207,26 @@ def sample_settings(folder: Path) -> dict[str, Any]:
 
 
 def _videos_below(root: Path) -> list[Video]:
-    """Videos below a folder, sorted by relative path; one form of each."""
+    """Videos below a folder, sorted by relative path; one form of each.
+
+    An array, pictures and a GIF beside one video file of their name are forms of it. Video files that share a name but for the suffix
+    are several videos, and so is what lies beside them: nothing says of which it is a form.
+    """
     files = [path for path in walk(root, VIDEO_SUFFIXES | {".npy"}) if path.name not in OVERVIEWS]
     holders = {path.parent for path in files}
     folders = dict.fromkeys(path.parent for path in walk(root, IMAGE_SUFFIXES))
     # Pictures beside videos are overviews of them.
     found = [Video(folder, relative(folder, root), is_frames=True) for folder in folders if folder not in holders]
-    forms: dict[str, Video] = {video.name: video for video in found}
+    forms: dict[str, list[Video]] = {video.name: [video] for video in found}
     for video in sorted((Video(path, relative(path, root)) for path in files), key=_form):
-        forms.setdefault(video.name.removesuffix(video.path.suffix), video)
-    return sorted(forms.values(), key=lambda video: video.name)
+        forms.setdefault(video.name.removesuffix(video.path.suffix), []).append(video)
+    chosen = [video for same in forms.values() for video in (same if len(list(filter(_is_coded, same))) > 1 else same[:1])]
+    return sorted(chosen, key=lambda video: video.name)
+
+
+def _is_coded(video: Video) -> bool:
+    """Whether it is a video file, and no array, GIF or folder of pictures."""
+    return not video.is_frames and video.path.suffix.lower() not in (".npy", ".gif")
 
 
 def _form(video: Video) -> int:

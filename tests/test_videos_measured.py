@@ -153,6 +153,16 @@ def test_one_video_in_several_forms_is_read_once_and_in_the_exact_one(tmp_path: 
     assert [video.name for video in videos.videos] == ["000.npy", "001.mp4"]
 
 
+def test_video_files_of_one_name_are_several_videos(tmp_path: Path) -> None:
+    """Data sets have such pairs; what lies beside them may be of either."""
+    for number, name in enumerate(("a.mp4", "a.mkv", "b.mp4", "b.MP4", "c.mp4")):
+        write_video(tmp_path / name, known_frames(number, 4))
+    for name in ("a", "c"):
+        write_gif(tmp_path / f"{name}.gif", torch.from_numpy(known_frames(7, 4)).permute(3, 0, 1, 2))
+    videos = FolderVideos(tmp_path, "--dir2")
+    assert [video.name for video in videos.videos] == ["a.gif", "a.mkv", "a.mp4", "b.MP4", "b.mp4", "c.mp4"]
+
+
 def test_samples_are_those_that_their_settings_list(tmp_path: Path) -> None:
     write_arrays(tmp_path, [4, 4, 4])
     (tmp_path / "settings.json").write_text(json.dumps({"samples": [{"file": "001.npy"}]}))
