@@ -1,4 +1,4 @@
-"""The clips that are measured: chosen by a protocol, read ahead on threads, named by their content."""
+"""The clips that are measured: chosen by a protocol, read ahead on threads unless they are made, named by their content."""
 
 import hashlib
 import json
@@ -57,34 +57,41 @@ class Clips:
         frames = self.videos.read(self.numbers[place], self.picks[place])
         return torch.from_numpy(np.ascontiguousarray(self.protocol.resize(frames, self.size))).permute(3, 0, 1, 2)
 
-    def _see(self, place: int) -> tuple[Tensor, Look]:
+    def see(self, place: int) -> tuple[Tensor, Look]:
+        """The clip of that place, and what is seen of it."""
         clip = self.read(place)
         return clip, look(clip.permute(1, 2, 3, 0).numpy())
 
     def batches(self, batches: Sequence[Sequence[int]], threads: int) -> Iterator[tuple[list[Look], Tensor]]:
-        """(what is seen of each clip, uint8 b 3 t h w) of batches of places; the one after is read ahead.
+        """(what is seen of each clip, uint8 b 3 t h w) of batches of places; the one after is read ahead, of videos that are not made.
 
         Raises UserError where lengths differ.
         """
+        if self.videos.made:
+            # In the caller's thread: a network that looks at clips sets flags of the whole process, under which none may make any.
+            for wanted in batches:
+                yield self.batch([self.see(place) for place in wanted], wanted)
+            return
         with ThreadPoolExecutor(max_workers=threads) as pool:
             waiting: deque[Future[tuple[Tensor, Look]]] = deque()
             ahead = iter([place for batch in batches for place in batch])
             try:
                 for wanted in batches:
                     while len(waiting) < 2 * len(wanted) and (place := next(ahead, None)) is not None:
-                        waiting.append(pool.submit(self._see, place))
-                    clips, looks = zip(*[waiting.popleft().result() for _ in wanted], strict=True)
-                    yield list(looks), self._stack(clips, wanted)
+                        waiting.append(pool.submit(self.see, place))
+                    yield self.batch([waiting.popleft().result() for _ in wanted], wanted)
             finally:
                 for future in waiting:
                     future.cancel()
 
-    def _stack(self, clips: Sequence[Tensor], places: Sequence[int]) -> Tensor:
+    def batch(self, seen: Sequence[tuple[Tensor, Look]], places: Sequence[int]) -> tuple[list[Look], Tensor]:
+        """Clips of these places as one of `batches`. Raises UserError where lengths differ."""
+        clips, looks = zip(*seen, strict=True)
         for clip, place in zip(clips, places, strict=True):
             if clip.shape != clips[0].shape:
                 found = [f"{self.videos.name(self.numbers[one])} gives {len(self.picks[one])} frames" for one in (places[0], place)]
                 raise UserError(f"{found[1]}, {found[0]}: this protocol takes what there is, which only -b 1 can batch")
-        return torch.stack(list(clips))
+        return list(looks), torch.stack(list(clips))
 
     def digest(self, env: Env) -> str | None:
         """SHA-256 of the videos' contents, of which frames are taken and what is done to them; None where a video has no digest.

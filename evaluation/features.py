@@ -6,6 +6,7 @@ batches of another size is all that the batch size changes.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +22,10 @@ from metrics.frechet import Moments
 from utils.errors import UserError
 from utils.rng import hash_indices
 
+Batch = tuple[list[Look], Tensor]
+"""What is seen of each clip, uint8 b 3 t h w."""
 BLOCK = 32
-"""Clips of a block: what one rank computes at a time, and of what an interruption loses at most one a rank."""
+"""Clips of a block: whose features one rank computes at a time, and of what an interruption loses at most one a rank."""
 
 
 @dataclass(frozen=True)
@@ -142,25 +145,55 @@ def _places(number: int, clips: Clips) -> range:
 def _made(
     clips: Clips, extractor: Extractor, env: Env, reading: Reading, store: FeatureStore | None, missing: list[int]
 ) -> Iterator[Block]:
-    """Blocks that are computed, in order on rank 0: in each round every rank computes one."""
+    """Blocks that are computed, in order on rank 0: in each round every rank computes one, of clips that all make where they are made."""
+    shared = clips.videos.made and env.world_size > 1
     mine = missing[env.rank :: env.world_size]
     size = min(reading.batch_size, BLOCK)
     batches = [list(places[start : start + size]) for places in (_places(n, clips) for n in mine) for start in range(0, len(places), size)]
-    total = sum(map(len, batches))
-    with tqdm(total=total, desc=f"{clips.role} videos of rank 0", unit="video", disable=None if env.is_main else True) as bar:
-        read = clips.batches(batches, reading.threads)
+    total = sum(len(_places(n, clips)) for n in missing) if shared else sum(map(len, batches))
+    whose = "videos" if shared else "videos of rank 0"
+    with tqdm(total=total, desc=f"{clips.role} {whose}", unit="video", disable=None if env.is_main else True) as bar:
+        read = _counted(clips.batches(batches, reading.threads), bar)
         for first in range(0, len(missing), env.world_size):
-            number = missing[first + env.rank] if first + env.rank < len(missing) else None
-            block = None if number is None else _compute(number, len(_places(number, clips)), read, extractor, env, bar)
+            numbers = missing[first : first + env.world_size]
+            if shared:
+                read = iter(_shared(clips, numbers, size, env, bar))
+            number = numbers[env.rank] if env.rank < len(numbers) else None
+            block = None if number is None else _compute(number, len(_places(number, clips)), read, extractor, env)
             for found in _gathered(block, env):
                 if store is not None:
                     store.write(f"{found.number:05d}", found.tensors())
                 yield found
 
 
-def _compute(
-    number: int, count: int, read: Iterator[tuple[list[Look], Tensor]], extractor: Extractor, env: Env, bar: "tqdm[None]"
-) -> Block:
+def _counted(read: Iterator[Batch], bar: "tqdm[None]") -> Iterator[Batch]:
+    for seen, videos in read:
+        bar.update(len(seen))
+        yield seen, videos
+
+
+def _shared(clips: Clips, numbers: list[int], size: int, env: Env, bar: "tqdm[None]") -> list[Batch]:
+    """Batches of the block of this rank, if it has one of these blocks, one a rank. All ranks make clips of all blocks.
+
+    One clip takes minutes where a network makes it. So no rank waits for another longer than one clip takes, nor idles for a whole block.
+    """
+    own: list[tuple[Tensor, Look]] = []
+    for owner, number in enumerate(numbers):
+        places = _places(number, clips)
+        for start in range(0, len(places), env.world_size):
+            turn = places[start : start + env.world_size]
+            made = clips.see(turn[env.rank]) if env.rank < len(turn) else None
+            gathered: list[Any] | None = [None] * env.world_size if env.rank == owner else None
+            dist.gather_object(made, gathered, dst=owner)
+            own += (gathered or [])[: len(turn)]
+            bar.update(len(turn))
+            if env.stop:
+                raise Stopped(agreed=False)
+    places = _places(numbers[env.rank], clips) if own else range(0)
+    return [clips.batch(own[start : start + size], places[start : start + size]) for start in range(0, len(own), size)]
+
+
+def _compute(number: int, count: int, read: Iterator[Batch], extractor: Extractor, env: Env) -> Block:
     """One block, from as many batches as it takes."""
     looks: list[Look] = []
     rows: list[Tensor] = []
@@ -169,7 +202,6 @@ def _compute(
         rows.append(extractor(videos).float().cpu())
         assert len(rows[-1]) and len(rows[-1]) % len(seen) == 0, f"{len(rows[-1])} rows of {len(seen)} videos"
         looks += seen
-        bar.update(len(seen))
         if env.stop:
             raise Stopped(agreed=False)
     figures = torch.tensor([(one.change, one.static) for one in looks], dtype=torch.float64)

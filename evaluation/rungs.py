@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,10 +122,12 @@ def _rng(seed: int, number: int, device: torch.device) -> SampleRng:
 class RungVideos:
     """Real clips as a rung makes them: video i is the i-th of the real ones."""
 
+    made = True
+
     def __init__(self, real: Clips, name: str, rung: Rung, device: torch.device, labels: Sequence[int] | None) -> None:
         """`labels`: classes of the clips, where the rung must be told them."""
         self.real, self.rung, self.labels = real, rung, labels
-        self._name, self._device, self._lock = name, device, threading.Lock()
+        self._name, self._device = name, device
 
     def __len__(self) -> int:
         return len(self.real)
@@ -142,10 +143,9 @@ class RungVideos:
 
     def read(self, number: int, picks: Sequence[int]) -> np.ndarray:
         clip = self.real.read(number)
-        with self._lock:  # the networks serve one at a time
-            label = None if self.labels is None else self.labels[number]
-            made = self.rung.make(to_float(clip[None].to(self._device)), self.real.numbers[number], label)
-            frames = to_uint8(made)[0].permute(1, 2, 3, 0).contiguous().cpu().numpy()
+        label = None if self.labels is None else self.labels[number]
+        made = self.rung.make(to_float(clip[None].to(self._device)), self.real.numbers[number], label)
+        frames = to_uint8(made)[0].permute(1, 2, 3, 0).contiguous().cpu().numpy()
         return frames[list(picks)]
 
     def digest(self, number: int) -> str | None:

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import struct
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -23,6 +24,7 @@ from datasets.transforms import rgb_pixels
 from datasets.video import VideoError, decode, probe
 from utils.errors import UserError
 from utils.files import sha256_file
+from utils.media import gif_duration
 
 OVERVIEWS = ("grid.mp4", "grid.gif", "strip.mp4")
 """Files beside samples that show several of them."""
@@ -31,7 +33,10 @@ _FORMS = (".npy", "", ".gif")
 
 
 class VideoSet(Protocol):
-    """Numbered videos of any lengths and sizes. Methods may be called from several threads."""
+    """Numbered videos of any lengths and sizes. Methods may be called from several threads, where the videos are not made."""
+
+    made: bool
+    """Whether networks make a video when it is read, which takes long, and is done as sample.py does it: in the main thread."""
 
     def __len__(self) -> int: ...
 
@@ -67,13 +72,19 @@ def open_videos(path: str | Path, flag: str) -> VideoSet:
 class FolderVideos:
     """Every video file, every .npy array and every folder of pictures below a folder is a video; sorted by relative path.
 
-    In a folder of sample.py's, the samples that its settings.json lists. Arrays are (t, 3, h, w), numbers 0..255, as VIDM's release
-    writes its samples.
+    In a folder of sample.py's, the samples that its settings.json lists, whose rate says how many frames a GIF has. Arrays are
+    (t, 3, h, w), numbers 0..255, as VIDM's release writes its samples.
     """
+
+    made = False
 
     def __init__(self, root: Path, flag: str) -> None:
         self.root, self.flag = root, flag
-        listed = [sample["file"] for sample in sample_settings(root).get("samples", [])]
+        settings = sample_settings(root)
+        fps = settings.get("fps")
+        self._fps = float(fps) if isinstance(fps, int | float) and fps > 0 else None
+        self._told = False
+        listed = [sample["file"] for sample in settings.get("samples", [])]
         self.videos = [Video(root / name, name, is_frames=(root / name).is_dir()) for name in listed] or _videos_below(root)
         if not self.videos:
             raise UserError(f"{flag} {root} holds no videos: mp4, gif and other video files, .npy arrays and folders of pictures are read")
@@ -95,22 +106,36 @@ class FolderVideos:
             if video.path.suffix.lower() == ".npy":
                 return len(_array(video.path))
             if video.path.suffix.lower() == ".gif":
-                return len(_gif_frames(video.path))
+                return self._gif_total(number)
             return probe(video.path).frames
+
+    def _gif_total(self, number: int) -> int:
+        """Frames of a GIF. One that stores a single picture is noted, once, where no rate says how many frames that is."""
+        frames, stored = _gif_frames(self.videos[number].path, self._fps)
+        if stored == 1 and self._fps is None and not self._told:
+            self._told = True
+            print(
+                f"note: {self.name(number)} stores one picture and counts as one frame: for how many it is shown only the settings.json of "
+                "sample.py would say",
+                file=sys.stderr,
+                flush=True,
+            )
+        return len(frames)
 
     def read(self, number: int, picks: Sequence[int]) -> np.ndarray:
         with _one_line(self.name(number)):
-            frames = _read(self.videos[number], list(picks))
+            frames = _read(self.videos[number], list(picks), self._fps)
             if len(frames) != len(picks):
                 raise ValueError(f"{len(frames)} of the {len(picks)} frames that are wanted of it decode")
             return np.stack(frames)
 
     def digest(self, number: int) -> str:
-        """SHA-256 of the file; of a folder of pictures that of theirs."""
+        """SHA-256 of the file, of a GIF also the rate that its frames were counted by; of a folder of pictures that of theirs."""
         video = self.videos[number]
         with _one_line(self.name(number)):
             if not video.is_frames:
-                return sha256_file(video.path)
+                timed = self._fps is not None and video.path.suffix.lower() == ".gif"
+                return sha256_file(video.path) + (f" at {self._fps:g} fps" if timed else "")
             return hashlib.sha256("".join(map(sha256_file, video.frame_paths())).encode()).hexdigest()
 
     def identity(self) -> dict[str, Any]:
@@ -119,6 +144,8 @@ class FolderVideos:
 
 class ShardVideos:
     """The stored clips of a shard set."""
+
+    made = False
 
     def __init__(self, root: str | Collection) -> None:
         """`root`: where the set is, or sets that are open already."""
@@ -180,16 +207,26 @@ def sample_settings(folder: Path) -> dict[str, Any]:
 
 
 def _videos_below(root: Path) -> list[Video]:
-    """Videos below a folder, sorted by relative path; one form of each."""
+    """Videos below a folder, sorted by relative path; one form of each.
+
+    An array, pictures and a GIF beside one video file of their name are forms of it. Video files that share a name but for the suffix
+    are several videos, and so is what lies beside them: nothing says of which it is a form.
+    """
     files = [path for path in walk(root, VIDEO_SUFFIXES | {".npy"}) if path.name not in OVERVIEWS]
     holders = {path.parent for path in files}
     folders = dict.fromkeys(path.parent for path in walk(root, IMAGE_SUFFIXES))
     # Pictures beside videos are overviews of them.
     found = [Video(folder, relative(folder, root), is_frames=True) for folder in folders if folder not in holders]
-    forms: dict[str, Video] = {video.name: video for video in found}
+    forms: dict[str, list[Video]] = {video.name: [video] for video in found}
     for video in sorted((Video(path, relative(path, root)) for path in files), key=_form):
-        forms.setdefault(video.name.removesuffix(video.path.suffix), video)
-    return sorted(forms.values(), key=lambda video: video.name)
+        forms.setdefault(video.name.removesuffix(video.path.suffix), []).append(video)
+    chosen = [video for same in forms.values() for video in (same if len(list(filter(_is_coded, same))) > 1 else same[:1])]
+    return sorted(chosen, key=lambda video: video.name)
+
+
+def _is_coded(video: Video) -> bool:
+    """Whether it is a video file, and no array, GIF or folder of pictures."""
+    return not video.is_frames and video.path.suffix.lower() not in (".npy", ".gif")
 
 
 def _form(video: Video) -> int:
@@ -197,8 +234,8 @@ def _form(video: Video) -> int:
     return _FORMS.index(suffix if suffix in _FORMS else "")
 
 
-def _read(video: Video, picks: list[int]) -> list[np.ndarray]:
-    """Frames (h, w, 3) of a video, those of the numbers that it has."""
+def _read(video: Video, picks: list[int], fps: float | None) -> list[np.ndarray]:
+    """Frames (h, w, 3) of a video, those of the numbers that it has. `fps`: of GIFs, where it is known."""
     if video.is_frames:
         paths = video.frame_paths()
         return [_picture(paths[number]) for number in picks]
@@ -206,7 +243,8 @@ def _read(video: Video, picks: list[int]) -> list[np.ndarray]:
     if suffix == ".npy":
         return list(_pixels(_array(video.path)[picks].transpose(0, 2, 3, 1)))
     if suffix == ".gif":
-        return [_gif_frames(video.path)[number] for number in picks]
+        frames, _ = _gif_frames(video.path, fps)
+        return [frames[number] for number in picks]
     with closing(decode(video.path, probe(video.path), "pyav", set(picks).__contains__)) as decoded:
         return list(islice(decoded, len(picks)))
 
@@ -233,13 +271,18 @@ def _pixels(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float64).round().clip(0, 255).astype(np.uint8)
 
 
-def _gif_frames(path: Path) -> list[np.ndarray]:
-    """All frames of a GIF. Equal ones are often stored as one that is shown longer: it counts as often as the shortest fits in."""
+def _gif_frames(path: Path, fps: float | None) -> tuple[list[np.ndarray], int]:
+    """All frames of a GIF, and how many pictures it stores.
+
+    Equal ones are often stored as one that is shown longer: it counts as often as a frame of that rate fits in, of an unknown rate as
+    often as the shortest.
+    """
     frames, shown = [], []
     with Image.open(path) as image:
         for number in range(getattr(image, "n_frames", 1)):
             image.seek(number)
             frames.append(rgb_pixels(image))
             shown.append(image.info.get("duration", 0))
-    shortest = min((time for time in shown if time), default=1)  # none where a player chooses it
-    return [frame for frame, time in zip(frames, shown, strict=True) for _ in range(max(1, round(time / shortest - 0.1)))]
+    # No time is there where a player chooses it.
+    one = min((time for time in shown if time), default=1) if fps is None else gif_duration(fps)
+    return [frame for frame, time in zip(frames, shown, strict=True) for _ in range(max(1, round(time / one - 0.1)))], len(frames)

@@ -215,6 +215,36 @@ def test_any_number_of_processes_finds_the_same_bits(place: Path, tmp_path: Path
             assert distributed.run(on_a_rank, place=str(place), cache=str(cache))[1] == alone
 
 
+def made_on_a_rank(env: Env, place: str, cache: str) -> Any:
+    """The figure of videos that are made, and the numbers of those that this rank made."""
+    numbers: list[int] = []
+
+    class Made(FolderVideos):
+        made = True
+
+        def read(self, number: int, picks: Any) -> np.ndarray:
+            if len(picks) > 1:  # one frame is read for the size
+                numbers.append(number)
+            return super().read(number, picks)
+
+    found = measure_fvd(config(Path(place), dir2="", cache=cache), env, Made(Path(place) / "fake", "--run"))
+    return [found, numbers]
+
+
+def test_ranks_make_videos_together(place: Path, tmp_path: Path) -> None:
+    """None waits for a block that others make, which takes hours: not in the last round, of fewer blocks than ranks, nor in full ones."""
+    alone = json.loads(json.dumps(made_on_a_rank(ALONE, str(place), str(tmp_path / "a"))))
+    assert alone[1] == list(range(FAKE))
+    for processes in (2, 4):
+        cache = tmp_path / str(processes)
+        ranks = distributed.run(made_on_a_rank, processes=processes, place=str(place), cache=str(cache))
+        assert [found for found, _ in ranks] == [alone[0]] * processes
+        assert sorted(number for _, numbers in ranks for number in numbers) == alone[1]
+        assert all(max(np.diff(numbers)) <= processes for _, numbers in ranks)
+        assert max(len(numbers) for _, numbers in ranks) - min(len(numbers) for _, numbers in ranks) <= 1
+        assert [path.read_bytes() for path in blocks_of(cache)] == [path.read_bytes() for path in blocks_of(tmp_path / "a")]
+
+
 def test_the_batch_size_changes_rounding_alone(place: Path) -> None:
     found = [measure_fvd(config(place, no_cache=True, batch_size=size), ALONE)["fvd"] for size in (1, 7, 32, 64)]
     assert found == pytest.approx([found[0]] * 4, rel=1e-6)

@@ -1,6 +1,8 @@
 """What figures of videos are measured on: videos in all their forms, which of them, which frames, how large."""
 
 import json
+import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -116,6 +118,30 @@ def test_a_gif_holds_equal_frames_once(tmp_path: Path) -> None:
     assert videos.total(0) == 6 and np.array_equal(videos.read(0, range(6)), frames)
 
 
+@pytest.mark.parametrize("order", [[0] * 6, [0, 0, 1, 1, 2, 2]])
+def test_gifs_of_samples_have_the_frames_that_their_rate_says(tmp_path: Path, order: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    """Also a frozen one, of which a single picture is stored: without the rate it is noted."""
+    frames = known_frames(0, 3)[order]
+    for name in ("a.gif", "b.gif"):
+        write_gif(tmp_path / name, torch.from_numpy(frames).permute(3, 0, 1, 2), fps=8)
+    bare = open_videos(tmp_path, "--dir2")
+    stored = len(set(order))
+    assert [bare.total(0), bare.total(1)] == [stored, stored]
+    assert capsys.readouterr().err.count("a.gif stores one picture and counts as one frame") == (stored == 1)
+    (tmp_path / "settings.json").write_text(json.dumps({"fps": 8.0, "samples": [{"file": "a.gif"}]}))
+    videos = open_videos(tmp_path, "--dir2")
+    assert videos.total(0) == 6 and np.array_equal(videos.read(0, range(6)), frames)
+    assert videos.digest(0) != bare.digest(0)  # what was kept of it before is of other frames
+    assert clips_of(tmp_path).dropped == 0 and not capsys.readouterr().err
+
+
+def test_a_gif_is_decoded_once_for_all_frames_of_a_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gif(tmp_path / "a.gif", torch.from_numpy(known_frames(0, 6)).permute(3, 0, 1, 2))
+    videos, opened, plain = open_videos(tmp_path, "--dir2"), [], Image.open
+    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or plain(path))
+    assert len(videos.read(0, range(6))) == 6 and len(opened) == 1
+
+
 def test_one_video_in_several_forms_is_read_once_and_in_the_exact_one(tmp_path: Path) -> None:
     frames = known_frames(3, 5)
     write_arrays(tmp_path, [5])
@@ -125,6 +151,16 @@ def test_one_video_in_several_forms_is_read_once_and_in_the_exact_one(tmp_path: 
     Image.new("RGB", (4, 4)).save(tmp_path / "pictures.png")  # an overview beside videos is no video
     videos = FolderVideos(tmp_path, "--dir2")
     assert [video.name for video in videos.videos] == ["000.npy", "001.mp4"]
+
+
+def test_video_files_of_one_name_are_several_videos(tmp_path: Path) -> None:
+    """Data sets have such pairs; what lies beside them may be of either."""
+    for number, name in enumerate(("a.mp4", "a.mkv", "b.mp4", "b.MP4", "c.mp4")):
+        write_video(tmp_path / name, known_frames(number, 4))
+    for name in ("a", "c"):
+        write_gif(tmp_path / f"{name}.gif", torch.from_numpy(known_frames(7, 4)).permute(3, 0, 1, 2))
+    videos = FolderVideos(tmp_path, "--dir2")
+    assert [video.name for video in videos.videos] == ["a.gif", "a.mkv", "a.mp4", "b.MP4", "b.mp4", "c.mp4"]
 
 
 def test_samples_are_those_that_their_settings_list(tmp_path: Path) -> None:
@@ -245,3 +281,23 @@ def test_batches_hold_every_clip_once_in_order(tmp_path: Path) -> None:
         found = list(clips.batches([range(start, min(start + batch, 7)) for start in range(0, 7, batch)], 3))
         assert [len(looks) for looks, _ in found] == [len(videos) for _, videos in found]
         assert torch.equal(torch.cat([videos for _, videos in found]), torch.stack([clips.read(place) for place in range(7)]))
+
+
+def test_videos_that_are_made_are_made_in_the_main_thread_between_batches(tmp_path: Path) -> None:
+    """Flags of the process that a network sets while it looks at a batch would change their pixels."""
+    seen: list[tuple[bool, bool]] = []
+
+    class Made(FolderVideos):
+        made = True
+
+        def read(self, number: int, picks: Sequence[int]) -> np.ndarray:
+            seen.append((threading.current_thread() is threading.main_thread(), torch.backends.cudnn.deterministic))
+            return super().read(number, picks)
+
+    write_arrays(tmp_path, [5] * 6)
+    clips = choose_clips(Made(tmp_path, "--run"), PROTOCOLS["stylegan-v"], "generated", ALONE, count=6, frames=4, size=(8, 8), seed=0)
+    for batch, (_, videos) in enumerate(clips.batches([[0, 1], [2, 3], [4, 5]], 3)):
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            assert len(seen) == 2 * (batch + 1)
+        assert [levels(video) for video in videos] == [[level(2 * batch + one, frame) for frame in range(4)] for one in (0, 1)]
+    assert seen == [(True, False)] * 6
