@@ -2,14 +2,13 @@
 
 import sys
 from collections.abc import Container, Mapping
-from importlib.metadata import version
 from pathlib import Path
-from platform import python_version
 from typing import Any
 
 from evaluation.extractors import Extractor
 from evaluation.features import Side
 from evaluation.settings import VideosConfig
+from evaluation.versions import versions
 from utils.files import atomic_write_text, waiting_turn
 
 COLUMNS = ("figure", "value", "95 % interval", "real videos", "generated videos", "frames", "size", "protocol", "network sha256", "seed")
@@ -56,7 +55,7 @@ def report(
         "bootstrap": config.bootstrap,
         **measured,
         "detector": extractor.identity(),
-        "versions": {"python": python_version()} | {name: version(name) for name in ("torch", "numpy", "av")},
+        "versions": versions(),
     }
     return figures | {"notes": notes, "protocol": protocol}
 
