@@ -25,7 +25,7 @@ from evaluation.generated import generated_videos
 from evaluation.ladder import LadderConfig, measure_ladder
 from evaluation.motion import MotionConfig, measure_motion
 from evaluation.quality import measure_fvd, measure_kvd, measure_vis
-from evaluation.reconstruction import ReconstructConfig, measure_reconstruction
+from evaluation.reconstruction import ReconstructConfig, measure_reconstruction, reconstruction_rows
 from evaluation.report import append_row, digits, row
 from evaluation.settings import FvdConfig, KvdConfig, VideosConfig, VisConfig
 from evaluation.similarity import ClipsimConfig, measure_clipsim
@@ -154,7 +154,7 @@ def _measure(launch: Launch, config: Shared, measure: Callable[[Shared, Env], di
     if _shown(launch, config):
         return
     check_out(config.out)
-    if isinstance(config, VideosConfig):
+    if isinstance(config, VideosConfig | ReconstructConfig):
         check_out(config.markdown, "--markdown")
     with distributed(config.timeout) as env:
         figures = measure(config, env)
@@ -163,11 +163,18 @@ def _measure(launch: Launch, config: Shared, measure: Callable[[Shared, Env], di
         print(table(figures), flush=True)
         if config.out:
             atomic_write_text(Path(config.out), json.dumps(figures, indent=2) + "\n")
-        if isinstance(config, VideosConfig):
-            rows = list(figures["rungs"].values()) if "rungs" in figures else [figures]
+        if isinstance(config, VideosConfig | ReconstructConfig):
+            rows = _rows(config, figures)
             print("\n" + "\n".join(map(row, rows)), flush=True)
             for one in rows if config.markdown else ():
                 append_row(Path(config.markdown), one)
+
+
+def _rows(config: VideosConfig | ReconstructConfig, figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """Figures of which each has a row of the table."""
+    if isinstance(config, ReconstructConfig):
+        return reconstruction_rows(figures)
+    return list(figures["rungs"].values()) if "rungs" in figures else [figures]
 
 
 def motion(launch: Launch) -> None:
