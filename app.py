@@ -28,6 +28,8 @@ QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "GRADIO_SSR
 """Of gradio: it counts its users, and looks for newer versions of itself, unless it is told not to."""
 POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; connect-src 'self' data: blob:; object-src 'none'; base-uri 'self'"
 """What the browser may load: nothing from elsewhere."""
+MAX_UPLOAD = "64mb"
+"""Of a picture that is given; a larger one is refused."""
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Scope]]
@@ -35,18 +37,33 @@ Send = Callable[[Scope], Awaitable[None]]
 
 
 class OwnFilesOnly:
-    """An ASGI application whose answers tell the browser to load nothing from other machines."""
+    """An ASGI application that serves its own page alone: nothing that another page's script sends, nothing loaded from other machines."""
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if foreign(scope):
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008})
+                return
+            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
+            await send({"type": "http.response.body", "body": b"sent by a page of another origin\n"})
+            return
+
         async def answer(message: Scope) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
             await send(message)
 
         await self.app(scope, receive, answer)
+
+
+def foreign(scope: Scope) -> bool:
+    """Whether a browser says that a page of another origin sent this request: a form or a script may send to any address."""
+    headers = scope.get("headers", ())
+    host = next((value for name, value in headers if name == b"host"), b"")
+    return any(name == b"origin" and value != b"http://" + host for name, value in headers)
 
 
 def main() -> None:
@@ -84,6 +101,7 @@ def _listen(port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((HOST, port))
+        listening.listen()  # who connects before the server has begun waits for it
     except OSError as error:
         listening.close()
         raise UserError(f"--port {port}: {error.strerror}; choose another") from None
@@ -101,9 +119,8 @@ def build(studio: Studio, folder: Path) -> Any:
         raise UserError(f"the page needs gradio ({error}): pip install -r requirements-optional.txt") from None
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     application = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    gradio.mount_gradio_app(
-        application, _page(gradio, studio), path="/", server_name=HOST, theme=theme, footer_links=[], ssr_mode=False, pwa=False
-    )
+    options = {"theme": theme, "footer_links": [], "ssr_mode": False, "pwa": False, "max_file_size": MAX_UPLOAD}
+    gradio.mount_gradio_app(application, _page(gradio, studio), path="/", server_name=HOST, **options)
     application.add_middleware(OwnFilesOnly)
     application.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     return application

@@ -25,12 +25,12 @@ from evaluation.generated import generated_videos
 from evaluation.ladder import LadderConfig, measure_ladder
 from evaluation.motion import MotionConfig, measure_motion
 from evaluation.quality import measure_fvd, measure_kvd, measure_vis
-from evaluation.reconstruction import ReconstructConfig, measure_reconstruction
+from evaluation.reconstruction import ReconstructConfig, measure_reconstruction, reconstruction_rows
 from evaluation.report import append_row, digits, row
 from evaluation.settings import FvdConfig, KvdConfig, VideosConfig, VisConfig
 from evaluation.similarity import ClipsimConfig, measure_clipsim
 from evaluation.videos import VideoSet
-from launch.env import Env, distributed
+from launch.env import Env, distributed, independent
 from launch.run import Launch, parse_launch, run_main
 from pipelines.encoders import ENCODERS
 from pipelines.systems import with_run
@@ -140,15 +140,12 @@ def _shown(launch: Launch, config: Any) -> bool:
 
 
 def check_out(out: str, flag: str = "--out") -> None:
-    """Makes the folder of a file of figures. Raises UserError where it cannot be written, before hours of measuring."""
+    """Raises UserError where a file of figures cannot be written, before hours of measuring; makes nothing."""
     if not out:
         return
-    place = Path(out)
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag} {out}: {place.parent} cannot be made: {error.strerror}") from None
-    if place.is_dir() or not os.access(place.parent, os.W_OK):
+    place = Path(out).absolute()
+    there = next(folder for folder in place.parents if folder.exists())
+    if place.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"{flag} {out} cannot be written: the name of a file is wanted, in a folder of yours")
 
 
@@ -157,7 +154,7 @@ def _measure(launch: Launch, config: Shared, measure: Callable[[Shared, Env], di
     if _shown(launch, config):
         return
     check_out(config.out)
-    if isinstance(config, VideosConfig):
+    if isinstance(config, VideosConfig | ReconstructConfig):
         check_out(config.markdown, "--markdown")
     with distributed(config.timeout) as env:
         figures = measure(config, env)
@@ -166,19 +163,32 @@ def _measure(launch: Launch, config: Shared, measure: Callable[[Shared, Env], di
         print(table(figures), flush=True)
         if config.out:
             atomic_write_text(Path(config.out), json.dumps(figures, indent=2) + "\n")
-        if isinstance(config, VideosConfig):
-            rows = list(figures["rungs"].values()) if "rungs" in figures else [figures]
+        if isinstance(config, VideosConfig | ReconstructConfig):
+            rows = _rows(config, figures)
             print("\n" + "\n".join(map(row, rows)), flush=True)
             for one in rows if config.markdown else ():
                 append_row(Path(config.markdown), one)
 
 
+def _rows(config: VideosConfig | ReconstructConfig, figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """Figures of which each has a row of the table."""
+    if isinstance(config, ReconstructConfig):
+        return reconstruction_rows(figures)
+    return list(figures["rungs"].values()) if "rungs" in figures else [figures]
+
+
 def motion(launch: Launch) -> None:
-    """The subcommand of that name."""
+    """The subcommand of that name; of several processes the first measures."""
     config = _load(launch, "motion", {"": MotionConfig})
     if _shown(launch, config):
         return
     check_out(config.out)
+    if independent().is_main:  # the others have nothing to wait for
+        _measure_motion(config)
+
+
+def _measure_motion(config: MotionConfig) -> None:
+    """Prints the figures of folders, and writes them into each."""
     figures: dict[str, Any] = {}
     for folder in config.samples:
         figures[folder] = measure_motion(Path(folder), config.clip_frames)

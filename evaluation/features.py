@@ -17,6 +17,7 @@ from tqdm import tqdm
 from evaluation.clips import Clips, Look
 from evaluation.extractors import Extractor
 from evaluation.store import FeatureStore, cache_folder
+from evaluation.versions import package_versions
 from launch.env import Env, Stopped
 from metrics.frechet import Moments
 from utils.errors import UserError
@@ -75,7 +76,7 @@ def measure_side(clips: Clips, extractor: Extractor, env: Env, reading: Reading,
     store = None
     if reading.cache is not None and digest is not None:
         identity = {name: value for name, value in extractor.identity().items() if name != "file"}
-        about = {"clips": digest, "network": identity, "device": env.device.type, "block": BLOCK}
+        about = {"clips": digest, "network": identity, "device": env.device.type, "block": BLOCK, "versions": package_versions()}
         store = FeatureStore(cache_folder(reading.cache), about)
     kept = store.read(f"moments-{seed}") if store is not None and env.is_main and not keep_rows else None
     if _agreed(kept is not None, env):

@@ -2,7 +2,8 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,14 +16,19 @@ from datasets.config import DataConfig, open_shards, resolve
 from datasets.mixture import Collection
 from datasets.reader import ClipReader
 from evaluation.paired import PairedDistance, open_distances
+from evaluation.versions import versions
 from launch.env import Env, Stopped
 from losses import perceptual
 from metrics.frames import SSIM_WINDOW, lpips, psnr, quantise, ssim
 from pipelines.encoders import ENCODERS, EncoderOptions, FrameEncoder, system_of
 from pipelines.loading import SD_SCALE
 from utils.errors import ConfigError, UserError
+from utils.files import sha256_file
 from utils.media import to_float
 from utils.rng import SampleRng
+
+SEED = 0
+"""Of the posteriors' samples."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +70,8 @@ class ReconstructConfig:
     checkpoint takes, which does not say it (none: 16)."""
     out: str = ""
     """JSON file to write the figures to."""
+    markdown: str = ""
+    """File to which rows of a table are appended, one a figure; a new one gets a heading."""
     timeout: float = 1800.0
     """Seconds that a process waits for the others."""
 
@@ -95,7 +103,7 @@ def measure_reconstruction(config: ReconstructConfig, env: Env) -> dict[str, Any
     sums: dict[str, float] = {}
     with tqdm(total=len(mine), desc="clips of rank 0", unit="clip", disable=None if env.is_main else True) as bar:
         for samples, clips in _clips(shards, mine, frames, config.batch_size, env.device):
-            recon = pipeline.reconstruct(clips, SampleRng(0, torch.from_numpy(samples), env.device))
+            recon = pipeline.reconstruct(clips, SampleRng(SEED, torch.from_numpy(samples), env.device))
             for name, values in _measures(clips, recon, distance, config).items():
                 sums[name] = sums.get(name, 0.0) + values.double().sum().item()
             for one in distances:
@@ -103,8 +111,8 @@ def measure_reconstruction(config: ReconstructConfig, env: Env) -> dict[str, Any
             bar.update(len(samples))
             if env.stop:
                 raise Stopped(agreed=False)
-    missing = config.perceptual != "none" and distance is None
-    figures = _summary(config, shards, pipeline, missing, (total, frames), _reduced(sums, len(mine), total, env))
+    perceptual_network = _described(config, distance is not None)
+    figures = _summary(config, shards, pipeline, perceptual_network, (total, frames), _reduced(sums, len(mine), total, env))
     return _with_distances(figures, distances, (total, frames), env)
 
 
@@ -143,6 +151,15 @@ def _distance(config: ReconstructConfig, env: Env) -> nn.Module | None:
         return None
     distance = perceptual.build(config.perceptual, config.perceptual_weights)
     return None if distance is None else distance.to(env.device)
+
+
+def _described(config: ReconstructConfig, there: bool) -> dict[str, str]:
+    """The perceptual network, with the sha256 of its weights where it is one that has some."""
+    file = perceptual.FILES.get(config.perceptual)
+    if file is None or not there:
+        return {"perceptual": "none" if file is None else "none: weights missing"}
+    path = Path(config.perceptual_weights) if config.perceptual_weights else file.default_path()
+    return {"perceptual": config.perceptual, "perceptual_sha256": sha256_file(path)}
 
 
 def _clips(shards: Collection, samples: np.ndarray, n_frames: int, batch: int, device: torch.device) -> Iterator[tuple[np.ndarray, Tensor]]:
@@ -191,10 +208,16 @@ def _with_distances(figures: dict[str, Any], distances: list[PairedDistance], co
 
 
 def _summary(
-    config: ReconstructConfig, shards: Collection, pipeline: Any, missing: bool, counts: tuple[int, int], means: dict[str, float]
+    config: ReconstructConfig,
+    shards: Collection,
+    pipeline: Any,
+    perceptual_network: dict[str, str],
+    counts: tuple[int, int],
+    means: dict[str, float],
 ) -> dict[str, Any]:
     """Figures first, then how they were measured. `counts`: clips, and frames of each."""
     total, frames = counts
+    identity = pipeline.identity()
     latents = {"latents": "samples of the posteriors"} if isinstance(pipeline, FrameEncoder) else {}
     return means | {
         "clips": total,
@@ -202,15 +225,35 @@ def _summary(
             "psnr": f"8 bit, mean squared error per {'clip' if config.psnr_per_clip else 'frame'}, mean over clips, dB",
             "ssim": "8 bit, Gaussian 11x11 sigma 1.5, per frame, mean over clips",
             "l1": "8 bit, mean absolute difference on [0, 1]",
-            "perceptual": "none: weights missing" if missing else config.perceptual,
+            **perceptual_network,
             "clips": total,
             "frames": frames,
             "size": list(shards.size),
             "window": "first frames of each stored clip",
             "dataset": shards.name,
             "dataset_digest": shards.digest,
-            "autoencoder_sha256": pipeline.identity()["sha256"],
+            "autoencoder_sha256": identity["sha256"],
+            "weights": identity.get("weights", "as in the file"),
             "precision": config.precision,
+            "seed": SEED,
             **latents,
+            "versions": versions(),
         },
     }
+
+
+def reconstruction_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One set of figures for each row of a table: that figure first, with what `evaluation.report.row` takes."""
+    protocol, clips = figures["protocol"], figures["clips"]
+    rows = []
+    for name, value in figures.items():
+        if not isinstance(value, float):
+            continue
+        own = protocol.get(name)
+        label = f"{name}_" if name[-1].isdigit() else name
+        described = own if isinstance(own, dict) else {"id": f"{label}{clips}_{protocol['frames']}f", "detector": {}}
+        if name == protocol["perceptual"].replace("-", "_"):
+            described = described | {"detector": {"sha256": protocol["perceptual_sha256"]}}
+        kept = {"frames": protocol["frames"], "size": protocol["size"], "seed": protocol["seed"], "name": "reconstruction"}
+        rows.append({name: value, "real_videos": clips, "generated_videos": clips, "protocol": kept | described})
+    return rows

@@ -2,14 +2,14 @@
 
 import sys
 from collections.abc import Container, Mapping
-from importlib.metadata import version
 from pathlib import Path
-from platform import python_version
 from typing import Any
 
 from evaluation.extractors import Extractor
 from evaluation.features import Side
 from evaluation.settings import VideosConfig
+from evaluation.versions import versions
+from utils.files import atomic_write_text, waiting_turn
 
 COLUMNS = ("figure", "value", "95 % interval", "real videos", "generated videos", "frames", "size", "protocol", "network sha256", "seed")
 
@@ -55,7 +55,7 @@ def report(
         "bootstrap": config.bootstrap,
         **measured,
         "detector": extractor.identity(),
-        "versions": {"python": python_version()} | {name: version(name) for name in ("torch", "numpy", "av")},
+        "versions": versions(),
     }
     return figures | {"notes": notes, "protocol": protocol}
 
@@ -110,7 +110,12 @@ def _line(cells: list[str]) -> str:
 
 
 def append_row(path: Path, figures: Mapping[str, Any]) -> None:
-    """Adds the row to a file; a new file gets the heading."""
-    heading = "" if path.is_file() and path.stat().st_size else f"{_line(list(COLUMNS))}\n{_line(['---'] * len(COLUMNS))}\n"
-    with path.open("a", encoding="utf-8") as file:
-        file.write(f"{heading}{row(figures)}\n")
+    """Adds the row to a file, which is whole at any time; a new file gets the heading. Who adds at the same time waits."""
+    path = path.resolve()  # a link stays one
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with waiting_turn(path):
+        before = path.read_text(encoding="utf-8")
+        if before and not before.endswith("\n"):
+            before += "\n"
+        heading = f"{_line(list(COLUMNS))}\n{_line(['---'] * len(COLUMNS))}\n"
+        atomic_write_text(path, f"{before or heading}{row(figures)}\n")

@@ -40,6 +40,8 @@ class ClipsimConfig(VideosConfig):
 
     def validate(self) -> None:
         """Raises ConfigError on settings that cannot work."""
+        if self.run:
+            raise ConfigError(f"--run {self.run}: its videos are generated without texts; give --dir2 FOLDER, videos with theirs")
         super().validate()
         if not self.clip:
             raise ConfigError("seen by which network? give --clip FOLDER, a local copy of openai/clip-vit-base-patch32")

@@ -1,10 +1,13 @@
 """The web page: what it asks of the networks, and the page itself in a real browser."""
 
+import asyncio
 import importlib.util
 import json
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +115,47 @@ def test_sampling_does_not_need_gradio() -> None:
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), check=True, timeout=60)
 
 
+def ask(application: Any, kind: str, headers: dict[str, str]) -> list[Any]:
+    """What an application answers to a request of these headers: the status or the closing code, and the names of the headers."""
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": kind, "headers": [(name.encode(), value.encode()) for name, value in headers.items()]}
+    asyncio.run(application(scope, receive, send))
+    return [sent[0].get("status", sent[0].get("code")), *(name for name, _ in sent[0].get("headers", ()))]
+
+
+@pytest.mark.parametrize(
+    ("origin", "served"),
+    [
+        ({}, True),
+        ({"origin": "http://127.0.0.1:7860"}, True),
+        ({"origin": "http://127.0.0.1:81"}, False),
+        ({"origin": "https://127.0.0.1:7860"}, False),
+        ({"origin": "https://elsewhere.org"}, False),
+        ({"origin": "null"}, False),
+    ],
+)
+def test_what_a_page_of_another_origin_sends_is_refused(origin: dict[str, str], served: bool) -> None:
+    """Scripts and forms of any page can send to this machine, and the browser says for whom."""
+    reached = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        reached.append(scope)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    guarded = app.OwnFilesOnly(application)
+    headers = {"host": "127.0.0.1:7860"} | origin
+    assert ask(guarded, "http", headers) == ([200, b"content-security-policy"] if served else [403, b"content-type"])
+    assert served or ask(guarded, "websocket", headers) == [1008]
+    assert len(reached) == served
+
+
 # ---- the page
 
 
@@ -140,6 +184,23 @@ def set_number(driver: Any, name: str, value: object) -> None:
     field = driver.find_element("css selector", f"#{name} input")
     field.send_keys(Keys.CONTROL, "a")
     field.send_keys(str(value), Keys.TAB)
+
+
+@pytest.mark.slow
+def test_uploads_are_of_the_own_page_and_of_bounded_size(address: str) -> None:
+    def upload(origin: str, size: int) -> int:
+        body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + bytes(size) + b"\r\n--b--\r\n"
+        headers = {"Origin": origin, "Content-Type": "multipart/form-data; boundary=b"}
+        request = urllib.request.Request(f"{address}/gradio_api/upload", body, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    assert upload(address, 8) == 200
+    assert upload("https://elsewhere.org", 8) == 403
+    assert upload(address, 65 << 20) == 413
 
 
 @pytest.mark.slow

