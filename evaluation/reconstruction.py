@@ -26,6 +26,7 @@ from utils.errors import ConfigError, UserError
 from utils.files import sha256_file
 from utils.media import to_float
 from utils.rng import SampleRng
+from utils.weights import read_card
 
 SEED = 0
 """Of the posteriors' samples."""
@@ -162,6 +163,15 @@ def _described(config: ReconstructConfig, there: bool) -> dict[str, str]:
     return {"perceptual": config.perceptual, "perceptual_sha256": sha256_file(path)}
 
 
+def _kind(ae: str, sha256: str) -> str:
+    """ema or model: which file of an export was read; an official checkpoint and an image VAE have one kind of weights."""
+    try:
+        files = read_card(ae).get("files", {}) if ae else {}
+    except UserError:
+        files = {}
+    return next((Path(name).stem for name, digest in files.items() if digest == sha256), "as in the file")
+
+
 def _clips(shards: Collection, samples: np.ndarray, n_frames: int, batch: int, device: torch.device) -> Iterator[tuple[np.ndarray, Tensor]]:
     """(numbers, clips b 3 t h w in [-1, 1]): the first frames of each sample."""
     reader = ClipReader(shards, n_frames)
@@ -233,7 +243,7 @@ def _summary(
             "dataset": shards.name,
             "dataset_digest": shards.digest,
             "autoencoder_sha256": identity["sha256"],
-            "weights": identity.get("weights", "as in the file"),
+            "weights": _kind(config.ae, identity["sha256"]),
             "precision": config.precision,
             "seed": SEED,
             **latents,

@@ -65,6 +65,7 @@ def test_distances_are_of_clips_and_reconstructions_in_8_bits(place: Path, capsy
     assert (about["rfvd"]["id"], about["rfid"]["id"]) == ("rfvd7_4f_pvdm", "rfid7_4f")
     assert about["rfvd"]["covariance"] == "unbiased, 1/(n-1)" and "centre crop" in about["rfvd"]["detector"]["resize"]
     assert found["notes"] == [] and {"psnr", "ssim"} <= set(found)
+    assert f"{about['weights']}.safetensors" in {path.name for path in (place / "ae").rglob("*.safetensors")}
     few = measure_reconstruction(config(place, max_clips=3), ALONE)
     assert few["notes"] == ["rfvd: 3 clips and 4 features: a covariance is singular, the distance is far too large"]
     assert f"note: {few['notes'][0]}" in capsys.readouterr().err
