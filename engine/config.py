@@ -46,7 +46,8 @@ class TrainConfig:
     seed: int = flag(0, "global-seed", "seed")
     """Seed of the weights, the order of samples and all noise. Results do not depend on the number of ranks."""
     resume: str = flag("auto", "resume", bare="auto")
-    """auto: go on with this run when the results folder has it; none: always a new run; or the folder of a run or of one checkpoint."""
+    """auto: go on with this run when the results folder has it; refused where the run of this name has checkpoints of other settings.
+    none: a new run. Or the folder of a run or of one checkpoint."""
     max_bad_steps: int = flag(20, "max-bad-steps")
     """Stop after this many steps in a row whose loss or gradient is not finite (each is skipped and counted); 0: never."""
     license: str = flag("unknown", "license")

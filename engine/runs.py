@@ -57,10 +57,10 @@ def patient_group() -> dist.ProcessGroup:
 def open_run(config: RunConfig, task_name: str, env: Env) -> Run:
     """Find or make the run folder <results-dir>/<NNN>-<name>, as `train.resume` says.
 
-    auto: the newest run of this name and identity, else a new one; none: a new one; a path: that run, or that checkpoint of it, which
-    becomes its newest. A damaged checkpoint is passed over for the one before it, with a warning (auto), or refused (path).
-    Later starts of a launch (`engine.launches`) go on with the run that it has begun: a path that was taken up stands for what the run
-    has written since, none for auto, and auto does not begin another run because of changed settings.
+    auto: the newest run of this name and identity, else a new one, unless one of this name has a checkpoint of other settings; none: a
+    new one; a path: that run, or that checkpoint of it, which becomes its newest. A damaged checkpoint is passed over for the one before
+    it, with a warning (auto), or refused (path). Later starts of a launch (`engine.launches`) go on with the run that it has begun: a path
+    that was taken up stands for what the run has written since, none for auto, and no changed settings begin another run.
     Raises UserError or ConfigError, the same on every rank; also when another command works on the run.
     """
     lock, group = RunLock(), patient_group() if env.world_size > 1 else None
@@ -125,14 +125,14 @@ def _find(config: RunConfig, name: str, lock: RunLock, launch: Launch) -> _Found
     begun = [folder for folder in runs if launch.began(folder)]
     usable = begun or (runs if resume == "auto" else [])
     found = next((folder for folder in reversed(usable) if is_run_of(folder, config)), None)
-    if begun and not found:
-        what = _passed_over(begun[-1], config) or f"not going on with {begun[-1]}, a run with other settings"
-        raise ConfigError(f"{what}, though this launch began it: give the same settings again, or another --run-name")
-    if resume == "none" and not found:
-        return _Found(_create(results, name, config, lock))
     if found:
         _claim(found, lock)
         return _Found(found, manifest.folders(found)[::-1])
+    if held := begun or [folder for folder in usable if manifest.folders(folder)]:
+        cure = ", though this launch began it: give" if begun else "; begin a new run with --resume none, or give"
+        raise ConfigError(f"{_passed_over(held[-1], config)}{cure} another --run-name, or the same settings again")
+    if resume == "none":
+        return _Found(_create(results, name, config, lock))
     note = _passed_over(runs[-1], config) if runs else ""
     folder = _create(results, name, config, lock)
     before = _runs(results, name)
@@ -198,12 +198,12 @@ def _number(run: Path) -> int:
 
 
 def _passed_over(run: Path, config: RunConfig) -> str:
-    """Why a run of this name is not the one to go on with; nothing when that cannot be said."""
+    """Why a run of this name is not the one to go on with."""
     try:
         changes = differences(settings_of(run, config), to_dict(config))
     except (UserError, OSError):
-        return ""
-    return f"not going on with {run}, a run with other settings: {changes}" if changes else ""
+        changes = ""
+    return f"not going on with {run}, a run with other settings: {changes or 'they cannot be read'}"
 
 
 def _create(results: Path, name: str, config: RunConfig, lock: RunLock) -> Path:

@@ -91,9 +91,9 @@ def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_what_was_added(t
     assert open_run(config(tmp_path, resume=str(folder)), "toy", ENV).resume_from == saved
     as_before()
     other = replace(config(tmp_path), model=ModelConfig(size=(4, 4)))
-    assert open_run(other, "toy", ENV).folder != folder
-    with pytest.raises(UserError, match=r"model\.size"):
-        open_run(replace(other, train=replace(other.train, resume=str(folder))), "toy", ENV)
+    for resume in ("auto", str(folder)):
+        with pytest.raises(UserError, match=r"model\.size"):
+            open_run(replace(other, train=replace(other.train, resume=resume)), "toy", ENV)
 
 
 def test_a_new_run_says_which_of_its_name_it_is_not_and_why(tmp_path: Path) -> None:
@@ -110,8 +110,29 @@ def test_a_new_run_says_which_of_its_name_it_is_not_and_why(tmp_path: Path) -> N
         "what was added since is no difference"
     )
     (tmp_path / "003-toy/config.yaml").write_text("[")
-    assert open_run(config(tmp_path, depth=8), "toy", ENV).note == ""
+    assert open_run(config(tmp_path, depth=8), "toy", ENV).note.endswith("they cannot be read")
     assert open_run(config(tmp_path, depth=9, resume="none"), "toy", ENV).note == ""
+
+
+def test_auto_refuses_changed_settings_where_a_run_has_checkpoints(tmp_path: Path) -> None:
+    """A run is not begun again by a mistyped setting; none and another name say that a new one is wanted."""
+    folder = open_run(config(tmp_path), "toy", ENV).folder
+    save(folder, 5)
+    with pytest.raises(ConfigError) as caught:
+        open_run(config(tmp_path, depth=6), "toy", ENV)
+    assert str(caught.value) == (
+        f"not going on with {folder}, a run with other settings: model.depth was 4 and is 6; begin a new run with --resume none, or "
+        "give another --run-name, or the same settings again"
+    )
+    assert [place.name for place in tmp_path.iterdir()] == ["000-toy"]
+    assert open_run(config(tmp_path, depth=6, name="deep"), "toy", ENV).folder.name == "001-deep"
+    begun = open_run(config(tmp_path, depth=6, resume="none"), "toy", ENV).folder
+    assert begun.name == "002-toy"
+    assert open_run(config(tmp_path, depth=6), "toy", ENV).folder == begun, "it goes on, though it has no checkpoint yet"
+    assert open_run(config(tmp_path), "toy", ENV).folder == folder, "so does the first"
+    (folder / "config.yaml").write_text("[")
+    with pytest.raises(ConfigError, match="they cannot be read; begin a new run"):
+        open_run(config(tmp_path, depth=7), "toy", ENV)
 
 
 def test_auto_goes_back_past_damaged_checkpoints_and_says_which(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
