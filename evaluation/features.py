@@ -61,10 +61,7 @@ class Side:
     @property
     def moments(self) -> Moments:
         """Of all clips."""
-        whole = Moments(self.halves[0].dim)
-        for half in self.halves:
-            whole.merge(half)
-        return whole
+        return Moments.union(self.halves)
 
 
 def measure_side(clips: Clips, extractor: Extractor, env: Env, reading: Reading, seed: int, *, keep_rows: bool = False) -> Side | None:

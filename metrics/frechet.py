@@ -4,7 +4,7 @@ Sums and distances are NumPy's and SciPy's alone: the threads of torch and those
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -58,6 +58,14 @@ class Moments:
         joined = int(state["n"])
         made = cls.of(joined, state["mean"], state["scatter"]) if joined else cls(state["waiting"].shape[1])
         made.update(state["waiting"])
+        return made
+
+    @classmethod
+    def union(cls, parts: Sequence["Moments"]) -> "Moments":
+        """All that they have seen together."""
+        made = cls(parts[0].dim)
+        for part in parts:
+            made.merge(part)
         return made
 
     @property
@@ -141,11 +149,11 @@ class Moments:
         return self.n - 1 if unbiased else self.n
 
 
-def update_halves(halves: tuple[Moments, Moments], features: Tensor, first: Array) -> None:
+def update_halves(halves: tuple[Moments, Moments], features: Tensor, first: np.ndarray) -> None:
     """Adds rows (b k, dim), k of each video, to two moments: to the first those of the videos where `first`, bool (b,), is true."""
     rows = _checked(features, halves[0].dim).reshape(len(first), -1, halves[0].dim)
     for half, own in zip(halves, (first, ~first), strict=True):
-        half._take(rows[own].reshape(-1, half.dim))
+        half._take(rows.compress(own, axis=0).reshape(-1, half.dim))
 
 
 def _checked(features: Tensor, dim: int) -> Array:
