@@ -71,11 +71,17 @@ def seconds(work: Callable[[], object], device: torch.device, clock: Clock = tim
     return now(device, clock) - started
 
 
-def alternate(variants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, clock: Clock) -> dict[str, float]:
-    """Median seconds of each variant over `rounds`; the variants take turns, so that a busy machine slows all of them alike."""
+def alternate(
+    variants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, clock: Clock, rest: float = 0.0
+) -> dict[str, float]:
+    """Median seconds of each variant over `rounds`; the variants take turns, so that a busy machine slows all of them alike.
+
+    `rest`: seconds between them, for threads of the one before that go on waiting for work.
+    """
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, work in variants.items():
+            time.sleep(rest)
             taken[name].append(seconds(work, device, clock))
     return {name: statistics.median(values) for name, values in taken.items()}
 

@@ -19,7 +19,7 @@ from evaluation.extractors import Extractor
 from evaluation.store import FeatureStore, cache_folder
 from evaluation.versions import package_versions
 from launch.env import Env, Stopped
-from metrics.frechet import Moments
+from metrics.frechet import Moments, update_halves
 from utils.errors import UserError
 from utils.rng import hash_indices
 
@@ -61,10 +61,7 @@ class Side:
     @property
     def moments(self) -> Moments:
         """Of all clips."""
-        whole = Moments(self.halves[0].dim)
-        for half in self.halves:
-            whole.merge(half)
-        return whole
+        return Moments.union(self.halves)
 
 
 def measure_side(clips: Clips, extractor: Extractor, env: Env, reading: Reading, seed: int, *, keep_rows: bool = False) -> Side | None:
@@ -218,11 +215,11 @@ def _gathered(block: Block | None, env: Env) -> list[Block]:
     return [found for found in gathered if found is not None] if env.is_main else []
 
 
-def halves(count: int, seed: int) -> Tensor:
+def halves(count: int, seed: int) -> np.ndarray:
     """bool (count,): which clips are in the first half, count // 2 of them."""
     first = np.zeros(count, dtype=bool)
     first[np.argsort(hash_indices(seed, "half", np.arange(count)), kind="stable")[: count // 2]] = True
-    return torch.from_numpy(first)
+    return first
 
 
 def _summed(clips: Clips, digest: str | None, found: Iterator[Block], seed: int, keep_rows: bool, env: Env) -> Side | None:
@@ -232,9 +229,7 @@ def _summed(clips: Clips, digest: str | None, found: Iterator[Block], seed: int,
     rows, looks, marks = [], [], []
     for block in found:
         parts = parts or [Moments(block.rows.shape[1]) for _ in range(2)]
-        own = half[_places(block.number, clips).start :][: len(block.marks)].repeat_interleave(len(block.rows) // len(block.marks))
-        parts[0].update(block.rows[own])
-        parts[1].update(block.rows[~own])
+        update_halves((parts[0], parts[1]), block.rows, half[_places(block.number, clips).start :][: len(block.marks)])
         looks.append(block.looks)
         marks.append(block.marks)
         if keep_rows:

@@ -26,7 +26,7 @@ class PairedDistance:
     def update(self, clips: Tensor, recon: Tensor) -> None:
         """Adds clips and reconstructions, b 3 t h w in [-1, 1], as they look in 8 bits."""
         rows = [self.extractor(to_uint8(videos)) for videos in (clips, recon)]
-        self._sides = self._sides or _empty(rows[0].shape[1], rows[0].device)
+        self._sides = self._sides or _empty(rows[0].shape[1])
         for side, found in zip(self._sides, rows, strict=True):
             side.update(found)
 
@@ -35,7 +35,7 @@ class PairedDistance:
         dims: list[int] = [0] * env.world_size
         if env.world_size > 1:
             dist.all_gather_object(dims, self._sides[0].dim if self._sides else 0)
-        real, fake = self._sides = self._sides or _empty(max(dims), env.device)
+        real, fake = self._sides = self._sides or _empty(max(dims))
         real.reduce()
         fake.reduce()
         notes = [f"{self.name}: {note}" for note in too_few(real.n, real.dim, self.unit)]
@@ -47,8 +47,8 @@ class PairedDistance:
         return {"id": name, "covariance": self.rules.covariance, "detector": self.extractor.identity()}
 
 
-def _empty(dim: int, device: torch.device) -> tuple[Moments, Moments]:
-    return Moments(dim, device), Moments(dim, device)
+def _empty(dim: int) -> tuple[Moments, Moments]:
+    return Moments(dim), Moments(dim)
 
 
 def open_distances(i3d: str, inception: str, device: torch.device) -> list[PairedDistance]:

@@ -1,50 +1,25 @@
-"""Frechet distance of two sets of feature vectors, each taken as a Gaussian, in double precision and in one pass over each set."""
+"""Frechet distance of two sets of feature vectors, each taken as a Gaussian, in double precision and in one pass over each set.
+
+Sums and distances are NumPy's and SciPy's alone: the threads of torch and those of their BLAS would wait for each other's cores.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from scipy import linalg
+from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
-_LEAST_SLAB = 1024
-_BLOCK = 64
-_DOUBT = 1e-9
-"""Part of a distance that may be wrong before the slower way is taken."""
-
-
-class _Sums:
-    """Number, mean and scatter of vectors. Never changed: more vectors make new sums, in the memory of their own product."""
-
-    def __init__(self, n: int, mean: Tensor, scatter: Tensor) -> None:
-        self.n, self.mean, self.scatter = n, mean, scatter
-
-    def with_rows(self, rows: Tensor) -> "_Sums":
-        """Rows (k, dim) too, which are overwritten."""
-        mean = rows.mean(dim=0)
-        rows -= mean
-        return self.joined(_Sums(len(rows), mean, _gram(rows)))
-
-    def joined(self, other: "_Sums") -> "_Sums":
-        """With other sums, whose scatter is overwritten: both, and how far apart the means are (Chan et al. 1979)."""
-        if not self.n:
-            return other
-        apart, n = other.mean - self.mean, self.n + other.n
-        scatter = other.scatter.add_(self.scatter).addr_(apart, apart, alpha=self.n * other.n / n)
-        return _Sums(n, self.mean + apart * (other.n / n), scatter)
-
-
-def _gram(rows: Tensor) -> Tensor:
-    """X^T X. NumPy sees that both factors are one matrix, and does half of the work."""
-    if rows.device.type != "cpu":
-        return rows.T @ rows
-    array = rows.numpy()
-    return torch.from_numpy(array.T @ array)
+_LEAST_SLAB = 256
+_DOUBT = 1e-7
+"""Part of a distance that may be wrong before the slower way is taken. The bound is a wide one: 1e-9 was the most that was found."""
 
 
 class Moments:
@@ -52,118 +27,120 @@ class Moments:
 
     Vectors wait until there are at least as many as they have numbers, then join the sums together: the sums do not depend on the
     batches, to the last bit, and a set of few vectors is still there as vectors (`rows`), which is more exact. Centred sums lose no
-    digits to a large mean; what a rank has seen may differ in size from what others have.
+    digits to a large mean; what a rank has seen may differ in size from what others have. All is kept on the CPU.
     """
 
-    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, dim: int) -> None:
         self.dim = dim
-        zeros = torch.zeros(dim, dim, dtype=torch.float64, device=device)
-        self._sums = _Sums(0, zeros.new_zeros(dim), zeros)
-        self._slab = zeros.new_empty(0, dim)
-        self._count = 0
-        self._whole: _Sums | None = None
+        self._joined = 0
+        self._mean: Array = np.zeros(dim)
+        self._lower: Array = np.zeros((dim, dim), order="F")  # triangle of the scatter; what is above the diagonal counts for nothing
+        self._slab: Array = np.empty((0, dim))
+        self._waiting = 0
 
     @classmethod
     def of(cls, n: int, mean: Tensor, scatter: Tensor) -> "Moments":
         """From the sums themselves: mean (dim,), scatter (dim, dim)."""
-        made = cls(len(mean), mean.device)
-        made._sums = _Sums(n, mean.double(), scatter.double())
+        made = cls(len(mean))
+        made._joined = n
+        made._mean[:] = mean.cpu()
+        made._lower[:] = scatter.cpu()
         return made
 
     def state(self) -> dict[str, Tensor]:
         """All there is, for a file: `from_state` goes on with the same bits."""
-        sums = {"mean": self._sums.mean, "scatter": self._sums.scatter} if self._sums.n else {}
-        return {"n": torch.tensor(self._sums.n), "waiting": self._slab[: self._count], **sums}
+        sums = {"mean": torch.from_numpy(self._mean), "scatter": torch.from_numpy(_whole(self._lower))} if self._joined else {}
+        return {"n": torch.tensor(self._joined), "waiting": torch.from_numpy(self._slab[: self._waiting]), **sums}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> "Moments":
         """What `state` gave."""
-        made = cls(state["waiting"].shape[1])
-        if int(state["n"]):
-            made._sums = _Sums(int(state["n"]), state["mean"], state["scatter"])
+        joined = int(state["n"])
+        made = cls.of(joined, state["mean"], state["scatter"]) if joined else cls(state["waiting"].shape[1])
         made.update(state["waiting"])
+        return made
+
+    @classmethod
+    def union(cls, parts: Sequence["Moments"]) -> "Moments":
+        """All that they have seen together."""
+        made = cls(parts[0].dim)
+        for part in parts:
+            made.merge(part)
         return made
 
     @property
     def n(self) -> int:
         """Vectors seen."""
-        return self._sums.n + self._count
+        return self._joined + self._waiting
 
     @property
     def rows(self) -> Tensor | None:
         """The vectors themselves, (n, dim), while none has joined the sums; else None."""
-        return self._slab[: self._count] if self._count and not self._sums.n else None
+        return torch.from_numpy(self._slab[: self._waiting]) if self._waiting and not self._joined else None
 
     @property
     def mean(self) -> Tensor:
         """(dim,)."""
-        return self._total().mean if (rows := self.rows) is None else rows.mean(dim=0)
+        return torch.from_numpy(self.sums()[0])
 
     @property
     def scatter(self) -> Tensor:
         """(dim, dim)."""
-        return self._total().scatter
+        return torch.from_numpy(_whole(self.sums()[1]))
 
-    def _total(self) -> _Sums:
-        """The sums with the vectors that wait, which go on waiting."""
-        if not self._count:
-            return self._sums
-        if self._whole is None:
-            self._whole = self._sums.with_rows(self._slab[: self._count].clone())
-        return self._whole
+    def sums(self) -> tuple[Array, Array]:
+        """Mean and scatter of all vectors, to be read only; of the scatter the lower triangle counts. Those that wait go on waiting."""
+        if not self._waiting:
+            return self._mean, self._lower
+        return _joined(self._joined, self._mean, self._lower.copy(order="F"), self._slab[: self._waiting + 1].copy())
 
     def update(self, features: Tensor) -> None:
         """Adds rows (k, dim). ValueError for another shape, or for numbers that are not finite: one would spoil all."""
-        if features.ndim != 2 or features.shape[1] != self.dim:
-            raise ValueError(f"features {list(features.shape)}: (any, {self.dim}) is wanted")
-        # A sum is finite only where all numbers are, and takes a tenth of the time; one that overflows says nothing.
-        if not math.isfinite(features.sum()) and not features.isfinite().all():
-            raise ValueError("features that are not finite: the videos or the network that they came from are broken")
-        self._whole = None
-        given, room = len(features), len(self._slab)
-        if given and not room:
-            room = max(self.dim, _LEAST_SLAB)
-            self._slab = self._sums.mean.new_empty(room, self.dim)
-        start = 0
-        while start < given:
-            count = min(given - start, room - self._count)
-            self._slab[self._count : self._count + count] = features[start : start + count]
-            self._count, start = self._count + count, start + count
-            if self._count == room:
-                self._sum_up()
+        self._take(_checked(features, self.dim))
+
+    def _take(self, rows: Array) -> None:
+        room = max(self.dim, _LEAST_SLAB)
+        if len(rows) and not len(self._slab):
+            self._slab = np.empty((room + 1, self.dim))  # the last one is for `_joined`
+        while len(rows):
+            taken = rows[: room - self._waiting]
+            self._slab[self._waiting : self._waiting + len(taken)] = taken
+            self._waiting, rows = self._waiting + len(taken), rows[len(taken) :]
+            if self._waiting == room:
+                self._join()
 
     def merge(self, other: "Moments") -> None:
         """Adds all that another one has seen."""
-        if other._sums.n:
-            self._sum_up()
-            mean, scatter = (given.to(self._sums.mean, copy=True) for given in (other._sums.mean, other._sums.scatter))
-            self._sums = self._sums.joined(_Sums(other._sums.n, mean, scatter))
-        self.update(other._slab[: other._count])
+        if other._joined:
+            self._join()
+            self._mean, apart = _meeting(self._joined, self._mean, other._joined, other._mean)
+            self._lower += other._lower
+            self._lower = _with_products(self._lower, apart[None])
+            self._joined += other._joined
+        self._take(other._slab[: other._waiting])
 
-    def _sum_up(self) -> None:
+    def _join(self) -> None:
         """The vectors that wait join the sums."""
-        if self._count:
-            self._sums = self._sums.with_rows(self._slab[: self._count])
-            self._count, self._whole = 0, None
+        if self._waiting:
+            self._mean, self._lower = _joined(self._joined, self._mean, self._lower, self._slab[: self._waiting + 1])
+            self._joined, self._waiting = self.n, 0
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Every rank comes to hold the moments of all ranks' vectors. To be called by all, also by one that has seen nothing."""
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
             return
-        self._sum_up()
-        sums = self._sums
-        weighted = torch.cat([sums.mean.new_tensor([sums.n]), sums.n * sums.mean])
+        self._join()
+        weighted = torch.from_numpy(np.concatenate([[self._joined], self._joined * self._mean]))
         dist.all_reduce(weighted, group=group)
         total = int(weighted[0])
-        mean = weighted[1:] / max(total, 1)
-        apart = sums.mean - mean
-        scatter = sums.scatter + sums.n * torch.outer(apart, apart)
-        dist.all_reduce(scatter, group=group)
-        self._sums = _Sums(total, mean, scatter)
+        mean = weighted[1:].numpy() / max(total, 1)
+        lower = _with_products(self._lower, self._joined**0.5 * (self._mean - mean)[None])
+        dist.all_reduce(torch.from_numpy(lower.T), group=group)
+        self._joined, self._mean, self._lower = total, mean, lower
 
     def covariance(self, *, unbiased: bool = True) -> Tensor:
         """(dim, dim): the scatter over n - 1, or over n. ValueError for fewer than two vectors."""
-        return self._total().scatter / self.divisor(unbiased=unbiased)
+        return self.scatter / self.divisor(unbiased=unbiased)
 
     def divisor(self, *, unbiased: bool = True) -> int:
         """What a covariance divides by. ValueError for fewer than two vectors."""
@@ -172,48 +149,97 @@ class Moments:
         return self.n - 1 if unbiased else self.n
 
 
+def update_halves(halves: tuple[Moments, Moments], features: Tensor, first: np.ndarray) -> None:
+    """Adds rows (b k, dim), k of each video, to two moments: to the first those of the videos where `first`, bool (b,), is true."""
+    rows = _checked(features, halves[0].dim).reshape(len(first), -1, halves[0].dim)
+    for half, own in zip(halves, (first, ~first), strict=True):
+        half._take(rows.compress(own, axis=0).reshape(-1, half.dim))
+
+
+def _checked(features: Tensor, dim: int) -> Array:
+    if features.ndim != 2 or features.shape[1] != dim:
+        raise ValueError(f"features {list(features.shape)}: (any, {dim}) is wanted")
+    # A sum is finite only where all numbers are, and takes a tenth of the time; one that overflows says nothing.
+    if not math.isfinite(features.sum()) and not features.isfinite().all():
+        raise ValueError("features that are not finite: the videos or the network that they came from are broken")
+    rows: Array = features.detach().to("cpu", torch.promote_types(features.dtype, torch.float32)).numpy()
+    return rows
+
+
+def _joined(n: int, mean: Array, lower: Array, rows: Array) -> tuple[Array, Array]:
+    """Mean and scatter of n vectors and of rows (k + 1, dim), the last of which is room for how far apart both means are.
+
+    Rows and scatter are overwritten.
+    """
+    own = rows[:-1]
+    centre = own.mean(axis=0)
+    own -= centre
+    mean, rows[-1] = _meeting(n, mean, len(own), centre)
+    return mean, _with_products(lower, rows)
+
+
+def _meeting(n: int, mean: Array, more: int, centre: Array) -> tuple[Array, Array]:
+    """Mean of n vectors and of `more`, and the vector whose square the sum of their scatters lacks (Chan et al. 1979)."""
+    apart, part = centre - mean, more / (n + more)
+    return mean + part * apart, (n * part) ** 0.5 * apart
+
+
+def _with_products(lower: Array, rows: Array) -> Array:
+    """The lower triangle of a matrix and of rows^T rows, in the memory of the matrix: half of the work of a product."""
+    summed: Array = dsyrk(1.0, rows.T, 1.0, lower, lower=1, overwrite_c=1)
+    return summed
+
+
+def _whole(lower: Array) -> Array:
+    """A symmetric matrix from its lower triangle."""
+    below = np.tril(lower, -1)
+    return below + below.T + np.diag(lower.diagonal())
+
+
 def frechet_distance(first: Moments, second: Moments, *, unbiased: bool = True) -> float:
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), by symmetric matrices and singular values: no complex numbers, no root of a matrix.
 
     With S1 = R1 R1^T and S2 = R2 R2^T the last trace is the nuclear norm of R1^T R2. It is also the sum of the roots of the eigenvalues of
-    R1^T S2 R1, which takes half the time; roots of small eigenvalues have lost half of their digits, and where that could be seen in the
-    distance (close or singular sets) it is the nuclear norm that is taken. Small sets give large values, equal distributions too: only
-    numbers of equal set sizes compare. `unbiased`: covariances over n - 1, else over n. The published code does this in float32 and is
-    off by 1e-3 of the value, more where a few features dominate.
+    S1 S2, which are those of R1^T S2 R1 and take less than half the time; roots of small eigenvalues have lost half of their digits, and
+    where that could be seen in the distance (close or singular sets) it is the nuclear norm that is taken. Small sets give large values,
+    equal distributions too: only numbers of equal set sizes compare. `unbiased`: covariances over n - 1, else over n. The published code
+    does this in float32 and is off by 1e-3 of the value, more where a few features dominate.
     """
     sides = first, second
     divisors = [moments.divisor(unbiased=unbiased) for moments in sides]
-    apart = float((first.mean.cpu() - second.mean.cpu()).square().sum())
+    (mean, own), (other_mean, other) = (moments.sums() for moments in sides)
+    spread = sum(float(lower.trace()) / divisor for lower, divisor in zip((own, other), divisors, strict=True))
+    distance = float(np.square(mean - other_mean).sum()) + spread
     few = [_few_rows(moments, divisor) for moments, divisor in zip(sides, divisors, strict=True)]
-    covariances: list[Array] = [moments.scatter.cpu().numpy() / divisor for moments, divisor in zip(sides, divisors, strict=True)]
-    variances = sum(float(np.trace(own)) for own in covariances)
     if few[0] is None and few[1] is None:
-        cross, doubt = _by_eigenvalues(covariances[0], covariances[1].copy())
-        distance = apart + variances - 2 * cross
-        if doubt <= _DOUBT * distance:
-            return distance
-    factors = [rows.T if rows is not None else _factor(own) for rows, own in zip(few, covariances, strict=True)]
-    cross = np.linalg.svd(factors[0].T @ factors[1], compute_uv=False).sum()
-    return apart + variances - 2 * float(cross)
+        cross, doubt = (figure / math.prod(divisors) ** 0.5 for figure in _by_eigenvalues(own, other))
+        if doubt <= _DOUBT * (distance - 2 * cross):
+            return distance - 2 * cross
+    factors = [
+        rows.T if rows is not None else _factor(lower / divisor) for rows, lower, divisor in zip(few, (own, other), divisors, strict=True)
+    ]
+    return distance - 2 * float(linalg.svdvals(factors[0].T @ factors[1], check_finite=False).sum())
 
 
 def _few_rows(moments: Moments, divisor: int) -> Array | None:
     """Centred rows X of a set that has fewer of them than numbers, scaled: its covariance is X^T X. None for another set."""
     if moments.rows is None or moments.n >= moments.dim:
         return None
-    rows = moments.rows.cpu().numpy()
-    return (rows - rows.mean(axis=0)) / divisor**0.5
+    rows = moments.rows.numpy()
+    scaled: Array = (rows - rows.mean(axis=0)) / divisor**0.5
+    return scaled
 
 
 def _factor(covariance: Array) -> Array:
-    """R (dim, rank) with covariance R R^T; what rounding has made of zeros is left out."""
-    with suppress(np.linalg.LinAlgError):
-        root: Array = np.linalg.cholesky(covariance)
+    """R (dim, rank) with covariance R R^T, of which the lower triangle is given; what rounding has made of zeros is left out."""
+    with suppress(linalg.LinAlgError):
+        root: Array = linalg.cholesky(covariance, lower=True, check_finite=False)
         if _rounding(covariance) * root.diagonal().max() ** 2 < root.diagonal().min() ** 2:
             return root
-    values, vectors = np.linalg.eigh(covariance)
+    values, vectors = linalg.eigh(covariance, lower=True, check_finite=False)
     kept = values > _rounding(covariance) * values[-1]
-    return vectors[:, kept] * np.sqrt(values[kept])
+    factor: Array = vectors[:, kept] * np.sqrt(values[kept])
+    return factor
 
 
 def _rounding(matrix: Array) -> float:
@@ -222,25 +248,11 @@ def _rounding(matrix: Array) -> float:
 
 
 def _by_eigenvalues(own: Array, other: Array) -> tuple[float, float]:
-    """tr (S1 S2)^(1/2), and how far off it may be. `other` is overwritten."""
-    try:
-        values = np.linalg.eigvalsh(_inner(np.linalg.cholesky(own), other), UPLO="L").clip(min=0)
-    except np.linalg.LinAlgError:
+    """tr (A B)^(1/2) from the lower triangles of both, and how far off it may be."""
+    try:  # driver gv: of those for such products it is the fastest without vectors
+        values = linalg.eigh(other, own, lower=True, eigvals_only=True, type=2, driver="gv", check_finite=False).clip(min=0)
+    except linalg.LinAlgError:
         return 0.0, math.inf
     error = _rounding(own) / len(own) * values[-1]
     roots = np.sqrt(values)
     return float(roots.sum()), float(np.minimum(error / np.maximum(roots, error), error**0.5).sum())
-
-
-def _inner(root: Array, other: Array) -> Array:
-    """R^T S R with S = other, which is overwritten, and a triangular R; only the lower triangle counts.
-
-    Blocks of R that are zero, and blocks of the result above the diagonal, are left out of the products: two fifths of them remain.
-    """
-    for left in range(0, len(root), _BLOCK):
-        columns = slice(left, left + _BLOCK)
-        half = other[left:, left:] @ root[left:, columns]
-        for top in range(left, len(root), _BLOCK):
-            rows = slice(top, top + _BLOCK)
-            other[rows, columns] = root[top:, rows].T @ half[top - left :]  # blocks further right need none of these columns
-    return other

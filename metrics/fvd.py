@@ -41,7 +41,7 @@ def moments(net: nn.Module, videos: Iterable[Tensor], device: torch.device | str
     found: Moments | None = None
     for video in videos:
         features = net(preprocess(video.to(device), fit=fit))
-        found = found or Moments(features.shape[1], features.device)
+        found = found or Moments(features.shape[1])
         found.update(features)
     if found is None:
         raise ValueError("no videos to take features of")

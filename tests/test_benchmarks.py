@@ -251,5 +251,5 @@ def test_evaluation_prints_ratios_and_memory_of_both_ways(output: Callable[..., 
     """That the values agree it asserts itself."""
     text = output(evaluation.main, "--clips", "300", "--dims", "24", "--rounds", "1")
     found = ratios(text)
-    assert len(found) == 8 and found[1::2] == [1.0] * 4 and min(found) > 0, "as a whole and the distance alone, one thread and all cores"
+    assert len(found) == 12 and found[2::3] == [1.0] * 4 and min(found) > 0, "as a whole and the distance alone, one thread and all cores"
     assert re.findall(r"memory, (.+?) +300 clips -?\d+ MiB, 2400 clips -?\d+ MiB", text) == list(evaluation.WAYS)
