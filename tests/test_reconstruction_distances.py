@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import evaluate
-from evaluation.reconstruction import ReconstructConfig, measure_reconstruction
+from evaluation.reconstruction import measure_reconstruction
+from evaluation.reconstruction_config import ReconstructConfig
 from launch.env import Env
 from launch.run import parse_launch
 from losses import perceptual
