@@ -21,10 +21,9 @@ from utils.errors import UserError
 
 def measure_reconstruction(config: ReconstructConfig, env: Env) -> Figures:
     """Figures and protocol, on all ranks; the processes share the clips, each clip is counted once."""
-    frames = FrameFigures(config.perceptual, config.perceptual_weights, env, psnr_per_clip=config.psnr_per_clip)
     distances = open_distances(config.i3d, config.inception, env.device)
     source = open_source(config, env)
-    clips = source.clips
+    clips, frames = source.clips, FrameFigures(config.perceptual, config.perceptual_weights, env, psnr_per_clip=config.psnr_per_clip)
     if distances and len(clips) < 2:
         raise UserError(f"--data-path {config.data_path}: one clip is measured; {distances[0].name} needs two")
     compare = Comparison(source.reconstruct, frames, distances, (source.frames, *clips.size), env.device)

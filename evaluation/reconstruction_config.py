@@ -57,7 +57,7 @@ class ReconstructConfig:
     num_workers: int = 4
     """Threads that read videos, per process."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the autoencoder."""
+    """Arithmetic of an autoencoder of clips; those of single frames know fp32 alone."""
     bootstrap: int = 0
     """Resampled sets that the 95 % intervals of the figures come from, such as 200; 0: no intervals."""
     cache: str = ""

@@ -71,6 +71,8 @@ def _autoencoder(config: ReconstructConfig, env: Env) -> Source:
     size = config.size or (height, width)
     pipeline = _open(config, size, env.device)
     by_frame, frames = isinstance(pipeline, FrameEncoder), config.n_frames
+    if by_frame and config.precision != "fp32":
+        raise ConfigError(f"--precision {config.precision}: autoencoders of single frames run in fp32; drop the flag")
     if not by_frame:
         frames, *taken = pipeline.clip_shape
         if config.size not in (None, tuple(taken)):
