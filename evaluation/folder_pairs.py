@@ -15,7 +15,7 @@ from launch.env import Env
 from utils.errors import ConfigError, UserError
 
 SHOWN = 50
-"""Pairs that do not match, of which each is a line."""
+"""Mismatches that are printed; of more the number is told."""
 
 Shape = tuple[int, int, int]
 """Frames, height and width."""
@@ -28,10 +28,8 @@ class FolderPairs:
 
     made = False
 
-    def __init__(
-        self, originals: FolderVideos, reconstructions: FolderVideos, matches: Sequence[tuple[int, int]], shapes: list[Shape]
-    ) -> None:
-        """`matches`: numbers of the videos of a pair in both folders. `shapes`: of each of the two."""
+    def __init__(self, originals: FolderVideos, reconstructions: FolderVideos, matches: list[Match], shapes: list[Shape]) -> None:
+        """`shapes`: of each of the two videos of a pair."""
         self.originals, self.reconstructions, self.matches, self.shapes = originals, reconstructions, matches, shapes
 
     def __len__(self) -> int:

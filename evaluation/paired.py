@@ -56,10 +56,10 @@ class PairedDistance:
         return figures, [f"{self.name}: {note}" for note in too_few(real.n, real.dim, self.unit)]
 
     def describe(self, clips: int, frames: int) -> dict[str, Any]:
-        """How it was measured."""
+        """How it was measured; after `update`."""
         name = f"{self.name}{clips}_{frames}f" + ("" if self.unit == "frames" else f"_{self.rules.name}")
-        dim = {"dim": self._sums[0].dim} if self._sums else {}
-        return {"id": name, "covariance": self.rules.covariance, **dim, "detector": self.extractor.identity()}
+        dim = self._sums[0].dim
+        return {"id": name, "covariance": self.rules.covariance, "dim": dim, "detector": self.extractor.identity()}
 
 
 def open_distances(i3d: str, inception: str, device: torch.device) -> list[PairedDistance]:

@@ -29,7 +29,7 @@ def measure_reconstruction(config: ReconstructConfig, env: Env) -> Figures:
     compare = Comparison(source.reconstruct, frames, distances, (source.frames, *clips.size), env.device)
     reading = Reading(config.batch_size, config.num_workers, None if config.no_cache else config.cache)
     networks = {one.name: nameless(one.extractor) for one in distances}
-    about = {"reconstructions": source.depends, "psnr_per_clip": config.psnr_per_clip, **frames.identity, **networks}
+    about = {"reconstructions": source.depends, **frames.describe(), **networks}
     digest = clips.digest(env)
     columns: dict[str, list[Tensor]] = {}
     marks: list[Tensor] = []

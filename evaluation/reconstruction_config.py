@@ -12,7 +12,7 @@ from utils.errors import ConfigError
 @dataclass(frozen=True)
 class ReconstructConfig:
     """Measures how well an autoencoder gives clips back: of a shard set or a folder of videos, or of two folders, the videos and what was
-    made of them elsewhere. A run that was stopped goes on when the same command is started again."""
+    made of them elsewhere."""
 
     system: str = ""
     """Whose official checkpoint it is: cmd, latte, pvdm or hvdm; empty: as the names in it say. An export says it itself."""
@@ -61,7 +61,8 @@ class ReconstructConfig:
     bootstrap: int = 0
     """Resampled sets that the 95 % intervals of the figures come from, such as 200; 0: no intervals."""
     cache: str = ""
-    """Folder of what was measured before; empty: $KINOFORM_CACHE, or ~/.cache/kinoform."""
+    """Folder of what was measured before, from where the same command goes on after it was stopped; empty: $KINOFORM_CACHE, or
+    ~/.cache/kinoform."""
     no_cache: bool = False
     """Neither read nor keep it: an interrupted run starts over."""
     out: str = ""

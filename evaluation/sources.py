@@ -47,8 +47,8 @@ class Source:
     @property
     def notes(self) -> list[str]:
         """What a reader of the figures has to know of the clips."""
-        dropped = self.clips.dropped
-        return [*filter(None, [self.resized]), *([f"{dropped} videos shorter than the clips left out"] if dropped else [])]
+        short = f"{self.clips.dropped} videos are shorter than the clips, and left out" if self.clips.dropped else ""
+        return [*filter(None, [self.resized, short])]
 
 
 def open_source(config: ReconstructConfig, env: Env) -> Source:

@@ -215,7 +215,7 @@ def test_videos_of_several_sizes_and_lengths(tmp_path: Path, capsys: pytest.Capt
     assert (found["clips"], found["protocol"]["frames"], found["protocol"]["stride"]) == (3, 8, 2)
     found = measure_reconstruction(ReconstructConfig(**how, resolution=16), ALONE)
     assert (found["clips"], found["protocol"]["frames"], found["psnr"]) == (3, 16, 100.0)
-    assert found["notes"] == ["1 videos shorter than the clips left out"] and "note: 1 videos shorter" in capsys.readouterr().err
+    assert found["notes"] == ["1 videos are shorter than the clips, and left out"] and "note: 1 videos" in capsys.readouterr().err
 
 
 def test_a_folder_is_measured_as_the_shard_set_of_its_videos(tmp_path: Path) -> None:
