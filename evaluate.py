@@ -1,6 +1,7 @@
 """Figures of a trained system, each printed with the protocol that it was measured by.
 
-evaluate.py reconstruct --ae EXPORT --data-path SHARDS    PSNR, SSIM and LPIPS of an autoencoder
+evaluate.py reconstruct --ae EXPORT --data-path VIDEOS    PSNR, SSIM, LPIPS, rFVD and rFID of an autoencoder
+evaluate.py reconstruct --dir1 VIDEOS --dir2 MADE         the same of reconstructions that are there already
 evaluate.py motion --samples FOLDER [FOLDER ...]          motion in folders of videos, beside each other
 evaluate.py fvd --dir1 REAL --dir2 FAKE --i3d FILE        Frechet video distance of two folders of videos
 evaluate.py kvd --dir1 REAL --dir2 FAKE --i3d FILE        kernel video distance, also of few videos
@@ -25,7 +26,8 @@ from evaluation.generated import generated_videos
 from evaluation.ladder import LadderConfig, measure_ladder
 from evaluation.motion import MotionConfig, measure_motion
 from evaluation.quality import measure_fvd, measure_kvd, measure_vis
-from evaluation.reconstruction import ReconstructConfig, measure_reconstruction, reconstruction_rows
+from evaluation.reconstruction import measure_reconstruction, reconstruction_rows
+from evaluation.reconstruction_config import ReconstructConfig
 from evaluation.report import append_row, digits, row
 from evaluation.settings import FvdConfig, KvdConfig, VideosConfig, VisConfig
 from evaluation.similarity import ClipsimConfig, measure_clipsim

@@ -99,7 +99,7 @@ class Clips:
         To be called by all ranks: each reads its share.
         """
         mine = [self.videos.digest(number) for number in self.numbers[env.rank :: env.world_size]]
-        digests = _joined(mine, len(self), env)
+        digests = joined(mine, len(self), env)
         if any(digest is None for digest in digests):
             return None
         parts = [digests, self.picks, list(self.size), self.protocol.resized]
@@ -132,35 +132,35 @@ def choose_clips(
     draws = hash_indices(seed, f"{role} window", order)
     if role == "real" and protocol.drawn:
         order = np.argsort(hash_indices(seed, f"{role} order", order), kind="stable")
-    totals: dict[int, int] = {}
+    lengths: dict[int, int] = {}
     dropped = looked = 0
-    while len(totals) < count and looked < len(order):
-        block = order[looked : looked + count - len(totals)].tolist()
+    while len(lengths) < count and looked < len(order):
+        block = order[looked : looked + count - len(lengths)].tolist()
         looked += len(block)
-        for number, total in zip(block, _totals(videos, block, env), strict=True):
+        for number, total in zip(block, totals(videos, block, env), strict=True):
             if not protocol.spread and last_start(total, frames, stride) < 0:
                 dropped += 1
             else:
-                totals[number] = total
-    if not totals:
+                lengths[number] = total
+    if not lengths:
         span = (
             f"{frames} frames (-n)" if stride == 1 or protocol.spread else f"{(frames - 1) * stride + 1} frames ({frames}, {stride} apart)"
         )
         raise UserError(f"none of {len(videos)} videos is long enough: {videos.name(0)} and all others have fewer than {span}")
-    numbers = sorted(totals)
-    picks = [protocol.picks(role, totals[number], frames, int(draws[number]), videos.is_pictures(number), stride) for number in numbers]
+    numbers = sorted(lengths)
+    picks = [protocol.picks(role, lengths[number], frames, int(draws[number]), videos.is_pictures(number), stride) for number in numbers]
     if size is None:
         height, width = videos.read(numbers[0], picks[0][:1]).shape[1:3]
         size = (height, width)
     return Clips(videos, protocol, role, size, numbers, picks, dropped)
 
 
-def _totals(videos: VideoSet, numbers: list[int], env: Env) -> list[int]:
-    """Frames of each of the videos; each rank looks at its share."""
-    return _joined([videos.total(number) for number in numbers[env.rank :: env.world_size]], len(numbers), env)
+def totals(videos: VideoSet, numbers: list[int], env: Env) -> list[int]:
+    """Frames of each of the videos; each rank looks at its share. To be called by all ranks."""
+    return joined([videos.total(number) for number in numbers[env.rank :: env.world_size]], len(numbers), env)
 
 
-def _joined(mine: list[Any], count: int, env: Env) -> list[Any]:
+def joined(mine: list[Any], count: int, env: Env) -> list[Any]:
     """What each rank has of every world_size-th of `count` things, in their order."""
     if env.world_size == 1:
         return mine

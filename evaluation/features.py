@@ -4,7 +4,7 @@ The result is the same, to the last bit, for any number of processes, and after 
 batches of another size is all that the batch size changes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ from utils.rng import hash_indices
 
 Batch = tuple[list[Look], Tensor]
 """What is seen of each clip, uint8 b 3 t h w."""
+Compute = Callable[[Tensor, range], Tensor]
+"""(uint8 b 3 t h w, their places) -> rows (b k, dim), k of each in their order."""
 BLOCK = 32
 """Clips of a block: whose features one rank computes at a time, and of what an interruption loses at most one a rank."""
 
@@ -70,18 +72,28 @@ def measure_side(clips: Clips, extractor: Extractor, env: Env, reading: Reading,
     `seed`: of the halves. To be called by all ranks.
     """
     digest = clips.digest(env)
-    store = None
-    if reading.cache is not None and digest is not None:
-        identity = {name: value for name, value in extractor.identity().items() if name != "file"}
-        about = {"clips": digest, "network": identity, "device": env.device.type, "block": BLOCK, "versions": package_versions()}
-        store = FeatureStore(cache_folder(reading.cache), about)
+    store = open_store(digest, {"network": nameless(extractor)}, env, reading)
     kept = store.read(f"moments-{seed}") if store is not None and env.is_main and not keep_rows else None
     if _agreed(kept is not None, env):
         return _from_kept(clips, digest, kept) if kept is not None else None
-    side = _summed(clips, digest, blocks(clips, extractor, env, reading, store), seed, keep_rows, env)
+    found = blocks(clips, lambda videos, _: extractor(videos), env, reading, store)
+    side = _summed(clips, digest, found, seed, keep_rows, env)
     if store is not None and side is not None:
         store.write(f"moments-{seed}", _to_keep(side), {"protocol": clips.protocol.name, "role": clips.role})
     return side
+
+
+def nameless(extractor: Extractor) -> dict[str, Any]:
+    """All of a network's identity but what its file is called."""
+    return {name: value for name, value in extractor.identity().items() if name != "file"}
+
+
+def open_store(digest: str | None, about: Mapping[str, Any], env: Env, reading: Reading) -> FeatureStore | None:
+    """Where blocks of the clips of that digest are kept, if they are. `about`: plain values, all else that they depend on."""
+    if reading.cache is None or digest is None:
+        return None
+    shared = {"clips": digest, "device": env.device.type, "block": BLOCK, "versions": package_versions()}
+    return FeatureStore(cache_folder(reading.cache), {**shared, **about})
 
 
 def _agreed(answer: bool, env: Env) -> bool:
@@ -109,7 +121,7 @@ class Block:
         return {"rows": self.rows, "looks": self.looks, "marks": self.marks}
 
 
-def blocks(clips: Clips, extractor: Extractor, env: Env, reading: Reading, store: FeatureStore | None) -> Iterator[Block]:
+def blocks(clips: Clips, compute: Compute, env: Env, reading: Reading, store: FeatureStore | None) -> Iterator[Block]:
     """All blocks in order, on rank 0; the others compute their share and get none. To be iterated to the end by all ranks."""
     count = -(-len(clips) // BLOCK)
     there = [n for n in range(count) if _stored(store, n, clips) is not None] if store is not None and env.is_main else []
@@ -117,7 +129,7 @@ def blocks(clips: Clips, extractor: Extractor, env: Env, reading: Reading, store
         dist.broadcast_object_list(told := [there])
         there = told[0]
     present = set(there)
-    made = _made(clips, extractor, env, reading, store, [number for number in range(count) if number not in present])
+    made = _made(clips, compute, env, reading, store, [number for number in range(count) if number not in present])
     if not env.is_main:
         yield from made
         return
@@ -140,9 +152,7 @@ def _places(number: int, clips: Clips) -> range:
     return range(number * BLOCK, min((number + 1) * BLOCK, len(clips)))
 
 
-def _made(
-    clips: Clips, extractor: Extractor, env: Env, reading: Reading, store: FeatureStore | None, missing: list[int]
-) -> Iterator[Block]:
+def _made(clips: Clips, compute: Compute, env: Env, reading: Reading, store: FeatureStore | None, missing: list[int]) -> Iterator[Block]:
     """Blocks that are computed, in order on rank 0: in each round every rank computes one, of clips that all make where they are made."""
     shared = clips.videos.made and env.world_size > 1
     mine = missing[env.rank :: env.world_size]
@@ -157,7 +167,7 @@ def _made(
             if shared:
                 read = iter(_shared(clips, numbers, size, env, bar))
             number = numbers[env.rank] if env.rank < len(numbers) else None
-            block = None if number is None else _compute(number, len(_places(number, clips)), read, extractor, env)
+            block = None if number is None else _computed(number, _places(number, clips), read, compute, env)
             for found in _gathered(block, env):
                 if store is not None:
                     store.write(f"{found.number:05d}", found.tensors())
@@ -191,13 +201,13 @@ def _shared(clips: Clips, numbers: list[int], size: int, env: Env, bar: "tqdm[No
     return [clips.batch(own[start : start + size], places[start : start + size]) for start in range(0, len(own), size)]
 
 
-def _compute(number: int, count: int, read: Iterator[Batch], extractor: Extractor, env: Env) -> Block:
+def _computed(number: int, places: range, read: Iterator[Batch], compute: Compute, env: Env) -> Block:
     """One block, from as many batches as it takes."""
     looks: list[Look] = []
     rows: list[Tensor] = []
-    while len(looks) < count:
+    while len(looks) < len(places):
         seen, videos = next(read)
-        rows.append(extractor(videos).float().cpu())
+        rows.append(compute(videos, places[len(looks) :][: len(seen)]).float().cpu())
         assert len(rows[-1]) and len(rows[-1]) % len(seen) == 0, f"{len(rows[-1])} rows of {len(seen)} videos"
         looks += seen
         if env.stop:

@@ -75,9 +75,12 @@ def _notes(config: VideosConfig, side: Side) -> list[str]:
         notes.append(f"{len(clips)} {clips.role} videos, --num-videos {config.count} were asked for{short}")
     elif short:
         notes.append(f"{clips.role} videos{short}")
-    if side.unique < len(clips):
-        notes.append(f"{len(clips) - side.unique} of {len(clips)} {clips.role} clips are copies of others: the figure is that of fewer")
-    return notes
+    return notes + copies(side.unique, len(clips), f"{clips.role} clips")
+
+
+def copies(unique: int, count: int, what: str) -> list[str]:
+    """What to know of clips of which some are equal."""
+    return [f"{count - unique} of {count} {what} are copies of others: the figure is that of fewer"] if unique < count else []
 
 
 def digits(value: float) -> str:

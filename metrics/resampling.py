@@ -33,9 +33,15 @@ def resampled_counts(count: int, total: int, seed: int, stream: str) -> np.ndarr
     return np.random.default_rng(derive_seed(seed, stream)).multinomial(total, np.full(total, 1 / total), size=count)
 
 
-def bootstrap_frechet(real: Tensor, generated: Tensor, count: int, seed: int, *, unbiased: bool = True) -> list[float]:
-    """Distances of sets drawn with replacement from rows (videos, k, dim); all k rows of a video are drawn together."""
-    draws = [resampled_counts(count, len(rows), seed, stream) for rows, stream in ((real, "real"), (generated, "generated"))]
+def bootstrap_frechet(
+    real: Tensor, generated: Tensor, count: int, seed: int, *, unbiased: bool = True, paired: bool = False
+) -> list[float]:
+    """Distances of sets drawn with replacement from rows (videos, k, dim); all k rows of a video are drawn together.
+
+    `paired`: each video of one side with that of the same place in the other, which was made of it.
+    """
+    streams = ("real", "real" if paired else "generated")
+    draws = [resampled_counts(count, len(rows), seed, stream) for rows, stream in zip((real, generated), streams, strict=True)]
     found = []
     for picked in zip(*draws, strict=True):
         one, two = (_moments(rows.repeat_interleave(torch.from_numpy(n), dim=0)) for rows, n in zip((real, generated), picked, strict=True))

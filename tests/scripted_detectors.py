@@ -32,6 +32,15 @@ class ToyC3D(nn.Module):
         return torch.stack([-((level - 60.0 * place) ** 2) / 2000 for place in range(4)], dim=1)
 
 
+class Pooled(nn.Module):
+    """Means of eighths of a video, 24 numbers, or of quarters of a picture, 12."""
+
+    def forward(self, x: Tensor, return_features: bool = True) -> Tensor:
+        if x.dim() == 4:
+            return torch.nn.functional.adaptive_avg_pool2d(x.float(), (2, 2)).flatten(1)
+        return torch.nn.functional.adaptive_avg_pool3d(x.float(), (2, 2, 2)).flatten(1)
+
+
 class Colours(nn.Module):
     """Mean colours of pictures, and the classes when no features are asked for."""
 
@@ -77,6 +86,16 @@ def write_arrays(folder: Path, lengths: Sequence[int], first: int = 0, size: tup
     folder.mkdir(parents=True, exist_ok=True)
     for number, length in enumerate(lengths):
         np.save(folder / f"{number:03d}.npy", known_frames(first + number, length, size).transpose(0, 3, 1, 2).astype(np.float32))
+    return folder
+
+
+def write_noise(folder: Path, count: int, frames: int = 4, size: tuple[int, int] = (16, 16), seed: int = 0) -> Path:
+    """Videos of pixels drawn at random, each of another brightness, as .npy."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        video = rng.integers(0, 200, (frames, 3, *size)) + rng.integers(0, 56, (1, 3, 1, 1))
+        np.save(folder / f"{number:03d}.npy", video.astype(np.uint8))
     return folder
 
 

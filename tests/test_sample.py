@@ -106,7 +106,7 @@ def test_other_settings_are_not_mixed_in(samples: Path, results: Path) -> None:
         (["evaluate.py", "reconstruckt"], 2, "reconstruct"),
         (["evaluate.py", "reconstruct", "--ae", "a", "--data-path", "b", "--max-clips", "-3"], 2, "--max-clips -3"),
         (["evaluate.py", "reconstruct", "--ae", "{results}/000-cmd-autoencoder"], 2, "--data-path"),
-        (["evaluate.py", "reconstruct", "--ae", "{results}/000-cmd-autoencoder", "--data-path", "{results}"], 1, "index.json"),
+        (["evaluate.py", "reconstruct", "--ae", "{results}/000-cmd-autoencoder", "--data-path", "{results}"], 1, "holds no videos"),
     ],
 )
 def test_mistakes_are_one_line(results: Path, tmp_path: Path, arguments: list[str], status: int, words: str) -> None:
