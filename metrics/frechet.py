@@ -62,10 +62,14 @@ class Moments:
 
     @classmethod
     def union(cls, parts: Sequence["Moments"]) -> "Moments":
-        """All that they have seen together."""
+        """All that they have seen together, summed up: in it vectors wait only while there are few of them."""
         made = cls(parts[0].dim)
-        for part in parts:
+        made._joined, made._mean, made._lower = parts[0]._joined, parts[0]._mean.copy(), parts[0]._lower.copy(order="F")
+        made._take(parts[0]._slab[: parts[0]._waiting])
+        for part in parts[1:]:
             made.merge(part)
+        if made._joined:
+            made._join()
         return made
 
     @property
@@ -89,10 +93,11 @@ class Moments:
         return torch.from_numpy(_whole(self.sums()[1]))
 
     def sums(self) -> tuple[Array, Array]:
-        """Mean and scatter of all vectors, to be read only; of the scatter the lower triangle counts. Those that wait go on waiting."""
+        """Mean and scatter of all vectors, copies; of the scatter the lower triangle counts. Those that wait go on waiting."""
+        lower = self._lower.copy(order="F")
         if not self._waiting:
-            return self._mean, self._lower
-        return _joined(self._joined, self._mean, self._lower.copy(order="F"), self._slab[: self._waiting + 1].copy())
+            return self._mean.copy(), lower
+        return _joined(self._joined, self._mean, lower, self._slab[: self._waiting + 1].copy())
 
     def update(self, features: Tensor) -> None:
         """Adds rows (k, dim). ValueError for another shape, or for numbers that are not finite: one would spoil all."""
@@ -216,7 +221,8 @@ def frechet_distance(first: Moments, second: Moments, *, unbiased: bool = True) 
         if doubt <= _DOUBT * (distance - 2 * cross):
             return distance - 2 * cross
     factors = [
-        rows.T if rows is not None else _factor(lower / divisor) for rows, lower, divisor in zip(few, (own, other), divisors, strict=True)
+        rows.T if rows is not None else _factor(moments.sums()[1] / divisor)
+        for rows, moments, divisor in zip(few, sides, divisors, strict=True)
     ]
     return distance - 2 * float(linalg.svdvals(factors[0].T @ factors[1], check_finite=False).sum())
 
@@ -248,9 +254,11 @@ def _rounding(matrix: Array) -> float:
 
 
 def _by_eigenvalues(own: Array, other: Array) -> tuple[float, float]:
-    """tr (A B)^(1/2) from the lower triangles of both, and how far off it may be."""
+    """tr (A B)^(1/2) from the lower triangles of both, which are overwritten, and how far off it may be."""
     try:  # driver gv: of those for such products it is the fastest without vectors
-        values = linalg.eigh(other, own, lower=True, eigvals_only=True, type=2, driver="gv", check_finite=False).clip(min=0)
+        values = linalg.eigh(
+            other, own, lower=True, eigvals_only=True, type=2, driver="gv", check_finite=False, overwrite_a=True, overwrite_b=True
+        ).clip(min=0)
     except linalg.LinAlgError:
         return 0.0, math.inf
     error = _rounding(own) / len(own) * values[-1]
