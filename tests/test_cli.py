@@ -18,6 +18,7 @@ from tasks.content import CMDContentConfig
 from tasks.frame_vae_config import FrameVAERunConfig
 from tasks.latent_config import LatteRunConfig
 from tasks.motion import CMDMotionConfig
+from tests import distributed
 from utils.config import load_config, load_yaml, to_dict
 from utils.errors import ConfigError
 
@@ -31,7 +32,9 @@ SMALL += ["--preview-every", "0", "--eval-every", "0", "--ckpt-every", "1", "--n
 
 def command(script: str, *argv: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """A script in processes of its own: under torchrun when there are several ranks."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    if ranks == 1:
+        return distributed.command([script, *argv], timeout=180, COLUMNS="100")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     return subprocess.run(
