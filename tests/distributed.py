@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -53,29 +53,38 @@ def torchrun(arguments: Sequence[str], processes: int = 2, timeout: float = 120,
     return subprocess.CompletedProcess(command, child.returncode, output, "")
 
 
+class Done(subprocess.CompletedProcess[str]):
+    """A command that has ended, with what it has written."""
+
+    statuses: list[int | None]
+    """The exit status of each rank."""
+
+
 def command(
     arguments: Sequence[object], processes: int = 1, timeout: float = 120, before: Callable[[], None] | None = None, **extra: str
-) -> subprocess.CompletedProcess[str]:
+) -> Done:
     """Run `script ARGUMENT...` or `-m module ARGUMENT...` as `python` does, or as several ranks as torchrun starts them.
 
     The processes are forked from a process that has imported torch and the engine, which takes most of the time of a command's start;
     for what Python's start or torchrun itself does, start those. `before` (top level of a test file) is called first in each.
     Returns what all of them have written, rank by rank, and the first exit status that is not 0. Once a rank has failed, the others
-    have 20 seconds to end. Kills all of them and raises TimeoutExpired after `timeout` seconds.
+    are told to end, as by torchrun, and have 20 seconds. Kills all of them and raises TimeoutExpired after `timeout` seconds.
     """
     words = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as folder:
         with _forked(_script, (words, folder, before), processes, extra) as ranks:
             late = _first_failed(ranks, timeout)
-            if not late and processes > 1:
-                until = time.monotonic() + 20
-                for process in ranks:
-                    process.join(max(until - time.monotonic(), 0))
+            for process in ranks if not late else ():
+                process.terminate()
+            for process in ranks if not late else ():
+                process.join(20)
         places = [[Path(f"{folder}/{rank}.{kind}") for rank in range(processes)] for kind in ("out", "err")]
         out, err = ("".join(place.read_text(errors="replace") for place in kind if place.is_file()) for kind in places)
     if late:
         raise subprocess.TimeoutExpired(words, timeout, out, err)
-    return subprocess.CompletedProcess(words, next((process.exitcode for process in ranks if process.exitcode), 0), out, err)
+    done = Done(words, next((process.exitcode for process in ranks if process.exitcode), 0), out, err)
+    done.statuses = [process.exitcode for process in ranks]
+    return done
 
 
 def interrupt(
@@ -91,10 +100,10 @@ def interrupt(
     """
     end = time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as folder, _forked(_script, ([str(word) for word in arguments], folder, None), 1, {}) as (child,):
-        while child.exitcode is None and time.monotonic() < end and not due():
-            time.sleep(0.002)
-        if child.exitcode is None:
-            assert child.pid is not None
+        assert child.pid is not None
+        with suppress(ProcessLookupError):  # it has ended
+            while os.getpgid(child.pid) != child.pid or not (due() or child.exitcode is not None or time.monotonic() > end):
+                time.sleep(0.002)
             (os.killpg if group else os.kill)(child.pid, number)
         child.join(60)
         assert child.exitcode is not None
@@ -167,6 +176,8 @@ def _script(variables: dict[str, str], words: list[str], folder: str, before: Ca
     place = f"{folder}/{variables.get('RANK', 0)}"
     _enter(variables, f"{place}.out", f"{place}.err")
     os.setsid()
+    if "RANK" in variables:
+        os.environ["TORCHELASTIC_ERROR_FILE"] = f"{place}/error.json"
     if before is not None:
         before()
     if words[0] == "-m":
