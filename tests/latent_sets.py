@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,11 @@ import torch
 from datasets.prepare.latents import LatentJob
 from datasets.prepare.tars import read_members
 from pipelines.latents import add_latents_arguments, prepare, run_latents
-from tests.distributed import ROOT, environment
-
-
-def command(*argv: object) -> list[str]:
-    return [sys.executable, str(ROOT / "preprocess.py"), *map(str, argv)]
+from tests.distributed import command
 
 
 def run(*argv: object) -> str:
-    done = subprocess.run(command(*argv), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=180)
+    done = command(["preprocess.py", *argv], timeout=180)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import (
     checkpoint,
@@ -139,8 +140,10 @@ def test_wavelet_forms_are_the_same(output: Callable[..., str], monkeypatch: pyt
         output(wavelet.main, *tiny)
 
 
-@pytest.mark.slow
-def test_train_step_compiles(output: Callable[..., str]) -> None:
+def test_train_step_compiles(output: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compiler makes of the graphs takes a minute, and is looked at in `test_engine_loop`."""
+    original = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: original(self, backend="aot_eager", **how))
     torch._dynamo.utils.counters.clear()
     tiny = ("--size", "tiny", "--device", "cpu", "--rounds", "1", "--stages", "content")
     text = output(train_step.main, *tiny, "--variants", "compiled bf16")

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import ROOT, environment, torchrun
+from tests import distributed
+from tests.distributed import ROOT, environment
 from tests.processes import MARK, Processes, saved, until
 from tests.shard_sets import write_set
 
@@ -127,8 +128,8 @@ def test_random_kills_change_nothing(tmp_path: Path, short_folder: Path) -> None
     writes = sum(moment == "writing" for moment, _ in starts)
     assert cut >= writes // 2, f"{cut} of {writes} kills have left a half-written checkpoint"
 
-    done = torchrun(command(whole, shards), 2, 240)
-    assert done.returncode == 0, done.stdout
+    done = distributed.command(command(whole, shards), 2, 240)
+    assert done.returncode == 0, done.stderr
     (folder,) = results.iterdir()
     for name in ("model.safetensors", "ema.safetensors", "config.json", "README.md"):
         assert (folder / "export" / name).read_bytes() == (whole / folder.name / "export" / name).read_bytes()

@@ -1,13 +1,10 @@
 """Checkpoints across wrappings and world sizes, in the background, under faults. Each case runs `checkpoint_worker.py` as a user's job."""
 
 import json
-import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,25 +14,13 @@ import torch
 
 from engine import manifest
 from engine.checkpoint import latest
+from tests.distributed import command, interrupt
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0", "--nproc_per_node=2"]
-
-
-def start(world: int, *arguments: object, before: Callable[[], None] | None = None) -> "subprocess.Popen[str]":
-    command = [*(TORCHRUN if world == 2 else [sys.executable]), str(WORKER), *map(str, arguments)]
-    return subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=before
-    )
 
 
 def work(world: int, *arguments: object, before: Callable[[], None] | None = None) -> "subprocess.CompletedProcess[str]":
-    with start(world, *arguments, before=before) as process:
-        try:
-            out, error = process.communicate(timeout=120)
-        finally:
-            process.kill()
-    return subprocess.CompletedProcess(process.args, process.returncode, out, error)
+    return command([WORKER, *arguments], world, before=before)
 
 
 def digests(world: int, *arguments: object) -> list[str]:
@@ -124,12 +109,8 @@ def test_values_that_differ_between_ranks_are_those_of_rank_0(seen: dict[str, st
 
 def test_kill_during_a_save_leaves_the_one_before(tmp_path: Path) -> None:
     before = digests(1, tmp_path, "plain", "width:256", "train:1", "save:1", "digest", "wait")
-    with start(1, tmp_path, "plain", "width:1024", "train:1", "save:2", "poll:60") as process:
-        temporary = tmp_path / "checkpoints/.step_0000002.tmp"
-        end = time.monotonic() + 60
-        while not any(temporary.glob("__*")) and time.monotonic() < end:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
+    temporary = tmp_path / "checkpoints/.step_0000002.tmp"
+    interrupt([WORKER, tmp_path, "plain", "width:1024", "train:1", "save:2", "poll:60"], lambda: any(temporary.glob("__*")))
     assert temporary.is_dir(), "the save was over before the kill: nothing was tested"
     found = latest(tmp_path)
     assert found is not None and found.name == "step_0000001"

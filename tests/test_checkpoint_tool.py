@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from engine import manifest
 from engine.checkpoint_tool import main
 from engine.loop import fit
 from launch.env import Env, distributed
-from tests.distributed import ROOT, environment, run
+from tests.distributed import command, run
 from tests.toy_task import ToySource, ToyTask, toy_config
 
 Tool = Callable[..., tuple[int, str, str]]
@@ -153,8 +152,7 @@ def test_what_cannot_be_converted_is_refused_in_one_line(trained: Path, copy: Pa
 
 def test_from_the_command_line(trained: Path) -> None:
     def call(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "engine.checkpoint", *arguments]
-        return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+        return command(["-m", "engine.checkpoint", *arguments])
 
     done = call("verify", str(trained))
     assert done.returncode == 0 and done.stdout.count("all as written") == 2 and done.stderr == ""

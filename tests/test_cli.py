@@ -1,6 +1,5 @@
 """The entry scripts as a user meets them: help, recipes, the release's flags, and mistakes that end in one clear line on every rank."""
 
-import os
 import re
 import runpy
 import subprocess
@@ -18,6 +17,7 @@ from tasks.content import CMDContentConfig
 from tasks.frame_vae_config import FrameVAERunConfig
 from tasks.latent_config import LatteRunConfig
 from tasks.motion import CMDMotionConfig
+from tests import distributed
 from utils.config import load_config, load_yaml, to_dict
 from utils.errors import ConfigError
 
@@ -29,18 +29,13 @@ SMALL = ["--config", TINY, "--model.dim", "16", "--model.depth", "1", "--global-
 SMALL += ["--preview-every", "0", "--eval-every", "0", "--ckpt-every", "1", "--no-tensorboard"]
 
 
-def command(script: str, *argv: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """A script in processes of its own: under torchrun when there are several ranks."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    return subprocess.run(
-        [sys.executable, *launcher, str(ROOT / script), *argv], capture_output=True, text=True, timeout=180, env=environment, cwd=ROOT
-    )
+def command(script: str, *argv: str, ranks: int = 1) -> distributed.Done:
+    """A script in processes of its own."""
+    return distributed.command([script, *argv], ranks, timeout=180, COLUMNS="100")
 
 
 def complaint(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line that a failed command has to say. torchrun's own report may stand around it, a traceback of ours may not."""
+    """The one line that a failed command has to say, without a traceback of ours."""
     assert done.returncode != 0
     ours = re.findall(rf'File "{re.escape(str(ROOT))}/(?!\.venv).*', done.stderr)
     assert not ours, done.stderr
@@ -173,8 +168,7 @@ def test_a_mistake_is_one_line(shards: str, tmp_path: Path, argv: list[str], mes
     done = command("train_ae.py", *SMALL, "--results-dir", str(tmp_path / "runs"), *filled, ranks=ranks)
     assert re.search(message, complaint(done))
     assert time.monotonic() - started < 60
-    ended = {line.split(":")[-1].split("(")[0].strip() for line in done.stderr.splitlines() if line.strip().startswith("exitcode")}
-    assert "0" not in ended, "no rank may end as if all were well"
+    assert 0 not in done.statuses, "no rank may end as if all were well"
     assert not list((tmp_path / "runs").glob("*/checkpoints/*"))
 
 
@@ -218,7 +212,7 @@ def test_both_ways_to_start_train_two_ranks(shards: str, tmp_path: Path) -> None
     assert first.returncode == 0, first.stderr
     (export,) = tmp_path.glob("*/export/model.safetensors")
     written = export.stat().st_mtime_ns
-    again = command("train_ae.py", *base, ranks=2)
-    assert again.returncode == 0, again.stderr
+    again = distributed.torchrun(["train_ae.py", *base])
+    assert again.returncode == 0, again.stdout
     assert export.stat().st_mtime_ns == written
     assert len(list(tmp_path.glob("*/export/model.safetensors"))) == 1

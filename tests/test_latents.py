@@ -2,12 +2,9 @@
 
 import dataclasses
 import json
-import os
 import random
 import re
 import shutil
-import signal
-import subprocess
 import time
 import zlib
 from pathlib import Path
@@ -24,8 +21,8 @@ from launch.env import independent
 from pipelines.cmd import CMDPipeline
 from tasks.clips import ClipInfo
 from tests.cmd_family import autoencoder_task, export, family
-from tests.distributed import ROOT, environment
-from tests.latent_sets import command, digits, job, make, rows, run
+from tests.distributed import interrupt
+from tests.latent_sets import digits, job, make, rows, run
 from tests.videos import folder_digests, noise_frames, write_video
 from utils.errors import ConfigError, UserError
 from utils.media import to_float
@@ -127,25 +124,15 @@ def test_killed_processes_and_torchrun_give_the_same_bytes(pixels: Path, ae: Pat
     line = ("latents", pixels, "--ae", ae, "--out", out, "--batch-size", 5)
     for number in range(4):
         processes = ("--nproc_per_node", 2) if number % 2 else ()
-        child = subprocess.Popen(
-            command(*line, *processes),
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        limit = time.monotonic() + 60
-        while child.poll() is None and time.monotonic() < limit and len(list(out.glob("shard-*.index.json"))) < number:
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.02))
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+
+        def due(number: int = number) -> bool:
+            there = len(list(out.glob("shard-*.index.json"))) >= number
+            time.sleep(rng.uniform(0, 0.02) if there else 0)
+            return there
+
+        interrupt(["preprocess.py", *line, *processes], due, group=True, timeout=60)
     time.sleep(1)  # workers of a killed agent end by themselves
-    last = command(*line, "--nproc_per_node", 2)
-    done = subprocess.run(last, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    assert "96 samples of float16 latents" in done.stdout
+    assert "96 samples of float16 latents" in run(*line, "--nproc_per_node", 2)
     assert folder_digests(out) == folder_digests(half)
 
 

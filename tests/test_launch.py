@@ -14,7 +14,7 @@ import pytest
 from launch.agent import leave_start, leave_status
 from launch.env import StopFlag, check_packages, distributed
 from launch.run import parse_launch
-from tests.distributed import environment
+from tests.distributed import Done, command, environment
 from utils.errors import UserError
 
 WORKER = str(Path(__file__).with_name("launch_worker.py"))
@@ -34,6 +34,11 @@ def finish(process: "subprocess.Popen[str]", timeout: float = 60) -> tuple[int, 
         finally:
             process.kill()
     return process.returncode, out, [line for line in err.splitlines() if line.startswith("error:")], err
+
+
+def alone(*arguments: str) -> Done:
+    """One process that no launcher has started."""
+    return command([WORKER, *arguments], timeout=60)
 
 
 def free_port() -> int:
@@ -65,16 +70,16 @@ def test_one_process_without_a_launcher() -> None:
     ],
 )
 def test_exit_status_and_line_of_one_process(case: str, expected: int, line: str | None) -> None:
-    status, _, _, err = finish(start(WORKER, case))
-    assert status == expected
-    assert err.splitlines() == ([line] if line else [])
+    done = alone(case)
+    assert done.returncode == expected
+    assert done.stderr.splitlines() == ([line] if line else [])
 
 
 def test_each_process_leaves_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun's own is 1 whatever its workers end with."""
     monkeypatch.setenv("KINOFORM_STATUS_DIR", str(tmp_path))
     for case, status in (("interrupted", "130"), ("settings", "2"), ("fine", "0"), ("signalled", "75")):
-        finish(start(WORKER, case))
+        alone(case)
         assert (tmp_path / "0-0").read_text() == f"{status}\n"
     assert finish(start(*PAIR, WORKER, "killed", "1"))[0] == 1
     assert {place.name: place.read_text() for place in tmp_path.iterdir()} == {"0-0": "1\n"}
@@ -108,9 +113,9 @@ def test_a_rank_may_leave_without_the_others() -> None:
 
 
 def test_a_bug_keeps_its_traceback() -> None:
-    status, _, errors, err = finish(start(WORKER, "bug"))
-    assert (status, errors) == (1, [])
-    assert "ZeroDivisionError: ours" in err and "in misbehave" in err
+    done = alone("bug")
+    assert done.returncode == 1 and "error:" not in done.stderr
+    assert "ZeroDivisionError: ours" in done.stderr and "in misbehave" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import ROOT, environment, torchrun
+from tests.distributed import ROOT, command, environment
 from tests.test_launch import free_port
 
 WORKER = "tests/cluster_worker.py"
@@ -23,8 +23,8 @@ PATIENCE = 120
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The export of an undisturbed run of two processes."""
     results = tmp_path_factory.mktemp("whole")
-    done = torchrun([WORKER, "--results-dir", str(results), "--max-steps", "30"])
-    assert done.returncode == 0, done.stdout
+    done = command([WORKER, "--results-dir", results, "--max-steps", 30], 2)
+    assert done.returncode == 0, done.stderr
     return results / "000-toy/export"
 
 

@@ -1,15 +1,14 @@
 """The parity runner itself: it must fail on whatever an adapter overlooks."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.distributed import command
 from tests.parity.case import Case
 
 ROOT = Path(__file__).parent.parent
@@ -84,9 +83,8 @@ def test_gradient_norms(tmp_path):
 
 
 def run_folder(folder: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/parity/test_parity.py"]
-    environment = {**os.environ, "PARITY_DIR": str(folder)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    line = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/parity/test_parity.py"]
+    return command(line, PARITY_DIR=str(folder))
 
 
 def test_unknown_modules_and_systems_fail(tmp_path):

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import tarfile
 import time
@@ -20,6 +19,7 @@ from datasets.shards import ShardSet
 from datasets.sources.base import Video
 from datasets.transforms import resize_clip
 from datasets.video import decode, probe
+from tests.distributed import interrupt
 from tests.preprocessing import command, report, run
 from tests.videos import folder_digests, noise_frames, write_tree, write_video
 
@@ -66,11 +66,6 @@ def test_workers_do_not_change_a_byte(videos: Path, tmp_path: Path) -> None:
     assert folder_digests(tmp_path / "2") == before
 
 
-def tear_down_group(process: subprocess.Popen[bytes]) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 @pytest.mark.slow
 def test_kills_at_any_moment_leave_nothing_behind(tmp_path: Path) -> None:
     videos = write_tree(tmp_path / "videos", [f"{i}.mp4" for i in range(24)], 40)
@@ -79,16 +74,15 @@ def test_kills_at_any_moment_leave_nothing_behind(tmp_path: Path) -> None:
     run(*flags, "--out", tmp_path / "whole")
     rng, out, stops = random.Random(0), tmp_path / "killed", set()
     for _ in range(4):
-        process = subprocess.Popen(
-            command(*flags, "--out", out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        started, wanted = time.monotonic(), len(list(out.glob("shard-*.index.json"))) + rng.randrange(3)
-        while process.poll() is None and time.monotonic() - started < 60 and len(list(out.glob("shard-*.index.json"))) < wanted:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.2))
+        wanted, delay = len(list(out.glob("shard-*.index.json"))) + rng.randrange(3), rng.uniform(0, 0.2)
+
+        def due(wanted: int = wanted, delay: float = delay) -> bool:
+            there = len(list(out.glob("shard-*.index.json"))) >= wanted
+            time.sleep(delay if there else 0)
+            return there
+
         # The parent alone, or with its workers: those that it leaves must end by themselves.
-        process.kill() if rng.random() < 0.5 else tear_down_group(process)
-        process.wait()
+        interrupt(["preprocess.py", "shards", *flags, "--out", out], due, group=rng.random() < 0.5, timeout=60)
         stops.add(len(list(out.glob("shard-*.index.json"))))
     run(*flags, "--out", out)
     assert len(stops) > 1, "the kills did not fall into the work"

@@ -2,12 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +24,7 @@ from pipelines.systems import SYSTEMS
 from pipelines.video_files import count, iterate, open_writer, video_path, write_video
 from pipelines.vidm_sample import VIDMSampleConfig, VIDMSampleJob
 from tests import cmd_family, hvdm_exports, latte_exports, pvdm_exports, vidm_exports
-from tests.distributed import ROOT, environment
+from tests.distributed import interrupt
 from tests.sampling import CPU, config, contents, make
 from utils.errors import ConfigError, UserError
 from utils.files import remove_temporaries, writing_alone
@@ -335,12 +330,8 @@ def test_files_of_a_video_count_and_give_back_its_frames(tmp_path: Path, form: A
 def test_a_killed_run_leaves_nothing_that_the_next_does_not_clear(runs: dict[str, Path], tmp_path: Path) -> None:
     line = [str(runs["pvdm"]), "--mode", "long", "--num-frames", "120", "--num-videos", "1", "--steps", "2", "--format", "mp4", "png"]
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "sample.py", *line, "--out", str(out)], cwd=ROOT, env=environment())
-    kept, deadline = out / "latents" / "000000", time.monotonic() + 100
-    while not (kept / "00003.safetensors").is_file() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    kept = out / "latents" / "000000"
+    interrupt(["sample.py", *line, "--out", out], lambda: (kept / "00003.safetensors").is_file())
     assert {path.suffix for path in out.glob(".*.tmp") if path.is_dir()} and [path for path in out.glob(".*.mp4.*.tmp") if path.is_file()]
     (kept / ".00004.safetensors.01234567.tmp").write_bytes(b"half")
     (out / ".mine.tmp").write_text("not ours")

@@ -1,11 +1,6 @@
 """sample.py with HVDM: long videos from re-encoded clips, videos that begin at pictures, a chosen amount of motion and its measure."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +22,7 @@ from pipelines.hvdm_sample import HVDMSampleConfig, HVDMSampleJob
 from pipelines.long import first_frame
 from pipelines.pictures import find_pictures, read_picture
 from pipelines.systems import load_sampling
-from tests.distributed import ROOT, environment
+from tests.distributed import interrupt
 from tests.hvdm_exports import DATA, DIT, TOLD, UNET, export_denoiser, family, official, told_family
 from tests.sampling import CPU, config, contents, make
 from utils.errors import ConfigError, UserError
@@ -132,12 +127,8 @@ def test_in_pieces_and_after_a_stop_it_is_the_same(whole: Path, results: Path, t
 def test_a_killed_video_goes_on(results: Path, pictures: Path, tmp_path: Path) -> None:
     line = ["--run", results, "--mode", "i2v", "--image", pictures / "0.png", "--num-samples", 1, *STEPS, "--num-frames", 80]
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "sample.py", *map(str, line), "--out", str(out)], cwd=ROOT, env=environment())
-    kept, deadline = out / "latents" / "000000", time.monotonic() + 120
-    while not (kept / "00003.safetensors").is_file() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    kept = out / "latents" / "000000"
+    interrupt(["sample.py", *line, "--out", out], lambda: (kept / "00003.safetensors").is_file())
     assert 4 <= len(list(kept.glob("*.safetensors"))) < 20
     make(out, *line)
     found = {name: value for name, value in contents(out).items() if not name.endswith(".tmp")}

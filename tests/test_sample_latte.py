@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,7 @@ from pipelines.jobs import choose_classes, load_vectors
 from pipelines.latte_sample import LatteSampleConfig, LatteSampleJob
 from pipelines.systems import load_sampling
 from tests import cmd_family
-from tests.distributed import ROOT, environment, torchrun
+from tests.distributed import command
 from tests.latte_exports import LATTE, export_denoiser, export_vae, family, identity, sd_folder
 from tests.sampling import CPU, config, contents, make
 from tests.shard_sets import write_set
@@ -70,8 +68,8 @@ def test_one_file_a_sample_a_grid_a_strip_and_the_settings(samples: Path) -> Non
 def test_processes_and_batches_change_no_byte(samples: Path, results: Path, tmp_path: Path, processes: int, batch: int) -> None:
     """5 samples do not divide by the processes. The one process of the fixture took 4 at a time."""
     out = tmp_path / "out"
-    done = torchrun(["sample.py", str(results), "--out", str(out), "--batch-size", str(batch), *SETTINGS, *WATCHED], processes)
-    assert done.returncode == 0, done.stdout
+    done = command(["sample.py", results, "--out", out, "--batch-size", batch, *SETTINGS, *WATCHED], processes)
+    assert done.returncode == 0, done.stderr
     assert contents(out) == contents(samples)
 
 
@@ -259,10 +257,9 @@ def test_settings_that_cannot_be_are_refused(argv: list[str], message: str) -> N
     ],
 )
 def test_mistakes_are_one_line(results: Path, tmp_path: Path, argv: list[str], status: int, words: str) -> None:
-    line = [sys.executable, "sample.py", *(part.format(results=results) for part in argv), "--out", str(tmp_path / "out")]
-    done = subprocess.run(line, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
-    lines = done.stdout.strip().splitlines()
-    assert (done.returncode, len(lines)) == (status, 1), done.stdout
+    done = command(["sample.py", *(part.format(results=results) for part in argv), "--out", tmp_path / "out"])
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    assert (done.returncode, len(lines)) == (status, 1), lines
     assert words in lines[0]
 
 

@@ -2,12 +2,7 @@
 
 import itertools
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +19,7 @@ from pipelines.long import ClipFolder, chain, count_clips, fingerprint
 from pipelines.pvdm_sample import PVDMSampleConfig, PVDMSampleJob
 from pipelines.systems import load_sampling
 from tests import latte_exports
-from tests.distributed import ROOT, environment, torchrun
+from tests.distributed import command, interrupt
 from tests.pvdm_exports import DIT, export_denoiser, family, official, without_condition
 from tests.sampling import CPU, config, contents, make
 from utils.errors import ConfigError, UserError
@@ -160,13 +155,8 @@ def test_a_stop_loses_one_clip_at_most(whole: Path, results: Path, tmp_path: Pat
 def test_a_killed_video_goes_on(results: Path, tmp_path: Path) -> None:
     line = [*LONG, "--num-frames", "120", "--num-samples", "1", "--run", str(results)]
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "sample.py", *line, "--out", str(out)], cwd=ROOT, env=environment())
     kept = out / "latents" / "000000"
-    deadline = time.monotonic() + 120
-    while not (kept / "00004.safetensors").is_file() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    interrupt(["sample.py", *line, "--out", out], lambda: (kept / "00004.safetensors").is_file())
     there = {path.name: path.stat().st_mtime_ns for path in kept.iterdir() if path.suffix == ".safetensors"}
     assert 5 <= len(there) < 30 and not (out / "000000.mp4").exists()
     make(out, *line)
@@ -177,8 +167,8 @@ def test_a_killed_video_goes_on(results: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_processes_change_no_byte(whole: Path, results: Path, tmp_path: Path) -> None:
-    done = torchrun(["sample.py", str(results), "--out", str(tmp_path / "out"), *LONG, "--num-frames", "14"], 2)
-    assert done.returncode == 0, done.stdout
+    done = command(["sample.py", results, "--out", tmp_path / "out", *LONG, "--num-frames", "14"], 2)
+    assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out") == contents(whole)
 
 

@@ -2,12 +2,7 @@
 
 import dataclasses
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +23,7 @@ from pipelines.systems import load_sampling
 from pipelines.vidm import VIDMPipeline, released_pixels
 from pipelines.vidm_sample import VIDMSampleConfig, VIDMSampleJob
 from tests.cmd_family import family as cmd_family
-from tests.distributed import ROOT, environment, torchrun
+from tests.distributed import command, interrupt
 from tests.sampling import CPU, config, contents, make
 from tests.vidm_exports import CONTENT, DATA, MOTION, content_network, export_network, family, motion_network
 from utils.errors import ConfigError, UserError
@@ -106,8 +101,8 @@ def test_together_they_are_the_same_to_rounding(results: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_make_each_video_once(results: Path, whole: Path, tmp_path: Path) -> None:
     """Every process of the released script made the same videos, and a last batch that was not full ended it."""
-    done = torchrun(["sample.py", str(results), *LINE, "--batch-size", "2", "--out", str(tmp_path / "out")])
-    assert done.returncode == 0, done.stdout[-3000:]
+    done = command(["sample.py", results, *LINE, "--batch-size", "2", "--out", tmp_path / "out"], 2)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert contents(tmp_path / "out") == contents(whole)
 
 
@@ -134,12 +129,8 @@ def test_a_video_that_was_stopped_goes_on_at_its_frame(results: Path, whole: Pat
 def test_a_killed_video_goes_on(results: Path, tmp_path: Path) -> None:
     line = [results, *STEPS, "--num-samples", "1", "--num-frames", "80", "--reanchor"]
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "sample.py", *map(str, line), "--out", str(out)], cwd=ROOT, env=environment())
-    kept, deadline = out / "latents" / "000000", time.monotonic() + 120
-    while not (kept / "00003.safetensors").is_file() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    kept = out / "latents" / "000000"
+    interrupt(["sample.py", *line, "--out", out], lambda: (kept / "00003.safetensors").is_file())
     assert 4 <= len(list(kept.glob("*.safetensors"))) < 80
     make(out, *line)
     found = {name: value for name, value in contents(out).items() if not name.endswith(".tmp")}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import ROOT, torchrun
+from tests.distributed import ROOT, command
 from tests.preprocessing import run
 from tests.slurm_cluster import Cluster, slurm_cluster, unavailable, until
 from tests.videos import folder_digests, write_tree
@@ -61,7 +61,7 @@ def test_killed_and_preempted_it_ends_with_the_weights_of_an_undisturbed_run(clu
     assert about["JobState"] == "COMPLETED", cluster.log(job)
     assert f"from step {saved[0]} to 30, 2 process(es)" in cluster.log(job)
 
-    done = torchrun([WORKER, *map(str, TRAIN), str(whole)])
+    done = command([WORKER, *TRAIN, whole], 2)
     assert done.returncode == 0, done.stdout
     for name in ("model.safetensors", "ema.safetensors"):
         assert (disturbed / "000-toy/export" / name).read_bytes() == (whole / "000-toy/export" / name).read_bytes()

@@ -12,23 +12,26 @@ from torch import Tensor
 
 from tests.parity.case import Case
 
-_CHUNK = 1 << 22
-_MASK = np.uint64(0xFFFFFFFF)
+_CHUNK = 1 << 16
+"""Elements at a time, for the processor's cache."""
 
 
 def hashed(shape: Sequence[int], k: int) -> np.ndarray:
     """u of all elements of tensor number k, float64."""
     count = math.prod(shape)
     out = np.empty(count)
+    numbers = np.arange(1, min(count, _CHUNK) + 1, dtype=np.uint32)
+    x, shifted = np.empty_like(numbers), np.empty_like(numbers)
     for start in range(0, count, _CHUNK):
-        stop = min(start + _CHUNK, count)
-        x = (np.arange(start + 1, stop + 1, dtype=np.uint64) + np.uint64(k * 2654435761 % 2**32)) & _MASK
-        x ^= x >> np.uint64(16)
-        x = (x * np.uint64(0x7FEB352D)) & _MASK
-        x ^= x >> np.uint64(15)
-        x = (x * np.uint64(0x846CA68B)) & _MASK
-        x ^= x >> np.uint64(16)
-        out[start:stop] = x / 2**32 - 0.5
+        part = out[start : start + _CHUNK]
+        x, shifted = x[: len(part)], shifted[: len(part)]
+        np.add(numbers[: len(part)], np.uint32((start + k * 2654435761) % 2**32), out=x)  # uint32 wraps, as the rule wants it
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+            np.right_shift(x, np.uint32(shift), out=shifted)
+            np.bitwise_xor(x, shifted, out=x)
+            np.multiply(x, np.uint32(factor), out=x)
+        np.multiply(x, 2.0**-32, out=part)
+        part -= 0.5
     return out.reshape(shape)
 
 
