@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import Tensor
 from datasets.loader import ClipSource
 from engine.config import RunConfig, ScoreConfig
 from engine.task import Made, Scored, Scorer, Scoring, Task
+from evaluation.clips import Clips
 from evaluation.extractors import Extractor, open_extractor
 from evaluation.frames import FdConfig, open_effl0
 from evaluation.protocols import PROTOCOLS
@@ -117,6 +119,31 @@ def open_scorer(config: RunConfig, task: Task, source: ClipSource, env: Env) -> 
     `source`: of the conditions, and of the real videos where the settings name none. ConfigError or UserError with one line for what
     cannot be measured, for networks that are not there and for those that do not take what is made.
     """
+    plan = _planned(config, task, source, env)
+    if plan is not None and plan.real is not None:
+        side = measured(plan.rules, plan.real, plan.extractor, env, keep_rows=False)
+        plan.scorer.compare_with(None if side is None else side.moments)
+    return None if plan is None else plan.scorer
+
+
+def plan_scorer(config: RunConfig, task: Task, source: ClipSource) -> Scorer | None:
+    """The same for a dry run: it says what is compared with what and raises what a start would, and has looked at no real video."""
+    plan = _planned(config, task, source, Env.single())
+    return None if plan is None else plan.scorer
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is measured and how, before anything is."""
+
+    scorer: DistanceScorer
+    rules: FrechetConfig
+    extractor: Extractor
+    real: Clips | None
+    """Real videos; None where samples are compared with their originals."""
+
+
+def _planned(config: RunConfig, task: Task, source: ClipSource, env: Env) -> _Plan | None:
     setting = config.score
     if not setting.every:
         return None
@@ -133,11 +160,12 @@ def open_scorer(config: RunConfig, task: Task, source: ClipSource, env: Env) -> 
         raise ConfigError(f"--score-every: {source.shards.location} has one sample, a distance needs two")
     name = scored.label + rules.name(rules.rules.figure, count)
     scorer = DistanceScorer(name, source, count, len(rows), extractor, env, unbiased=rules.rules.unbiased)
-    against = "their originals" if scored.originals else _look_at_real(scorer, setting, scored, rules, source, extractor, env)
+    real = None if scored.originals else _real(setting, scored, rules, source, env)
+    against = "their originals" if real is None else f"{len(real)} of {setting.real or source.shards.location}"
     unit = "frames" if scored.frames == 1 else f"videos of {scored.frames} frames"
     about = f"score/{name}, every {setting.every} steps: {count} {unit} {scored.what}, compared with {against}"
     scorer.about = "; ".join([about, *too_few(count * len(rows), rows.shape[1], rules.unit)])
-    return scorer
+    return _Plan(scorer, rules, extractor, real)
 
 
 def _rules(setting: ScoreConfig, scored: Scored) -> FrechetConfig:
@@ -171,25 +199,15 @@ def _network(setting: ScoreConfig, rules: FrechetConfig, env: Env) -> Extractor:
     return open_effl0(device=env.device)
 
 
-def _look_at_real(
-    scorer: DistanceScorer,
-    setting: ScoreConfig,
-    scored: Scored,
-    rules: FrechetConfig,
-    source: ClipSource,
-    extractor: Extractor,
-    env: Env,
-) -> str:
-    """Tells the scorer of real videos, whose features are kept as those of evaluate.py; returns which they are."""
+def _real(setting: ScoreConfig, scored: Scored, rules: FrechetConfig, source: ClipSource, env: Env) -> Clips:
+    """The real videos, whose features are kept as those of evaluate.py. Raises ConfigError or UserError where there are none."""
     if not setting.real and source.shards.is_latent:
         raise ConfigError(
             f"--score-every: {source.shards.location} holds latents; give --score-real SHARDS, real videos to compare what is made with"
         )
     videos = open_videos(setting.real, "--score-real") if setting.real else ShardVideos(source.shards)
     clips = clips_of(rules, videos, "real", env, scored.size, scored.stride)
-    where = setting.real or source.shards.location
     if len(clips) < 2:
+        where = setting.real or source.shards.location
         raise ConfigError(f"--score-every: {where} has one video of {scored.frames} frames, a distance needs two")
-    side = measured(rules, clips, extractor, env, keep_rows=False)
-    scorer.compare_with(None if side is None else side.moments)
-    return f"{len(clips)} of {where}"
+    return clips

@@ -302,9 +302,22 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("argv", "said"), MISTAKES)
 def test_mistakes_are_one_line_before_there_is_a_run(root: Path, tmp_path: Path, argv: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said) as error:
-        train([arguments(root, tmp_path / "results", *argv)])
-    assert "\n" not in str(error.value) and not (tmp_path / "results").exists()
+    """Also of a dry run."""
+    line = arguments(root, tmp_path / "results", *argv)
+    for go in (lambda: train([line]), lambda: commands(ENV, "train_dit.py", [[*line, "--dry-run"]])):
+        with pytest.raises(UserError, match=said) as error:
+            go()
+        assert "\n" not in str(error.value) and not (tmp_path / "results").exists()
+
+
+def test_a_dry_run_says_what_is_compared_and_measures_nothing(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = [*arguments(root, tmp_path / "results"), "--score-cache", str(tmp_path / "cache"), "--best-metric", NAME, "--dry-run"]
+    commands(ENV, "train_dit.py", [line])
+    assert f"{NAME}, every 2 steps: 6 videos of 4 frames generated, compared with 6 of" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    write_set(tmp_path / "short", (3,), lengths=(3,), size=(16, 16))
+    with pytest.raises(UserError, match="have fewer than 4 frames"):
+        commands(ENV, "train_dit.py", [[*line, "--score-real", str(tmp_path / "short")]])
 
 
 def test_what_cannot_be_measured_is_refused(root: Path) -> None:
