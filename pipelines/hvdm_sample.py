@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -183,7 +182,7 @@ class HVDMSampleJob(ClipSampleJob):
 def _open(config: HVDMSampleConfig, device: torch.device) -> HVDMPipeline:
     """The networks that the settings name."""
     # A denoiser that is named brings its own autoencoder.
-    found = find_family(Path(config.run), "hvdm") if config.run and not config.denoiser else {}
+    found = find_family(config.run, "hvdm") if config.run and not config.denoiser else {}
     return HVDMPipeline.from_exports(
         config.denoiser or found["denoiser"],
         config.ae or found.get("autoencoder", ""),

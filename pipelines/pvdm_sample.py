@@ -1,7 +1,6 @@
 """What `sample.py` needs to know of PVDM: its settings and its exports."""
 
 import dataclasses
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -57,7 +56,7 @@ class PVDMSampleJob(ClipSampleJob):
 def _open(config: PVDMSampleConfig, device: torch.device) -> PVDMPipeline:
     """The networks that the settings name."""
     # A denoiser that is named brings its own autoencoder.
-    found = find_family(Path(config.run), "pvdm") if config.run and not config.denoiser else {}
+    found = find_family(config.run, "pvdm") if config.run and not config.denoiser else {}
     return PVDMPipeline.from_exports(
         config.denoiser or found["denoiser"],
         config.ae or found.get("autoencoder", ""),
