@@ -1,5 +1,6 @@
 """The clips that are measured: chosen by a protocol, read ahead on threads unless they are made, named by their content."""
 
+import dataclasses
 import hashlib
 import json
 from collections import deque
@@ -14,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from datasets.frames import last_start
 from evaluation.protocols import Protocol, Role, Size
 from evaluation.videos import VideoSet
 from launch.env import Env
@@ -129,30 +129,56 @@ def choose_clips(
     Raises UserError where no video is long enough.
     """
     order = np.arange(len(videos))
-    draws = hash_indices(seed, f"{role} window", order)
     if role == "real" and protocol.drawn:
         order = np.argsort(hash_indices(seed, f"{role} order", order), kind="stable")
-    totals: dict[int, int] = {}
-    dropped = looked = 0
-    while len(totals) < count and looked < len(order):
-        block = order[looked : looked + count - len(totals)].tolist()
-        looked += len(block)
-        for number, total in zip(block, _totals(videos, block, env), strict=True):
-            if not protocol.spread and last_start(total, frames, stride) < 0:
-                dropped += 1
-            else:
-                totals[number] = total
+    totals, dropped = _long_enough(videos, order, count, 0 if protocol.spread else (frames - 1) * stride + 1, env)
     if not totals:
         span = (
             f"{frames} frames (-n)" if stride == 1 or protocol.spread else f"{(frames - 1) * stride + 1} frames ({frames}, {stride} apart)"
         )
         raise UserError(f"none of {len(videos)} videos is long enough: {videos.name(0)} and all others have fewer than {span}")
-    numbers = sorted(totals)
-    picks = [protocol.picks(role, totals[number], frames, int(draws[number]), videos.is_pictures(number), stride) for number in numbers]
+    numbers, picks = _picked(videos, protocol, role, totals, frames, seed, stride)
     if size is None:
         height, width = videos.read(numbers[0], picks[0][:1]).shape[1:3]
         size = (height, width)
     return Clips(videos, protocol, role, size, numbers, picks, dropped)
+
+
+def other_clips(clips: Clips, env: Env, *, count: int, frames: int, seed: int, stride: int = 1) -> Clips | None:
+    """`count` drawn clips of the same set and settings, of other videos than these; None where there are not so many.
+
+    To be called by all ranks.
+    """
+    if len(clips.videos) - len(clips) - clips.dropped < count:
+        return None
+    order = np.argsort(hash_indices(seed, f"{clips.role} order", np.arange(len(clips.videos))), kind="stable")
+    order = order[~np.isin(order, clips.numbers)]
+    totals, dropped = _long_enough(clips.videos, order, count, (frames - 1) * stride + 1, env)
+    if len(totals) < count:
+        return None
+    numbers, picks = _picked(clips.videos, clips.protocol, clips.role, totals, frames, seed, stride)
+    return dataclasses.replace(clips, numbers=numbers, picks=picks, dropped=dropped)
+
+
+def _long_enough(videos: VideoSet, order: np.ndarray, count: int, span: int, env: Env) -> tuple[dict[int, int], int]:
+    """Frames of the first `count` videos, in this order, of at least `span`; and how many shorter ones were passed over."""
+    totals: dict[int, int] = {}
+    looked = 0
+    while len(totals) < count and looked < len(order):
+        block = order[looked : looked + count - len(totals)].tolist()
+        looked += len(block)
+        found = zip(block, _totals(videos, block, env), strict=True)
+        totals |= {number: total for number, total in found if total >= span}
+    return totals, looked - len(totals)
+
+
+def _picked(
+    videos: VideoSet, protocol: Protocol, role: Role, totals: dict[int, int], frames: int, seed: int, stride: int
+) -> tuple[list[int], list[list[int]]]:
+    """The videos in order, and the numbers of the frames that are taken of each."""
+    numbers = sorted(totals)
+    draws = hash_indices(seed, f"{role} window", np.arange(len(videos)))
+    return numbers, [protocol.picks(role, totals[n], frames, int(draws[n]), videos.is_pictures(n), stride) for n in numbers]
 
 
 def _totals(videos: VideoSet, numbers: list[int], env: Env) -> list[int]:
