@@ -99,7 +99,7 @@ class Clips:
         To be called by all ranks: each reads its share.
         """
         mine = [self.videos.digest(number) for number in self.numbers[env.rank :: env.world_size]]
-        digests = _joined(mine, len(self), env)
+        digests = joined(mine, len(self), env)
         if any(digest is None for digest in digests):
             return None
         parts = [digests, self.picks, list(self.size), self.protocol.resized]
@@ -183,10 +183,10 @@ def _picked(
 
 def _totals(videos: VideoSet, numbers: list[int], env: Env) -> list[int]:
     """Frames of each of the videos; each rank looks at its share."""
-    return _joined([videos.total(number) for number in numbers[env.rank :: env.world_size]], len(numbers), env)
+    return joined([videos.total(number) for number in numbers[env.rank :: env.world_size]], len(numbers), env)
 
 
-def _joined(mine: list[Any], count: int, env: Env) -> list[Any]:
+def joined(mine: list[Any], count: int, env: Env) -> list[Any]:
     """What each rank has of every world_size-th of `count` things, in their order."""
     if env.world_size == 1:
         return mine
