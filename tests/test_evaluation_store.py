@@ -235,7 +235,9 @@ def test_a_killed_run_goes_on_where_it_was(place: Path, tmp_path: Path, reads: l
 
 def on_a_rank(env: Env, place: str, cache: str) -> list[Any]:
     scores = VisConfig(dir2=f"{place}/fake", c3d=f"{place}/c3d.pt", n_frames=4, batch_size=5, cache=cache, bootstrap=2)
-    return [measure_fvd(config(Path(place), cache=cache, bootstrap=2), env), measure_vis(scores, env)]
+    few = measure_fvd(config(Path(place), cache=cache, num_videos=40), env)
+    assert few["floor_videos"] == [40, 40] and few["noise_floor"] > 0
+    return [few, measure_fvd(config(Path(place), cache=cache, bootstrap=2), env), measure_vis(scores, env)]
 
 
 def test_any_number_of_processes_finds_the_same_bits(place: Path, tmp_path: Path) -> None:
