@@ -4,7 +4,6 @@ Each rank makes its share of the samples and sums up what a network sees in them
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,8 +59,11 @@ class DistanceScorer:
         whole = self._merged(fake)
         if not self._seen:
             self._real, self._seen = self._merged(real), True
-        value = frechet_distance(self._real, whole, unbiased=self._unbiased) if self._real and whole else math.nan
-        return float(agreed({"value": value} if self._env.is_main else None, self._env)["value"])
+        figures = None
+        if self._env.is_main:
+            assert self._real is not None and whole is not None
+            figures = {"value": frechet_distance(self._real, whole, unbiased=self._unbiased)}
+        return float(agreed(figures, self._env)["value"])
 
     def _added(self, sums: Moments | None, videos: Tensor | None, kept: Tensor) -> Moments | None:
         """Sums of this rank with what is seen in these of the videos."""
@@ -71,7 +73,7 @@ class DistanceScorer:
         with _as_evaluated(self._env.device):
             rows = self._extractor(seen if seen.ndim == 5 else seen[:, :, None]).float().cpu()
         assert len(rows) == len(kept) * self._rows, f"{len(rows)} rows of {len(kept)} samples"
-        sums = sums or Moments(rows.shape[1])
+        sums = Moments(rows.shape[1]) if sums is None else sums
         sums.update(rows)
         return sums
 
@@ -88,7 +90,7 @@ class DistanceScorer:
         whole: Moments | None = None
         for rank in range(self._env.world_size):
             # Copies: a tensor takes all of its memory along, of which these are parts.
-            told = [{name: value.clone() for name, value in mine.state().items()} if mine and rank == self._env.rank else None]
+            told = [{name: value.clone() for name, value in mine.state().items()} if mine is not None and rank == self._env.rank else None]
             if self._env.world_size > 1:
                 dist.broadcast_object_list(told, src=rank)
             if self._env.is_main and told[0] is not None:
@@ -97,7 +99,9 @@ class DistanceScorer:
                     whole = found
                 else:
                     whole.merge(found)
-        assert not self._env.is_main or (whole and whole.n == self.count * self._rows), f"{whole.n if whole else 0} rows were measured"
+        assert not self._env.is_main or (whole is not None and whole.n == self.count * self._rows), (
+            f"{whole.n if whole is not None else 0} rows were measured"
+        )
         return whole
 
 
