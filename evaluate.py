@@ -32,7 +32,7 @@ from evaluation.report import append_row, digits, row
 from evaluation.settings import FvdConfig, KvdConfig, VideosConfig, VisConfig
 from evaluation.similarity import ClipsimConfig, measure_clipsim
 from evaluation.videos import VideoSet
-from launch.env import Env, distributed, independent
+from launch.env import Env, distributed
 from launch.run import Launch, parse_launch, run_main
 from pipelines.encoders import ENCODERS
 from pipelines.systems import with_run
@@ -180,22 +180,26 @@ def _rows(config: VideosConfig | ReconstructConfig, figures: dict[str, Any]) -> 
 
 
 def motion(launch: Launch) -> None:
-    """The subcommand of that name; of several processes the first measures."""
+    """The subcommand of that name."""
     config = _load(launch, "motion", {"": MotionConfig})
     if _shown(launch, config):
         return
     check_out(config.out)
-    if independent().is_main:  # the others have nothing to wait for
-        _measure_motion(config)
+    with distributed(config.timeout) as env:
+        _measure_motion(config, env)
 
 
-def _measure_motion(config: MotionConfig) -> None:
+def _measure_motion(config: MotionConfig, env: Env) -> None:
     """Prints the figures of folders, and writes them into each."""
     figures: dict[str, Any] = {}
     for folder in config.samples:
-        figures[folder] = measure_motion(Path(folder), config.clip_frames)
+        figures[folder] = measure_motion(Path(folder), env, config.clip_frames)
+        if not env.is_main:
+            continue
         atomic_write_text(Path(folder) / "motion.json", json.dumps(figures[folder], indent=2) + "\n")
         print("{motion:.5f} +- {motion_std:.5f} over {videos} videos: ".format(**figures[folder]) + folder, flush=True)
+    if not env.is_main:
+        return
     print(table({"protocol": figures[config.samples[-1]]["protocol"]}), flush=True)
     if config.out:
         atomic_write_text(Path(config.out), json.dumps(figures, indent=2) + "\n")

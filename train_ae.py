@@ -21,7 +21,7 @@ from tasks.autoencoder_config import CMDAutoencoderConfig
 from tasks.frame_vae_config import FrameVAERunConfig
 from tasks.hvdm_autoencoder_config import HVDMAutoencoderConfig
 from tasks.pvdm_autoencoder_config import PVDMAutoencoderConfig
-from tasks.scores import open_scorer
+from tasks.scores import open_scorer, plan_scorer
 from utils.config import dump_yaml, load_config, to_dict
 
 PROG = "train_ae.py"
@@ -54,8 +54,8 @@ def main() -> None:
     if launch.dry_run:
         env = launch.env()
         config = for_ranks(config, env)
-        task, source, _ = build(config.for_planning(), env)
-        print(report(task, source, config, env), end="")
+        task, source, valid = build(config.for_planning(), env)
+        print(report(task, source, config, env, valid, plan_scorer(config, task, valid or source)), end="")
         return
     with distributed(config.parallel.timeout) as env:
         config = for_ranks(config, env)

@@ -18,7 +18,7 @@ from tasks.hvdm_config import HVDMRunConfig
 from tasks.latent import LatentTask
 from tasks.latent_config import LatteRunConfig
 from tasks.pvdm_config import PVDMRunConfig
-from tasks.scores import open_scorer
+from tasks.scores import open_scorer, plan_scorer
 from utils.config import dump_yaml, load_config, to_dict
 
 PROG = "train_dit.py"
@@ -44,8 +44,8 @@ def main() -> None:
     if launch.dry_run:
         env = launch.env()
         config = for_ranks(config, env)
-        task, source, _ = build(config.for_planning(), env)
-        print(report(task, source, config, env), end="")
+        task, source, valid = build(config.for_planning(), env)
+        print(report(task, source, config, env, valid, plan_scorer(config, task, valid or source)), end="")
         return
     with distributed(config.parallel.timeout) as env:
         config = for_ranks(config, env)

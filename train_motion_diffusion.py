@@ -16,7 +16,7 @@ from launch.env import Env, distributed
 from launch.run import parse_launch, run_main
 from tasks import motion, vidm_motion
 from tasks.motion import CMDMotionConfig
-from tasks.scores import open_scorer
+from tasks.scores import open_scorer, plan_scorer
 from tasks.vidm_config import VIDMMotionConfig
 from utils.config import dump_yaml, load_config, to_dict
 
@@ -41,8 +41,8 @@ def main() -> None:
     if launch.dry_run:
         env = launch.env()
         config = for_ranks(config, env)
-        task, source, _ = build(config, env)
-        print(report(task, source, config, env), end="")
+        task, source, valid = build(config, env)
+        print(report(task, source, config, env, valid, plan_scorer(config, task, valid or source)), end="")
         return
     with distributed(config.parallel.timeout) as env:
         config = for_ranks(config, env)

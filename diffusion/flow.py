@@ -29,6 +29,8 @@ class FlowMatching:
     """The flow. Tensors are (b, ...), t is (b,) float32 in [0, 1]. All arithmetic is float32, whatever precision the network ran in."""
 
     num_timesteps = TIME_SCALE
+    terms = ("loss", "mse")
+    """Names of what `training_losses` gives."""
 
     def __init__(
         self, *, time_sampling: TimeSampling = "logit_normal", logit_mean: float = 0.0, logit_std: float = 1.0, time_shift: float = 1.0

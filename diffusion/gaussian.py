@@ -170,6 +170,14 @@ class GaussianDiffusion(ForwardProcess):
         nll = mean_flat(-discretised_log_likelihood(x0, prediction.mean, prediction.log_variance)) / LN2
         return torch.where(t == 0, nll, kl)
 
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of what `training_losses` gives."""
+        if self.loss in ("kl", "rescaled_kl"):
+            return ("loss", "vb")
+        error = self.loss if self.loss in ("robust", "l1") else "mse"
+        return ("loss", error, *(("vb",) if self.variance == "learned_range" else ()))
+
     def training_losses(
         self, model: Denoiser, x0: Tensor, t: Tensor, noise: Tensor, model_kwargs: Mapping[str, Any] | None = None
     ) -> dict[str, Tensor]:

@@ -9,14 +9,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.config import RunConfig
+from engine.config import SCORE, RunConfig
 from engine.runs import Run
+from engine.task import BatchSource, Scorer
 from launch.env import Env
 from utils.errors import ConfigError, UserError
 from utils.files import sha256_file
 from utils.weights import load_card
 
 _log = logging.getLogger(__name__)
+
+
+def check_metric(config: RunConfig, valid: BatchSource | None, scorer: Scorer | None) -> None:
+    """Raises ConfigError where nothing can measure what the best weights are chosen by."""
+    best = config.best
+    if best.scored and (scorer is None or best.name != SCORE + scorer.name):
+        there = f"the figure of this run is {SCORE}{scorer.name}" if scorer else "this run measures no score"
+        raise ConfigError(f"--best-metric {best.metric}: {there}")
+    if best.metric and not best.scored and valid is None:
+        raise ConfigError(f"--best-metric {best.metric} compares evaluations: give the samples for them with --val-path")
 
 
 class Best:

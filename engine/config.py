@@ -1,6 +1,7 @@
 """The settings that every training stage shares. A stage's own config adds `system`, `data`, `model`, ... to `RunConfig`."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -223,6 +224,11 @@ class BestConfig:
         """Raises ConfigError on a metric of which `auto` does not know what is better."""
         if self.metric:
             _ = self.sign
+
+    def check_among(self, measured: Sequence[str]) -> None:
+        """Raises ConfigError on a metric of the validation set that the evaluations of a stage do not measure."""
+        if self.metric and not self.scored and self.name not in measured:
+            raise ConfigError(f"--best-metric {self.metric}: evaluations measure {', '.join(measured)}")
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from engine.best import Best
+from engine.best import Best, check_metric
 from engine.checkpoint import Checkpointer, State
-from engine.config import SCORE, RunConfig
+from engine.config import RunConfig
 from engine.ema import late_averages
 from engine.feed import Feed, fixed_batch
 from engine.flops import count_flops, peak_flops
@@ -26,7 +26,6 @@ from engine.task import BatchSource, Measuring, Scorer, Task
 from engine.team import Team
 from engine.watch import Watch
 from launch.env import Env, Stopped
-from utils.errors import ConfigError
 from utils.rng import SampleRng, derive_seed
 
 
@@ -40,7 +39,7 @@ def fit(
     compares what is made with what is real.
     """
     train, log = config.train, config.log
-    _check_metric(config, valid, scorer)
+    check_metric(config, valid, scorer)
     global_batch, share = train.global_batch_size, samples_per_rank(config, env)
     total = train.max_steps or train.epochs * source.steps_per_epoch
 
@@ -175,13 +174,3 @@ def _stopping(save: Callable[[], None], checkpointer: Checkpointer, recorder: Re
     except Stopped as stop:
         save()
         _leave(stop, checkpointer, recorder, step)
-
-
-def _check_metric(config: RunConfig, valid: BatchSource | None, scorer: Scorer | None) -> None:
-    """Raises ConfigError where nothing can measure what the best weights are chosen by."""
-    best = config.best
-    if best.scored and (scorer is None or best.name != SCORE + scorer.name):
-        there = f"the figure of this run is {SCORE}{scorer.name}" if scorer else "this run measures no score"
-        raise ConfigError(f"--best-metric {best.metric}: {there}")
-    if best.metric and not best.scored and valid is None:
-        raise ConfigError(f"--best-metric {best.metric} compares evaluations: give the samples for them with --val-path")

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from engine.activations import Activations, count_activations
+from engine.best import check_metric
 from engine.config import ParallelConfig, RunConfig
 from engine.flops import count_flops, meta_copy
 from engine.metrics import GIB
 from engine.shard import samples_per_rank, shard_size
-from engine.task import BatchSource, Network, Task
+from engine.task import BatchSource, Network, Scorer, Task
 from launch.env import Env
 from utils.config import dump_yaml, to_dict
 
@@ -107,8 +108,14 @@ def measure(name: str, network: Network, shards: int, offload: bool = False) -> 
     )
 
 
-def report(task: Task, source: BatchSource, config: RunConfig, env: Env) -> str:
-    """The plan of a run on `env.world_size` GPUs, as text. Needs no GPU and no process group; raises ConfigError for an impossible one."""
+def report(
+    task: Task, source: BatchSource, config: RunConfig, env: Env, valid: BatchSource | None = None, scorer: Scorer | None = None
+) -> str:
+    """The plan of a run on `env.world_size` GPUs, as text. Needs no GPU and no process group; raises ConfigError for an impossible one.
+
+    `valid`, `scorer`: as for `engine.loop.fit`.
+    """
+    check_metric(config, valid, scorer)
     shards = shard_size(config.parallel, env.world_size, env.local_world_size)
     micro = samples_per_rank(config, env) // config.train.accumulation
     total = config.train.max_steps or config.train.epochs * source.steps_per_epoch
@@ -126,6 +133,7 @@ def report(task: Task, source: BatchSource, config: RunConfig, env: Env) -> str:
         f"processes: {env.world_size} ({config.parallel.mode}), micro-batch {micro} on each, accumulation {config.train.accumulation}",
         f"steps per epoch: {source.steps_per_epoch}; steps of the run: {total} ({total * config.train.global_batch_size} samples)",
         f"checkpoint: {_size(sum(need.checkpoint for need in needs))}",
+        *([scorer.about] if scorer else []),
         *_host_lines(needs, config, env),
     ]
     return "\n".join(lines) + "\n"

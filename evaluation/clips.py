@@ -1,5 +1,6 @@
 """The clips that are measured: chosen by a protocol, read ahead on threads unless they are made, named by their content."""
 
+import dataclasses
 import hashlib
 import json
 from collections import deque
@@ -14,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from datasets.frames import last_start
 from evaluation.protocols import Protocol, Role, Size
 from evaluation.videos import VideoSet
 from launch.env import Env
@@ -129,30 +129,56 @@ def choose_clips(
     Raises UserError where no video is long enough.
     """
     order = np.arange(len(videos))
-    draws = hash_indices(seed, f"{role} window", order)
     if role == "real" and protocol.drawn:
         order = np.argsort(hash_indices(seed, f"{role} order", order), kind="stable")
-    lengths: dict[int, int] = {}
-    dropped = looked = 0
-    while len(lengths) < count and looked < len(order):
-        block = order[looked : looked + count - len(lengths)].tolist()
-        looked += len(block)
-        for number, total in zip(block, totals(videos, block, env), strict=True):
-            if not protocol.spread and last_start(total, frames, stride) < 0:
-                dropped += 1
-            else:
-                lengths[number] = total
+    lengths, dropped = _long_enough(videos, order, count, 0 if protocol.spread else (frames - 1) * stride + 1, env)
     if not lengths:
         span = (
             f"{frames} frames (-n)" if stride == 1 or protocol.spread else f"{(frames - 1) * stride + 1} frames ({frames}, {stride} apart)"
         )
         raise UserError(f"none of {len(videos)} videos is long enough: {videos.name(0)} and all others have fewer than {span}")
-    numbers = sorted(lengths)
-    picks = [protocol.picks(role, lengths[number], frames, int(draws[number]), videos.is_pictures(number), stride) for number in numbers]
+    numbers, picks = _picked(videos, protocol, role, lengths, frames, seed, stride)
     if size is None:
         height, width = videos.read(numbers[0], picks[0][:1]).shape[1:3]
         size = (height, width)
     return Clips(videos, protocol, role, size, numbers, picks, dropped)
+
+
+def other_clips(clips: Clips, env: Env, *, count: int, frames: int, seed: int, stride: int = 1) -> Clips | None:
+    """`count` drawn clips of the same set and settings, of other videos than these; None where there are not so many.
+
+    To be called by all ranks.
+    """
+    if len(clips.videos) - len(clips) - clips.dropped < count:
+        return None
+    order = np.argsort(hash_indices(seed, f"{clips.role} order", np.arange(len(clips.videos))), kind="stable")
+    order = order[~np.isin(order, clips.numbers)]
+    lengths, dropped = _long_enough(clips.videos, order, count, (frames - 1) * stride + 1, env)
+    if len(lengths) < count:
+        return None
+    numbers, picks = _picked(clips.videos, clips.protocol, clips.role, lengths, frames, seed, stride)
+    return dataclasses.replace(clips, numbers=numbers, picks=picks, dropped=dropped)
+
+
+def _long_enough(videos: VideoSet, order: np.ndarray, count: int, span: int, env: Env) -> tuple[dict[int, int], int]:
+    """Frames of the first `count` videos, in this order, of at least `span`; and how many shorter ones were passed over."""
+    lengths: dict[int, int] = {}
+    looked = 0
+    while len(lengths) < count and looked < len(order):
+        block = order[looked : looked + count - len(lengths)].tolist()
+        looked += len(block)
+        found = zip(block, totals(videos, block, env), strict=True)
+        lengths |= {number: total for number, total in found if total >= span}
+    return lengths, looked - len(lengths)
+
+
+def _picked(
+    videos: VideoSet, protocol: Protocol, role: Role, lengths: dict[int, int], frames: int, seed: int, stride: int
+) -> tuple[list[int], list[list[int]]]:
+    """The videos in order, and the numbers of the frames that are taken of each."""
+    numbers = sorted(lengths)
+    draws = hash_indices(seed, f"{role} window", np.arange(len(videos)))
+    return numbers, [protocol.picks(role, lengths[n], frames, int(draws[n]), videos.is_pictures(n), stride) for n in numbers]
 
 
 def totals(videos: VideoSet, numbers: list[int], env: Env) -> list[int]:

@@ -122,9 +122,17 @@ class Block:
 
 
 def blocks(clips: Clips, compute: Compute, env: Env, reading: Reading, store: FeatureStore | None) -> Iterator[Block]:
-    """All blocks in order, on rank 0; the others compute their share and get none. To be iterated to the end by all ranks."""
-    count = -(-len(clips) // BLOCK)
-    there = [n for n in range(count) if _stored(store, n, clips) is not None] if store is not None and env.is_main else []
+    """All blocks in order, on rank 0; the others compute their share and get none. To be iterated to the end by all ranks.
+
+    An interruption leaves blocks from the first one on, which are read once. Those behind a gap, as damage leaves it, are read before,
+    to know what is to be computed, and when it is their turn.
+    """
+    count, first = -(-len(clips) // BLOCK), 0
+    while env.is_main and first < count and (block := _stored(store, first, clips)) is not None:
+        yield block
+        first += 1
+    behind = [n for n in range(first + 1, count) if _stored(store, n, clips) is not None] if env.is_main else []
+    there = [*range(first), *behind]
     if env.world_size > 1:
         dist.broadcast_object_list(told := [there])
         there = told[0]
@@ -133,7 +141,7 @@ def blocks(clips: Clips, compute: Compute, env: Env, reading: Reading, store: Fe
     if not env.is_main:
         yield from made
         return
-    for number in range(count):
+    for number in range(first, count):
         block = _stored(store, number, clips) if number in present else next(made)
         if block is None:
             raise UserError(f"{store.folder if store else ''}: block {number} was removed while it was used; start the same command again")

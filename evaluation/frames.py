@@ -15,7 +15,7 @@ from torch import Tensor
 
 from evaluation.features import Side
 from evaluation.protocols import Protocol
-from evaluation.quality import Figures, agreed, frechet_figures, measure_frechet, measured, rows_of, sides
+from evaluation.quality import Figures, agreed, frechet_figures, measure_frechet, measured, more_real, rows_of, sides
 from evaluation.settings import FrechetConfig
 from evaluation.videos import VideoSet
 from launch.env import Env
@@ -79,10 +79,12 @@ def measure_fid(config: FidConfig, env: Env, generated: VideoSet | None = None) 
     extractor = open_inception(config.inception, env.device)
     if not config.kid:
         return measure_frechet(config, env, extractor, generated)
-    real, fake = (measured(config, clips, extractor, env, keep_rows=True) for clips in sides(config, env, generated))
+    clips = sides(config, env, generated)
+    real, fake = (measured(config, one, extractor, env, keep_rows=True) for one in clips)
+    more = more_real(config, *clips, extractor, env)
     if real is None or fake is None:
         return agreed(None, env)
-    figures = frechet_figures(config, extractor, real, fake)
+    figures = frechet_figures(config, extractor, real, fake, more)
     kid, deviation = kernel_distance(_middle(real), _middle(fake), seed=config.seed)
     described = {"kid": "(x y / d + 1)^3, unbiased MMD^2 of the middle frames, up to 100 subsets of 1000"}
     kernel = {"kid": kid, "kid_std": deviation}

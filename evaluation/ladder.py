@@ -12,7 +12,7 @@ from evaluation.clips import Clips
 from evaluation.extractors import open_extractor
 from evaluation.generated import GeneratedVideos, open_job
 from evaluation.protocols import PROTOCOLS, Protocol
-from evaluation.quality import Figures, agreed, clips_of, frechet_figures, measured
+from evaluation.quality import Figures, agreed, clips_of, frechet_figures, measured, more_real
 from evaluation.rungs import RungVideos, clip_shape, frame_interval, labels_of, rungs_of
 from evaluation.settings import FvdConfig
 from evaluation.videos import VideoSet, open_videos
@@ -96,13 +96,14 @@ def measure_ladder(config: LadderConfig, env: Env) -> Figures:
     sets, left_out = _sets(job, sampling, real, env)
     keep = bool(config.bootstrap or config.fd_inf)
     truth = measured(config, real, extractor, env, keep_rows=keep)
+    more = more_real(config, real, real, extractor, env)  # every rung has a clip for each real one
     rungs: dict[str, Figures] = {}
     for name, made in sets.items():
         clips = clips_of(config, made, "generated", env, real.size, 1)
         side = measured(config, clips, extractor, env, keep_rows=keep)
         if env.is_main:
             told = [note for one in rungs.values() for note in one["notes"]]
-            rungs[name] = frechet_figures(config, extractor, truth, side, told)
+            rungs[name] = frechet_figures(config, extractor, truth, side, more, told)
             rungs[name]["protocol"]["id"] += f"_{name}"
     return agreed(_summary(config, rungs, left_out) if env.is_main else None, env)
 
@@ -133,7 +134,7 @@ def _summary(config: LadderConfig, rungs: dict[str, Figures], left_out: dict[str
     figure = config.rules.figure
     figures: Figures = {f"{figure}_{name}": one[figure] for name, one in rungs.items()}
     first = next(iter(rungs.values()))
-    figures |= {name: first[name] for name in ("noise_floor", "floor_videos") if name in first}
+    figures |= {name: first[name] for name in ("noise_floor", "noise_floor_of_halves", "floor_videos") if name in first}
     figures |= {f"frame_difference_ratio_{name}": one["frame_difference_ratio"] for name, one in rungs.items()}
     figures |= {"clips": first["real_videos"], "notes": list(dict.fromkeys(note for one in rungs.values() for note in one["notes"]))}
     own = {name: {key: one["protocol"][key] for key in ("id", "generated")} for name, one in rungs.items()}

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from av.error import FFmpegError
 
+from evaluation.clips import joined
 from evaluation.videos import OVERVIEWS, sample_settings
+from launch.env import Env
 from models.layers.motion import motion_energy
 from pipelines.video_files import form_of, iterate
 from utils.errors import ConfigError, UserError
@@ -32,6 +34,8 @@ class MotionConfig:
     """Frames of a clip, an even number; 0: as many as the model made at a time, 16 where the folder does not say."""
     out: str = ""
     """JSON file to write the figures of all folders to."""
+    timeout: float = 1800.0
+    """Seconds that a process waits for the others."""
 
     def validate(self) -> None:
         """Raises ConfigError on settings that cannot work."""
@@ -43,11 +47,12 @@ class MotionConfig:
             raise ConfigError(f"--clip-frames {self.clip_frames}: an even number, the transform takes pairs of frames")
 
 
-def measure_motion(folder: Path, clip_frames: int = 0) -> dict[str, Any]:
+def measure_motion(folder: Path, env: Env, clip_frames: int = 0) -> dict[str, Any]:
     """Mean and standard deviation over the videos of a folder of their motion, each the mean over its clips; and how it was measured.
 
     Clips follow one another; what is left at the end of a video is left out, and an odd last row or column. `clip_frames` 0: as many as
-    the model makes at a time, by the settings beside the videos. Raises UserError for a folder without videos, and for a file that is none.
+    the model makes at a time, by the settings beside the videos. The processes share the videos; to be called by all ranks, which all get
+    the figures. Raises UserError for a folder without videos, and for a file that is none.
     """
     settings = sample_settings(folder)
     frames = clip_frames or settings.get("model", {}).get("latent_frames") or settings.get("n_frames") or CLIP_FRAMES
@@ -57,7 +62,8 @@ def measure_motion(folder: Path, clip_frames: int = 0) -> dict[str, Any]:
     if not videos:
         raise UserError(f"{folder} holds no videos (*.mp4): give the --out of sample.py, or any folder of mp4 files")
     forms = sorted({form_of(path) for path in videos})
-    found = [list(_energies(path, frames, settings.get("fps") or 10)) for path in videos]
+    mine = [list(_energies(path, frames, settings.get("fps") or 10)) for path in videos[env.rank :: env.world_size]]
+    found = joined(mine, len(videos), env)
     if short := [path for path, energies in zip(videos, found, strict=True) if not energies]:
         raise UserError(f"{short[0]} has fewer than {frames} frames: give --clip-frames")
     means = [statistics.fmean(energies) for energies in found]

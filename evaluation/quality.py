@@ -6,7 +6,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from evaluation.clips import Clips, choose_clips
+from evaluation.clips import Clips, choose_clips, other_clips
 from evaluation.extractors import Extractor, open_extractor
 from evaluation.features import Reading, Side, measure_side
 from evaluation.protocols import Role, Size
@@ -36,7 +36,8 @@ def measure_frechet(config: FrechetConfig, env: Env, extractor: Extractor, gener
     clips = sides(config, env, generated)
     keep = bool(config.bootstrap or config.fd_inf)
     real, fake = (measured(config, one, extractor, env, keep_rows=keep) for one in clips)
-    return agreed(frechet_figures(config, extractor, real, fake) if env.is_main else None, env)
+    more = more_real(config, *clips, extractor, env)
+    return agreed(frechet_figures(config, extractor, real, fake, more) if env.is_main else None, env)
 
 
 def measure_kvd(config: KvdConfig, env: Env, generated: VideoSet | None = None) -> Figures:
@@ -84,6 +85,18 @@ def measured(config: VideosConfig, clips: Clips, extractor: Extractor, env: Env,
     return measure_side(clips, extractor, env, reading, config.seed, keep_rows=keep_rows)
 
 
+def more_real(config: FrechetConfig, real: Clips, generated: Clips, extractor: Extractor, env: Env) -> Side | None:
+    """As many other real clips as there are generated ones, on rank 0: a perfect generator's, for the noise floor.
+
+    None where there are not so many, and of protocols that take videos by name, of which the next would be of other classes.
+    """
+    if not (config.noise_floor and config.rules.drawn):
+        return None
+    stride = config.real_stride or config.step
+    clips = other_clips(real, env, count=len(generated), frames=config.frames, seed=config.seed, stride=stride)
+    return None if clips is None else measured(config, clips, extractor, env, keep_rows=False)
+
+
 def agreed(figures: Figures | None, env: Env) -> Figures:
     """Rank 0's figures, on all ranks."""
     told = [figures]
@@ -94,9 +107,14 @@ def agreed(figures: Figures | None, env: Env) -> Figures:
 
 
 def frechet_figures(
-    config: FrechetConfig, extractor: Extractor, real: Side | None, generated: Side | None, told: Container[str] = ()
+    config: FrechetConfig,
+    extractor: Extractor,
+    real: Side | None,
+    generated: Side | None,
+    more: Side | None,
+    told: Container[str] = (),
 ) -> Figures:
-    """Distance and all that goes with it, on rank 0. `told`: notes that were printed before."""
+    """Distance and all that goes with it, on rank 0. `more`: of `more_real`; `told`: notes that were printed before."""
     assert real is not None and generated is not None
     unbiased, name = config.rules.unbiased, config.rules.figure
     moments = [side.moments for side in (real, generated)]
@@ -112,16 +130,31 @@ def frechet_figures(
     elif config.fd_inf:
         limit, by_size = frechet_limit(rows_of(real), rows_of(generated), config.seed, unbiased=unbiased)
         figures |= {"fd_inf": limit, "fd_by_size": {str(size): one for size, one in by_size.items()}}
-    if config.noise_floor and least >= LEAST_FOR_FLOOR:
-        floor = frechet_distance(*real.halves, unbiased=unbiased)
-        half = frechet_distance(real.halves[0], generated.halves[0], unbiased=unbiased)
-        counts = {
-            f"floor_{config.unit}": [half.n for half in real.halves],
-            f"half_{config.unit}": [side.halves[0].n for side in (real, generated)],
-        }
-        figures |= {"noise_floor": floor, f"{name}_of_halves": half, **counts}
+    if config.noise_floor:
+        figures |= _floor(config, real, generated, more)
     described = {"id": config.name(name, len(generated.clips)), "covariance": config.rules.covariance, "dim": moments[0].dim}
+    if more is not None:
+        described["floor"] = {"videos": len(more.clips), "content_sha256": more.digest}
     return report(config, figures, notes, described, extractor, [real, generated], told)
+
+
+def _floor(config: FrechetConfig, real: Side, generated: Side, more: Side | None) -> Figures:
+    """The distance of the real videos from other real ones, which stand for the generated ones.
+
+    Where there are not so many: of one half of them from the other, and beside it that of as many generated ones from a half.
+    """
+    unbiased, name = config.rules.unbiased, config.rules.figure
+    if more is not None:
+        ends = real.moments, more.moments
+        return {"noise_floor": frechet_distance(*ends, unbiased=unbiased), f"floor_{config.unit}": [end.n for end in ends]}
+    if min(len(real.clips), len(generated.clips)) < LEAST_FOR_FLOOR:
+        return {}
+    return {
+        "noise_floor_of_halves": frechet_distance(*real.halves, unbiased=unbiased),
+        f"floor_{config.unit}": [half.n for half in real.halves],
+        f"{name}_of_halves": frechet_distance(real.halves[0], generated.halves[0], unbiased=unbiased),
+        f"half_{config.unit}": [side.halves[0].n for side in (real, generated)],
+    }
 
 
 def _kernel_figures(config: KvdConfig, extractor: Extractor, real: Side | None, generated: Side | None) -> Figures:

@@ -11,7 +11,10 @@ from evaluation.settings import VideosConfig
 from evaluation.versions import versions
 from utils.files import atomic_write_text, waiting_turn
 
-COLUMNS = ("figure", "value", "95 % interval", "real videos", "generated videos", "frames", "size", "protocol", "network sha256", "seed")
+COLUMNS = (
+    "figure", "value", "95 % interval", "noise floor", "real videos", "generated videos", "frames", "size", "protocol", "network sha256",
+    "seed",
+)  # fmt: skip
 
 
 def too_few(least: int, dim: int, unit: str) -> list[str]:
@@ -97,6 +100,7 @@ def row(figures: Mapping[str, Any]) -> str:
         protocol["id"],
         digits(figures[name]),
         "" if low is None or high is None else f"{digits(low)} .. {digits(high)}",
+        _floor(figures),
         str(figures.get("real_videos", "")),
         str(figures["generated_videos"]),
         str(protocol["frames"]),
@@ -108,12 +112,22 @@ def row(figures: Mapping[str, Any]) -> str:
     return _line(cells)
 
 
+def _floor(figures: Mapping[str, Any]) -> str:
+    """The noise floor, at the size of the figure or of halves, where there is one."""
+    if "noise_floor" in figures:
+        return digits(figures["noise_floor"])
+    return f"{digits(figures['noise_floor_of_halves'])} of halves" if "noise_floor_of_halves" in figures else ""
+
+
 def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
 def append_row(path: Path, figures: Mapping[str, Any]) -> None:
-    """Adds the row to a file, which is whole at any time; a new file gets the heading. Who adds at the same time waits."""
+    """Adds the row to a file, which is whole at any time; a new file gets the heading, and one with another heading of ours a new table.
+
+    Who adds at the same time waits.
+    """
     path = path.resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     with waiting_turn(path):
@@ -121,4 +135,8 @@ def append_row(path: Path, figures: Mapping[str, Any]) -> None:
         if before and not before.endswith("\n"):
             before += "\n"
         heading = f"{_line(list(COLUMNS))}\n{_line(['---'] * len(COLUMNS))}\n"
-        atomic_write_text(path, f"{before or heading}{row(figures)}\n")
+        if not before:
+            before = heading
+        elif heading not in before and any(line.startswith(f"| {COLUMNS[0]} | {COLUMNS[1]} |") for line in before.splitlines()):
+            before += "\n" + heading
+        atomic_write_text(path, f"{before}{row(figures)}\n")

@@ -150,7 +150,8 @@ class FrechetConfig(PairConfig):
     """What Frechet distances have in common."""
 
     noise_floor: bool = True
-    """Also the distance of one half of the real videos from the other, and that of as many generated ones from a half."""
+    """Also the distance of the real videos from as many others of their set as there are generated ones, which are measured too; where
+    there are not so many, of one half of them from the other, and that of as many generated ones from a half."""
     fd_inf: bool = False
     """Also what the distance comes to with ever more videos: a line in 1/n through subsets."""
 

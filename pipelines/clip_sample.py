@@ -10,6 +10,7 @@ from diffusion import DiffusionConfig
 from pipelines.clip import ClipPipeline
 from pipelines.jobs import SampleConfig, Strip, choose_classes, class_name, in_turn, numbered
 from pipelines.loading import Loaded, diffusion_of
+from pipelines.runs import find_family
 from pipelines.sampling import Sampling, count_steps
 from utils.config import flag, to_dict
 from utils.errors import ConfigError, UserError
@@ -45,6 +46,13 @@ class ClipSampleConfig(SampleConfig):
             raise ConfigError(f"--eta {self.eta}: between 0 and 1")
         if self.mode == "short" and self.next_steps is not None:
             raise ConfigError(f"--next-steps {self.next_steps}: only --mode long has a second clip")
+
+    def networks(self) -> dict[str, Any]:
+        """The exports that the settings name and how they are opened, for a pipeline's `from_exports`. Raises UserError."""
+        # A denoiser that is named brings its own autoencoder.
+        found = find_family(self.run, self.system) if self.run and not self.denoiser else {}
+        named = {"denoiser": self.denoiser or found["denoiser"], "ae": self.ae or found.get("autoencoder", "")}
+        return named | {"weights": self.weights, "precision": self.precision}
 
     def step_counts(self, process: DiffusionConfig) -> tuple[int, int]:
         """Steps of the first clip and of the following ones. Raises ConfigError."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -183,7 +182,7 @@ class CMDSampleJob:
 
 def _open(config: CMDSampleConfig, device: torch.device) -> CMDPipeline:
     """The networks that the settings name."""
-    found = find_family(Path(config.run)) if config.run else {}
+    found = find_family(config.run) if config.run else {}
     return CMDPipeline.from_exports(
         config.ae or found["autoencoder"],
         config.content or found["content"],

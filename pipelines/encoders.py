@@ -13,6 +13,7 @@ from pipelines.hvdm import HVDMPipeline
 from pipelines.latte import LattePipeline
 from pipelines.loading import is_official, released_system
 from pipelines.pvdm import PVDMPipeline
+from utils.errors import ConfigError
 from utils.weights import read_card
 
 
@@ -97,14 +98,21 @@ def _latte(options: EncoderOptions) -> LatentEncoder:
 
 
 def _pvdm(options: EncoderOptions) -> LatentEncoder:
+    _refuse_vae(options)
     pipeline = PVDMPipeline.from_exports(ae=options.path, ae_weights=options.weights, device=options.device, precision=options.precision)
     return _paired(pipeline, options)
 
 
 def _hvdm(options: EncoderOptions) -> LatentEncoder:
+    _refuse_vae(options)
     pipeline = HVDMPipeline.from_exports(ae=options.path, ae_weights=options.weights, device=options.device, precision=options.precision)
     pipeline.stills = options.stills
     return _paired(pipeline, options)
+
+
+def _refuse_vae(options: EncoderOptions) -> None:
+    if options.vae:
+        raise ConfigError(f"--vae {options.vae}: --ae {options.path} takes pixels, no latents of an image VAE; drop the flag")
 
 
 def _paired(pipeline: ClipPipeline, options: EncoderOptions) -> LatentEncoder:
@@ -124,8 +132,13 @@ IMAGE_VAE = "latte"
 def system_of(ae: str, told: str = "") -> str:
     """The system that opens an autoencoder: an export says it, an official checkpoint does unless it is `told`; empty `ae`: an image VAE.
 
-    Raises UserError for what cannot be read.
+    Raises UserError for what cannot be read, ConfigError where something else is told.
     """
+    if not ae and told not in ("", IMAGE_VAE):
+        raise ConfigError(f"--system {told}: without --ae it is the image VAE that encodes, frame by frame ({IMAGE_VAE}); drop the flag")
     if ae and not is_official(ae):
-        return str(read_card(ae).get("system", ""))
+        system = str(read_card(ae).get("system", ""))
+        if told not in ("", system):
+            raise ConfigError(f"--system {told}: --ae {ae} is an export of '{system}'; drop the flag")
+        return system
     return told or (released_system(ae) if ae else IMAGE_VAE)

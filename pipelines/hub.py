@@ -57,7 +57,22 @@ def _download(repo: str, revision: str | None) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=PATTERNS))
     except Exception as error:  # of many kinds: of the connection, the name, the token, the disk
         at = f"@{revision}" if revision else ""
-        raise UserError(f"{repo}{at} is no folder here, and the hub does not give it: {_line(error)}") from None
+        raise UserError(f"{repo}{at}: no such folder; as a repository of the Hugging Face hub: {_reason(repo, revision, error)}") from None
+
+
+def _reason(repo: str, revision: str | None, error: Exception) -> str:
+    """Why a repository is not given, in words for those who may have meant a folder."""
+    from huggingface_hub import constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        return "not downloaded before, and HF_HUB_OFFLINE forbids to ask"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo} has no revision {revision}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"there is no {repo}, or it is private and wants the token of `hf auth login`"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return f"not downloaded before, and the hub cannot be asked ({_line(error)})"
+    return f"it is not given: {_line(error)}"
 
 
 def _line(error: Exception) -> str:

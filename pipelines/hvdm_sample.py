@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,7 +12,6 @@ from pipelines.clip_sample import ClipSampleConfig, ClipSampleJob
 from pipelines.hvdm import HVDMPipeline
 from pipelines.loading import Loaded
 from pipelines.pictures import find_pictures, hash_picture, read_picture
-from pipelines.runs import find_family
 from utils.config import flag
 from utils.errors import ConfigError, UserError
 
@@ -71,7 +69,7 @@ class HVDMSampleJob(ClipSampleJob):
 
     def __init__(self, config: HVDMSampleConfig, device: torch.device, pipeline: HVDMPipeline | None = None) -> None:
         """`pipeline`: networks that are there already, of the same settings. Raises UserError or ConfigError in one line."""
-        pipeline = pipeline or _open(config, device)
+        pipeline = pipeline or HVDMPipeline.from_exports(**config.networks(), device=device)
         super().__init__(config, pipeline)
         self.told = self._told()
         self.fps = config.fps or pipeline.fps / (config.frame_stride or 1)
@@ -178,16 +176,3 @@ class HVDMSampleJob(ClipSampleJob):
             return None if asked is None else known.index(asked)
         what = f"the denoiser knows {', '.join(map(str, known))}" if known else "the denoiser was trained with one only"
         raise UserError(f"--frame-stride {asked}: {what} (--frame-strides)")
-
-
-def _open(config: HVDMSampleConfig, device: torch.device) -> HVDMPipeline:
-    """The networks that the settings name."""
-    # A denoiser that is named brings its own autoencoder.
-    found = find_family(Path(config.run), "hvdm") if config.run and not config.denoiser else {}
-    return HVDMPipeline.from_exports(
-        config.denoiser or found["denoiser"],
-        config.ae or found.get("autoencoder", ""),
-        weights=config.weights,
-        device=device,
-        precision=config.precision,
-    )

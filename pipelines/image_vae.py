@@ -173,9 +173,11 @@ def load_image_vae(path: str, scale_factor: float, chunk: int = 16) -> ImageVae:
 def vae_of(card: Mapping[str, Any], path: str, scale_factor: float, chunk: int = 16) -> ImageVae | None:
     """The image VAE that the autoencoder with this card was trained behind; None in pixel mode. Raises UserError for another one.
 
-    Without `path` it is the one that the card names, as that of a saved folder does.
+    Without `path` it is the one that the card names, as that of a saved folder does. Raises ConfigError for one in pixel mode.
     """
     if card["model"]["mode"] == "pixel":
+        if path:
+            raise ConfigError(f"--vae {path}: the autoencoder takes pixels (--mode pixel), no latents of an image VAE; drop the flag")
         return None
     trained = card.get("vae", {})
     if not path and "path" in trained:

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -273,7 +272,7 @@ class LatteSampleJob:
 def _open(config: LatteSampleConfig, device: torch.device) -> LattePipeline:
     """The networks that the settings name. Raises UserError or ConfigError in one line."""
     # A denoiser that is named brings its own autoencoder.
-    found = find_family(Path(config.run), "latte") if config.run and not config.denoiser else {}
+    found = find_family(config.run, "latte") if config.run and not config.denoiser else {}
     ae = config.ae or ("" if config.vae else found.get("autoencoder", ""))
     return LattePipeline.from_exports(
         config.denoiser or found["denoiser"],

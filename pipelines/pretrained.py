@@ -73,6 +73,8 @@ def from_pretrained(
     networks need one that is not saved with them. Nothing that is read is run as code. Raises UserError in one line.
     """
     place = fetch(source, revision)
+    if not place.is_dir():
+        raise UserError(f"{source}: no such folder, and no <owner>/<name> on the Hugging Face hub")
     found = [name for name in systems_in(place) if name in GENERATORS]
     if system and system not in GENERATORS:
         raise ConfigError(f"system {system}: there are {', '.join(GENERATORS)}")

@@ -1,7 +1,6 @@
 """What `sample.py` needs to know of PVDM: its settings and its exports."""
 
 import dataclasses
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -9,7 +8,6 @@ import torch
 from diffusion import DiffusionConfig
 from pipelines.clip_sample import ClipSampleConfig, ClipSampleJob
 from pipelines.pvdm import PVDMPipeline
-from pipelines.runs import find_family
 from utils.errors import ConfigError
 
 PRESETS = {"100/20": (100, 20), "200/200": (200, 200), "400/400": (400, 400), "400/20": (400, 20)}
@@ -50,19 +48,5 @@ class PVDMSampleJob(ClipSampleJob):
 
     def __init__(self, config: PVDMSampleConfig, device: torch.device, pipeline: PVDMPipeline | None = None) -> None:
         """`pipeline`: networks that are there already, of the same settings. Raises UserError or ConfigError in one line."""
-        pipeline = pipeline or _open(config, device)
+        pipeline = pipeline or PVDMPipeline.from_exports(**config.networks(), num_heads=config.num_heads, device=device)
         super().__init__(config, pipeline)
-
-
-def _open(config: PVDMSampleConfig, device: torch.device) -> PVDMPipeline:
-    """The networks that the settings name."""
-    # A denoiser that is named brings its own autoencoder.
-    found = find_family(Path(config.run), "pvdm") if config.run and not config.denoiser else {}
-    return PVDMPipeline.from_exports(
-        config.denoiser or found["denoiser"],
-        config.ae or found.get("autoencoder", ""),
-        weights=config.weights,
-        num_heads=config.num_heads,
-        device=device,
-        precision=config.precision,
-    )

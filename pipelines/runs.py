@@ -55,17 +55,17 @@ OF_PIXELS = {"vidm"}
 """Systems without an autoencoder."""
 
 
-def systems_in(results: Path) -> list[str]:
+def systems_in(results: str | Path) -> list[str]:
     """Systems of the finished runs below `results` that generate; of all finished runs where none does; that of a saved folder, which may
     be on the hub. Raises UserError for no folder."""
     saved = open_saved(fetch(results))
     if saved is not None:
         return [saved.system]
-    exports = [export for export in _finished(results) if export.system in GENERATORS]
+    exports = [export for export in _finished(Path(results)) if export.system in GENERATORS]
     return sorted({e.system for e in exports if e.stage in GENERATORS[e.system]} or {e.system for e in exports})
 
 
-def find_family(results: Path, system: str = "cmd", without: Sequence[str] = ()) -> dict[str, Path]:
+def find_family(results: str | Path, system: str = "cmd", without: Sequence[str] = ()) -> dict[str, Path]:
     """Stage -> run folder: the newest finished run of a system's first generator below `results`, its autoencoder (here, or where it was
     when the run was trained), and the newest runs of the other generators on that one. An image VAE from elsewhere is left out, and so
     are the stages `without` which it does. Of a saved folder, which may be on the hub, its parts.
@@ -75,7 +75,7 @@ def find_family(results: Path, system: str = "cmd", without: Sequence[str] = ())
     saved = open_saved(fetch(results))
     if saved is not None:
         return _saved_family(results, saved, system, without)
-    found = [export for export in _finished(results) if export.system == system]
+    found = [export for export in _finished(Path(results)) if export.system == system]
     first, *others = (stage for stage in GENERATORS[system] if stage not in without)
     before = () if system in OF_PIXELS else ("autoencoder",)
     stages = {stage: [e for e in found if e.stage == stage] for stage in (*before, first, *others)}
@@ -94,7 +94,7 @@ def find_family(results: Path, system: str = "cmd", without: Sequence[str] = ())
     return family
 
 
-def _saved_family(results: Path, saved: SavedFamily, system: str, without: Sequence[str]) -> dict[str, Path]:
+def _saved_family(results: str | Path, saved: SavedFamily, system: str, without: Sequence[str]) -> dict[str, Path]:
     """The parts that are wanted of a saved folder, if they are there."""
     if saved.system != system:
         raise UserError(f"--run {results}: it holds the networks of {saved.system}, not of {system}")
@@ -114,7 +114,10 @@ def _autoencoder_of(export: Export, candidates: Sequence[Export]) -> Path:
 def _finished(results: Path) -> Iterator[Export]:
     """Runs with an export, newest first."""
     if not results.is_dir():
-        raise UserError(f"--run {results}: no such folder; it is the --results-dir of the training runs, or a folder of saved networks")
+        raise UserError(
+            f"--run {results}: no such folder, and no <owner>/<name> on the Hugging Face hub; give the --results-dir of the training runs, "
+            "or a folder of saved networks"
+        )
     numbered = sorted((p for p in results.iterdir() if p.name[:3].isdecimal()), key=_number, reverse=True)
     for run in [*numbered, results]:
         if find_card(run / "export") is not None:

@@ -72,7 +72,7 @@ def _told(argv: Sequence[str]) -> str:
     if "system" in given:
         return given["system"]
     run = next((given[name] for name in ("run", "results_dir") if given.get(name)), "")
-    trained = systems_in(Path(run)) if run else []
+    trained = systems_in(run) if run else []
     if len(trained) > 1:
         raise UserError(f"--run {run} holds runs of {' and '.join(trained)}: say with --system which of them generates")
     networks = (_of_network(name, given[name]) for name in (*_DENOISER, *_GENERATORS) if given.get(name))

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -221,7 +220,7 @@ class VIDMSampleJob:
 def _pipeline(config: VIDMSampleConfig, device: torch.device) -> VIDMPipeline:
     """The networks that are named, or those of a results folder. Raises UserError."""
     without = [stage for stage in ("content", "motion") if getattr(config, stage) or (stage == "content" and config.image)]
-    found = find_family(Path(config.run), "vidm", without=without) if config.run and len(without) < 2 else {}
+    found = find_family(config.run, "vidm", without=without) if config.run and len(without) < 2 else {}
     return VIDMPipeline.from_exports(
         config.motion or found["motion"],
         config.content or found.get("content"),

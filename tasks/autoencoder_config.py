@@ -81,3 +81,5 @@ class CMDAutoencoderConfig(RunConfig):
         loss.adversarial.validate()
         if model.mode == "pixel" and not (loss.l1 or loss.l2 or (loss.perceptual.kind != "none" and loss.perceptual.weight)):
             raise ConfigError("loss: l1, l2 and the perceptual loss are all off, nothing is left to train on")
+        seen = model.mode == "pixel" and loss.perceptual.kind != "none" and loss.perceptual.weight
+        self.best.check_among(("l1", "psnr", "ssim", *(("perceptual",) if seen else ())))

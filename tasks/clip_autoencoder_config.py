@@ -96,9 +96,7 @@ class ClipAutoencoderRunConfig(RunConfig):
         loss.adversarial.validate()
         if not any(distances.values()) and not loss.is_perceptual:
             raise ConfigError(f"loss: {', '.join(distances)} and the perceptual loss are all off, nothing is left to train on")
-        measured = ("l1", "psnr", "ssim", *(("perceptual",) if loss.is_perceptual else ()))
-        if self.best.metric and self.best.metric not in measured:
-            raise ConfigError(f"--best-metric {self.best.metric}: evaluations measure {', '.join(measured)}")
+        self.best.check_among(("l1", "psnr", "ssim", *(("perceptual",) if loss.is_perceptual else ())))
 
 
 def network_config(kind: Callable[..., T], model: Any, clips: ClipInfo) -> T:

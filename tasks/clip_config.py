@@ -6,7 +6,8 @@ from typing import Any, ClassVar, Literal
 import models
 from diffusion import DiffusionConfig, learned_variance
 from engine.config import EmaConfig, OptimConfig
-from tasks.diffusion_task import PreviewConfig, check_settings
+from tasks.diffusion_checks import check_settings
+from tasks.diffusion_task import PreviewConfig
 from tasks.latent_config import LatentConfig, LatentRunConfig, NamedSizeConfig
 from utils.config import flag
 from utils.errors import ConfigError
@@ -100,7 +101,7 @@ class ClipRunConfig(LatentRunConfig):
             raise ConfigError(f"--cond-prob {self.cond_prob}: with model.conditional off no clip goes on after another; give --cond-prob 0")
         if self.condition.use_text_embed:
             raise ConfigError(f"--use-text-embed: {self.title}'s denoisers take class labels, no vectors; drop the flag")
-        check_settings(self.family, self.model.name, self.condition, self.preview, self.diffusion, "--model")
+        check_settings(self.family, self.model.name, self.condition, self.preview, self.diffusion, self.best, "--model")
         side = 1024 * (self.model.patch_size or 1)  # the latents are not known yet
         self.denoiser_size(latent_res=(side, side), latent_frames=side)
 

@@ -14,12 +14,12 @@ from launch.env import Env
 from models.transformers.dit import ContentDiT
 from pipelines.sampling import Sampling, sample
 from tasks.clips import ClipInfo, Networks, check_held_out, empty_batch, open_clips, units
+from tasks.diffusion_checks import check_settings
 from tasks.diffusion_task import (
     Condition,
     DenoiserRunConfig,
     DenoiserSizeConfig,
     FirstStage,
-    check_settings,
     denoising_loss,
     measured,
     named_size,
@@ -47,7 +47,7 @@ class CMDContentConfig(DenoiserRunConfig):
     def validate(self) -> None:
         """Raises ConfigError on settings and combinations that cannot work."""
         super().validate()
-        check_settings("ContentDiT", self.model.name, self.condition, self.preview, self.diffusion)
+        check_settings("ContentDiT", self.model.name, self.condition, self.preview, self.diffusion, self.best)
 
 
 class CMDContentTask:

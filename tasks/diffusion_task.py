@@ -12,8 +12,6 @@ from torch import Tensor
 import models
 from datasets.config import DataConfig
 from diffusion import DiffusionConfig, Process
-from diffusion import build as build_process
-from diffusion.gaussian import GaussianDiffusion
 from engine.config import RunConfig
 from engine.task import Batch, LossOutput, Network
 from pipelines.image_vae import ImageVae, vae_of
@@ -263,37 +261,3 @@ def say_unused(final: bool, is_main: bool) -> None:
     """One line for the release's flag that never did anything."""
     if final and is_main:
         log.warning("--final is accepted for compatibility; it had no effect in the release and has none here")
-
-
-def check_settings(
-    family: str,
-    name: str,
-    condition: ConditionConfig,
-    preview: PreviewConfig,
-    diffusion: DiffusionConfig,
-    flag_of_name: str = "--motion-model-config",
-) -> None:
-    """Raises ConfigError on settings that cannot work, whatever the data."""
-    try:
-        models.resolve(name, family)
-    except ValueError as error:
-        raise ConfigError(f"{flag_of_name} {name}: {error}") from None
-    if not 0 <= condition.dropout < 1:
-        raise ConfigError(f"condition.dropout {condition.dropout}: a share in [0, 1) is wanted")
-    if condition.num_classes < -1:
-        raise ConfigError(f"--num-classes {condition.num_classes}: -1 (those of the shard set), 0 (no classes) or their number")
-    check_process(preview, diffusion)
-
-
-def check_process(preview: DrawConfig, diffusion: DiffusionConfig) -> None:
-    """Raises ConfigError on a process that cannot be drawn from, or not as previews do."""
-    if preview.samples < 1:
-        raise ConfigError(f"preview.samples {preview.samples}: at least 1")
-    process = build_process(diffusion)
-    if isinstance(process, GaussianDiffusion) and process.predict == "eps" and not process.tables["alphas_cumprod"][-1] > 0:
-        raise ConfigError(
-            f"diffusion: after the last step of {diffusion.schedule} nothing is left but noise, from which a network that predicts noise "
-            "cannot start; use diffusion.predict v or x0, or a beta_end below 1"
-        )
-    if preview.steps < 1 or (diffusion.process == "ddpm" and preview.steps > diffusion.steps):
-        raise ConfigError(f"preview.steps {preview.steps}: between 1 and diffusion.steps = {diffusion.steps}")

@@ -85,4 +85,5 @@ class FrameVAERunConfig(RunConfig):
         check_not_negative(numbers)
         if not all(0 <= value < 1 for value in adversarial.betas):
             raise ConfigError(f"loss.adversarial.betas {' '.join(map(str, adversarial.betas))}: 0 or more, and below 1")
+        self.best.check_among(("l1", "psnr", "ssim", "latent_mean", "latent_std"))
         self.discriminator()

@@ -79,6 +79,17 @@ class HVDMRunConfig(ClipRunConfig):
             raise ConfigError(f"--dynamics-clips {self.dynamics.measure_clips}: at least one for each of the {bins} classes")
         if not 0 <= self.dynamics.dropout < 1:
             raise ConfigError(f"--dynamics-dropout {self.dynamics.dropout}: a share in [0, 1) is wanted")
+        usual = DynamicsConfig()
+        if not bins and self.dynamics.measure_clips != usual.measure_clips:
+            raise ConfigError(
+                f"--dynamics-clips {self.dynamics.measure_clips}: without --dynamics-bins no clip is measured; drop it, or over a recipe "
+                f"give --dynamics-clips {usual.measure_clips}"
+            )
+        if not (bins or self.frame_strides) and self.dynamics.dropout != usual.dropout:
+            raise ConfigError(
+                f"--dynamics-dropout {self.dynamics.dropout}: without --dynamics-bins or --frame-strides the network is told nothing that "
+                f"could be left out; drop it, or over a recipe give --dynamics-dropout {usual.dropout}"
+            )
         strides = self.frame_strides
         if any(stride < 1 for stride in strides) or len(set(strides)) != len(strides):
             raise ConfigError(f"--frame-strides {' '.join(map(str, strides))}: different numbers of frames, 1 or more")

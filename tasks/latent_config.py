@@ -10,7 +10,8 @@ from datasets.config import DataConfig
 from diffusion import DiffusionConfig
 from engine.config import OptimConfig, RunConfig
 from models.transformers.latte import LatteConfig
-from tasks.diffusion_task import ConditionConfig, DrawConfig, PreviewConfig, check_settings
+from tasks.diffusion_checks import check_settings
+from tasks.diffusion_task import ConditionConfig, DrawConfig, PreviewConfig
 from utils.config import flag
 from utils.errors import ConfigError
 
@@ -149,7 +150,7 @@ class LatteRunConfig(LatentRunConfig):
     def validate(self) -> None:
         """Raises ConfigError on settings and combinations that cannot work."""
         super().validate()
-        check_settings("Latte", self.model.name, self.condition, self.preview, self.diffusion, "--model")
+        check_settings("Latte", self.model.name, self.condition, self.preview, self.diffusion, self.best, "--model")
         if self.ae.path and self.vae.path:
             raise ConfigError(f"--ae {self.ae.path} and --vae {self.vae.path}: give one of them, the first stage is either")
         if self.vae.chunk < 1:

@@ -15,12 +15,12 @@ from launch.env import Env
 from models.transformers.motion_dit import MotionDiT
 from pipelines.sampling import Sampling, sample
 from tasks.clips import ClipInfo, Networks, check_held_out, empty_batch, open_clips, units
+from tasks.diffusion_checks import check_settings
 from tasks.diffusion_task import (
     Condition,
     DenoiserRunConfig,
     DenoiserSizeConfig,
     FirstStage,
-    check_settings,
     denoising_loss,
     measured,
     named_size,
@@ -51,7 +51,7 @@ class CMDMotionConfig(DenoiserRunConfig):
     def validate(self) -> None:
         """Raises ConfigError on settings and combinations that cannot work."""
         super().validate()
-        check_settings("MotionDiT", self.model.name, self.condition, self.preview, self.diffusion)
+        check_settings("MotionDiT", self.model.name, self.condition, self.preview, self.diffusion, self.best)
 
 
 class CMDMotionTask:

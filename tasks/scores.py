@@ -1,11 +1,12 @@
 """Figures of what a stage makes, measured while it is trained: Frechet distances from what is real, by the rules of evaluate.py.
 
-Each rank makes its share of the samples; what a network sees in them is put in the samples' order before it is summed up.
+Each rank makes its share of the samples and sums up what a network sees in them; at the end the sums of all are put together.
 """
 
 import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch import Tensor
 from datasets.loader import ClipSource
 from engine.config import RunConfig, ScoreConfig
 from engine.task import Made, Scored, Scorer, Scoring, Task
+from evaluation.clips import Clips
 from evaluation.extractors import Extractor, open_extractor
 from evaluation.frames import FdConfig, open_effl0
 from evaluation.protocols import PROTOCOLS
@@ -28,19 +30,16 @@ from utils.errors import ConfigError
 from utils.media import to_uint8
 from utils.schema import suggest
 
-Rows = dict[int, Tensor]
-"""Number of a sample -> its features (k, dim), float32 on the CPU."""
-
 
 class DistanceScorer:
     """The distance of the first `count` samples of a source from what is real (`engine.task.Scorer`)."""
 
-    def __init__(self, name: str, source: ClipSource, count: int, extractor: Extractor, env: Env, *, unbiased: bool) -> None:
-        """To be told next of what is real: by `compare_with`, or by originals that the samples bring."""
+    def __init__(self, name: str, source: ClipSource, count: int, rows: int, extractor: Extractor, env: Env, *, unbiased: bool) -> None:
+        """To be told next of what is real: by `compare_with`, or by originals that the samples bring. `rows`: of features, a sample has."""
         self.name, self.source, self.count = name, source, count
         self.about = ""
         self.steps = -(-count // source.order.global_batch)
-        self._extractor, self._unbiased, self._env = extractor, unbiased, env
+        self._rows, self._extractor, self._unbiased, self._env = rows, extractor, unbiased, env
         self._real: Moments | None = None
         self._seen = False
 
@@ -50,50 +49,60 @@ class DistanceScorer:
 
     def measure(self, made: Iterable[tuple[Tensor, Made]]) -> float:
         """The figure, on every rank. Originals are looked at the first time only. Raises an agreed Stopped after a signal."""
-        found: tuple[Rows, Rows] = {}, {}
+        fake: Moments | None = None
+        real: Moments | None = None
         for index, videos in made:
-            for side, rows in zip(found, self._gathered(self._rows(index, videos)), strict=True):
-                side.update(rows)
-        if self._env.is_main and not self._seen:
-            self._real = self._summed(found[1])
-        self._seen = True
-        return float(agreed({"value": self._distance(found[0])} if self._env.is_main else None, self._env)["value"])
+            kept = (index < self.count).nonzero().flatten()
+            fake = self._added(fake, videos.videos, kept)
+            real = real if self._seen else self._added(real, videos.originals, kept)
+            self._meet()
+        whole = self._merged(fake)
+        if not self._seen:
+            self._real, self._seen = self._merged(real), True
+        figures = None
+        if self._env.is_main:
+            assert self._real is not None and whole is not None
+            figures = {"value": frechet_distance(self._real, whole, unbiased=self._unbiased)}
+        return float(agreed(figures, self._env)["value"])
 
-    def _rows(self, index: Tensor, made: Made) -> tuple[Rows, Rows]:
-        """Of what this rank made, and of its originals where they are still to be seen."""
-        kept = (index < self.count).nonzero().flatten()
-        sides = made.videos, None if self._seen else made.originals
-        return self._features(sides[0], index, kept), self._features(sides[1], index, kept)
-
-    def _features(self, videos: Tensor | None, index: Tensor, kept: Tensor) -> Rows:
+    def _added(self, sums: Moments | None, videos: Tensor | None, kept: Tensor) -> Moments | None:
+        """Sums of this rank with what is seen in these of the videos."""
         if videos is None or not len(kept):
-            return {}
+            return sums
         seen = to_uint8(videos[kept.to(videos.device)])
         with _as_evaluated(self._env.device):
             rows = self._extractor(seen if seen.ndim == 5 else seen[:, :, None]).float().cpu()
-        return dict(zip(index[kept].tolist(), rows.unflatten(0, (len(kept), -1)), strict=True))
+        assert len(rows) == len(kept) * self._rows, f"{len(rows)} rows of {len(kept)} samples"
+        sums = Moments(rows.shape[1]) if sums is None else sums
+        sums.update(rows)
+        return sums
 
-    def _gathered(self, mine: tuple[Rows, Rows]) -> tuple[Rows, Rows]:
-        """Of all ranks."""
-        stop = self._env.stop.is_set()
-        told = [(stop, mine)] * self._env.world_size
+    def _meet(self) -> None:
+        """Ends the measurement on all ranks where one of them is to stop."""
+        stop = torch.tensor(self._env.stop.is_set(), dtype=torch.int32)
         if self._env.world_size > 1:
-            dist.all_gather_object(told, (stop, mine))
-        if any(asked for asked, _ in told):
+            dist.all_reduce(stop)
+        if stop:
             raise Stopped
-        fake, real = ({number: row for _, rows in told for number, row in rows[side].items()} for side in range(2))
-        return fake, real
 
-    def _summed(self, rows: Rows) -> Moments:
-        assert len(rows) == self.count, f"{len(rows)} samples were measured, {self.count} are wanted"
-        ordered = torch.cat([rows[number] for number in range(self.count)])
-        whole = Moments(ordered.shape[1])
-        whole.update(ordered)
+    def _merged(self, mine: Moments | None) -> Moments | None:
+        """The sums of all ranks, on rank 0, which gets them rank by rank and holds no more than two; None on the others."""
+        whole: Moments | None = None
+        for rank in range(self._env.world_size):
+            # Copies: a tensor takes all of its memory along, of which these are parts.
+            told = [{name: value.clone() for name, value in mine.state().items()} if mine is not None and rank == self._env.rank else None]
+            if self._env.world_size > 1:
+                dist.broadcast_object_list(told, src=rank)
+            if self._env.is_main and told[0] is not None:
+                found = Moments.from_state(told[0])
+                if whole is None:
+                    whole = found
+                else:
+                    whole.merge(found)
+        assert not self._env.is_main or (whole is not None and whole.n == self.count * self._rows), (
+            f"{whole.n if whole is not None else 0} rows were measured"
+        )
         return whole
-
-    def _distance(self, fake: Rows) -> float:
-        assert self._real is not None
-        return frechet_distance(self._real, self._summed(fake), unbiased=self._unbiased)
 
 
 @contextmanager
@@ -114,6 +123,31 @@ def open_scorer(config: RunConfig, task: Task, source: ClipSource, env: Env) -> 
     `source`: of the conditions, and of the real videos where the settings name none. ConfigError or UserError with one line for what
     cannot be measured, for networks that are not there and for those that do not take what is made.
     """
+    plan = _planned(config, task, source, env)
+    if plan is not None and plan.real is not None:
+        side = measured(plan.rules, plan.real, plan.extractor, env, keep_rows=False)
+        plan.scorer.compare_with(None if side is None else side.moments)
+    return None if plan is None else plan.scorer
+
+
+def plan_scorer(config: RunConfig, task: Task, source: ClipSource) -> Scorer | None:
+    """The same for a dry run: it says what is compared with what and raises what a start would, and has looked at no real video."""
+    plan = _planned(config, task, source, Env.single())
+    return None if plan is None else plan.scorer
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is measured and how, before anything is."""
+
+    scorer: DistanceScorer
+    rules: FrechetConfig
+    extractor: Extractor
+    real: Clips | None
+    """Real videos; None where samples are compared with their originals."""
+
+
+def _planned(config: RunConfig, task: Task, source: ClipSource, env: Env) -> _Plan | None:
     setting = config.score
     if not setting.every:
         return None
@@ -129,12 +163,13 @@ def open_scorer(config: RunConfig, task: Task, source: ClipSource, env: Env) -> 
     if count < 2:
         raise ConfigError(f"--score-every: {source.shards.location} has one sample, a distance needs two")
     name = scored.label + rules.name(rules.rules.figure, count)
-    scorer = DistanceScorer(name, source, count, extractor, env, unbiased=rules.rules.unbiased)
-    against = "their originals" if scored.originals else _look_at_real(scorer, setting, scored, rules, source, extractor, env)
+    scorer = DistanceScorer(name, source, count, len(rows), extractor, env, unbiased=rules.rules.unbiased)
+    real = None if scored.originals else _real(setting, scored, rules, source, env)
+    against = "their originals" if real is None else f"{len(real)} of {setting.real or source.shards.location}"
     unit = "frames" if scored.frames == 1 else f"videos of {scored.frames} frames"
     about = f"score/{name}, every {setting.every} steps: {count} {unit} {scored.what}, compared with {against}"
     scorer.about = "; ".join([about, *too_few(count * len(rows), rows.shape[1], rules.unit)])
-    return scorer
+    return _Plan(scorer, rules, extractor, real)
 
 
 def _rules(setting: ScoreConfig, scored: Scored) -> FrechetConfig:
@@ -168,25 +203,15 @@ def _network(setting: ScoreConfig, rules: FrechetConfig, env: Env) -> Extractor:
     return open_effl0(device=env.device)
 
 
-def _look_at_real(
-    scorer: DistanceScorer,
-    setting: ScoreConfig,
-    scored: Scored,
-    rules: FrechetConfig,
-    source: ClipSource,
-    extractor: Extractor,
-    env: Env,
-) -> str:
-    """Tells the scorer of real videos, whose features are kept as those of evaluate.py; returns which they are."""
+def _real(setting: ScoreConfig, scored: Scored, rules: FrechetConfig, source: ClipSource, env: Env) -> Clips:
+    """The real videos, whose features are kept as those of evaluate.py. Raises ConfigError or UserError where there are none."""
     if not setting.real and source.shards.is_latent:
         raise ConfigError(
             f"--score-every: {source.shards.location} holds latents; give --score-real SHARDS, real videos to compare what is made with"
         )
     videos = open_videos(setting.real, "--score-real") if setting.real else ShardVideos(source.shards)
     clips = clips_of(rules, videos, "real", env, scored.size, scored.stride)
-    where = setting.real or source.shards.location
     if len(clips) < 2:
+        where = setting.real or source.shards.location
         raise ConfigError(f"--score-every: {where} has one video of {scored.frames} frames, a distance needs two")
-    side = measured(rules, clips, extractor, env, keep_rows=False)
-    scorer.compare_with(None if side is None else side.moments)
-    return f"{len(clips)} of {where}"
+    return clips

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 import models
 from diffusion import DiffusionConfig, learned_variance
 from engine.config import EmaConfig, OptimConfig, ParallelConfig, TrainConfig
-from tasks.diffusion_task import DrawConfig, check_process
+from tasks.diffusion_checks import check_process
+from tasks.diffusion_task import DrawConfig
 from tasks.latent_config import NamedSizeConfig, SpaceRunConfig
 from utils.config import flag
 from utils.errors import ConfigError
@@ -93,7 +94,7 @@ class VIDMRunConfig(SpaceRunConfig):
         super().validate()
         if self.diffusion.process != "ddpm":
             raise ConfigError(f"diffusion.process {self.diffusion.process}: VIDM's networks are told the number of a step; use ddpm")
-        check_process(self.preview, self.diffusion)
+        check_process(self.preview, self.diffusion, self.best)
         self.network_size(image_size=(1024, 1024))  # the frames are not known yet
 
     def network_size(self, **overrides: object) -> Any:

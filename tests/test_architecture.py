@@ -30,7 +30,7 @@ NARROW = {
     ("tasks", "engine"): {"engine.task", "engine.config"},
     ("tasks", "launch"): {"launch.env"},
     ("tasks", "evaluation"): {
-        f"evaluation.{name}" for name in ("extractors", "frames", "protocols", "quality", "report", "settings", "videos")
+        f"evaluation.{name}" for name in ("clips", "extractors", "frames", "protocols", "quality", "report", "settings", "videos")
     },
     ("evaluation", "launch"): {"launch.env"},
     ("engine", "launch"): {"launch.agent", "launch.env", "launch.failures"},

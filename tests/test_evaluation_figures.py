@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import evaluate
-from evaluation.clips import choose_clips, look
+from evaluation.clips import choose_clips, look, other_clips
 from evaluation.protocols import PRESETS, PROTOCOLS
 from evaluation.quality import measure_fvd, measure_kvd, measure_vis
 from evaluation.report import append_row, digits, row
@@ -124,7 +124,7 @@ def test_a_set_is_at_no_distance_from_itself(place: Path) -> None:
     found = measure_fvd(fvd_config(place, dir2=str(place / "real")), ALONE)
     apart = measure_fvd(fvd_config(place), ALONE)["fvd"]
     assert abs(found["fvd"]) < 1e-9 < 1e-4 * apart and found["frame_difference_ratio"] == 1
-    assert found["noise_floor"] > 0 and found["floor_videos"] == [24, 24] == found["half_videos"]
+    assert found["noise_floor_of_halves"] > 0 and found["floor_videos"] == [24, 24] == found["half_videos"]
 
 
 @pytest.mark.parametrize("damage", [noise, blur, shuffle, jitter], ids=lambda damage: damage.__name__)
@@ -152,15 +152,46 @@ def test_the_kernel_distance_needs_no_more_videos_than_features(place: Path, tmp
     assert few["kvd_std"] > 0 and few["protocol"]["subset_size"] == 12 and few["protocol"]["id"] == f"kvd{COUNT}_8f"
 
 
-def test_the_floor_is_of_halves_of_the_real_videos(place: Path) -> None:
+def test_the_floor_is_of_as_many_other_real_videos_as_there_are_generated_ones(place: Path) -> None:
+    """It is the figure that a generator gets which makes those. Of a set of fewer there is none."""
+    found = measure_fvd(fvd_config(place, num_videos=20), ALONE)
+    assert found["floor_videos"] == [20, 20] and not {"noise_floor_of_halves", "fvd_of_halves", "half_videos"} & found.keys()
+    assert 0 < found["noise_floor"] < found["fvd"] and found["protocol"]["floor"]["videos"] == 20
+    assert f"| {digits(found['noise_floor'])} |" in row(found)
+    clips = choose_clips(
+        open_videos(place / "real", ""), fvd_config(place).rules, "real", ALONE, count=20, frames=FRAMES, size=None, seed=0
+    )
+    other = other_clips(clips, ALONE, count=20, frames=FRAMES, seed=0)
+    assert other is not None and not set(clips.numbers) & set(other.numbers) and len(set(other.numbers)) == 20
+    folder = place / "others"
+    folder.mkdir()
+    for number in other.numbers:
+        (folder / f"{number:03d}.npy").symlink_to(place / f"real/{number:03d}.npy")
+    assert measure_fvd(fvd_config(place, num_videos=20, dir2=str(folder)), ALONE)["fvd"] == pytest.approx(found["noise_floor"], rel=1e-9)
+    assert other_clips(clips, ALONE, count=COUNT - 19, frames=FRAMES, seed=0) is None
+    assert other_clips(clips, ALONE, count=COUNT - 20, frames=FRAMES, seed=0) is not None
+    assert "noise_floor_of_halves" in measure_fvd(fvd_config(place, num_videos=25), ALONE), "48 are not 50"
+
+
+def test_other_clips_are_long_enough(place: Path, tmp_path: Path) -> None:
+    write_arrays(tmp_path, [4, 8] * 6)
+    clips = choose_clips(open_videos(tmp_path, ""), PROTOCOLS["stylegan-v"], "real", ALONE, count=3, frames=5, size=None, seed=0)
+    other = other_clips(clips, ALONE, count=3, frames=5, seed=0)
+    assert other is not None and sorted(clips.numbers + other.numbers) == [1, 3, 5, 7, 9, 11]
+    assert other_clips(clips, ALONE, count=4, frames=5, seed=0) is None
+
+
+def test_without_so_many_the_floor_is_of_halves_of_the_real_videos(place: Path) -> None:
     """And the distance beside it of as many; the figure itself is of all."""
     found = measure_fvd(fvd_config(place, fd_inf=True), ALONE)
     assert found["notes"] == ["fd_inf is from sets of 12 videos on, with 16 features: the line is not straight there, it is off"]
-    assert found["fvd_of_halves"] > found["fvd"] > found["noise_floor"] > 0
+    assert found["fvd_of_halves"] > found["fvd"] > found["noise_floor_of_halves"] > 0 and "noise_floor" not in found
+    assert f"| {digits(found['noise_floor_of_halves'])} of halves |" in row(found)
     bare = measure_fvd(fvd_config(place, noise_floor=False), ALONE)
-    assert "noise_floor" not in bare and bare["fvd"] == found["fvd"]
-    small = measure_fvd(fvd_config(place, num_videos=3, fd_inf=True), ALONE)
-    assert "noise_floor" not in small and "fd_inf" not in small and "3 videos: --fd-inf needs at least 8" in small["notes"]
+    assert not [key for key in bare if "floor" in key or "halves" in key] and bare["fvd"] == found["fvd"]
+    names = {"dir1": str(place / "long"), "dir2": str(place / "long")}
+    small = measure_fvd(fvd_config(place, **names, num_videos=3, fd_inf=True), ALONE)
+    assert small["floor_videos"] == [3, 3] and "fd_inf" not in small and "3 videos: --fd-inf needs at least 8" in small["notes"]
 
 
 def test_a_score_has_an_interval(place: Path) -> None:
@@ -352,3 +383,14 @@ def test_rows_of_processes_that_write_at_once_are_all_there(tmp_path: Path) -> N
     lines = path.read_text().splitlines()
     assert lines[0] == "| by hand |" and len(lines) == 33 and set(lines[1:]) == {row(figures)}
     assert [place.name for place in tmp_path.iterdir()] == ["table.md"]
+
+
+def test_a_table_of_other_columns_ends_where_rows_of_these_begin(tmp_path: Path) -> None:
+    figures: dict[str, Any] = {"fvd": 1.0, "generated_videos": 2}
+    figures["protocol"] = {"id": "fvd2_16f", "frames": 16, "size": [8, 8], "name": "pvdm", "detector": {}, "seed": 0}
+    path = tmp_path / "table.md"
+    path.write_text("| figure | value | seed |\n| --- | --- | --- |\n| a | b | c |\n")
+    append_row(path, figures)
+    append_row(path, figures)
+    lines = path.read_text().splitlines()
+    assert lines[3] == "" and lines[4].startswith("| figure | value | 95 % interval | noise floor |") and len(lines) == 8

@@ -79,6 +79,25 @@ def test_a_second_run_reads_no_video(place: Path, tmp_path: Path, reads: list[in
     assert about["network"]["sha256"] == first["protocol"]["detector"]["sha256"]
 
 
+def test_a_block_is_read_once_up_to_the_first_that_is_missing(
+    place: Path, tmp_path: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    plain = FeatureStore.read
+    monkeypatch.setattr(FeatureStore, "read", lambda self, name: (read.append(name), plain(self, name))[1])
+    kept = config(place, cache=str(tmp_path), bootstrap=2)
+    first = measure_fvd(kept, ALONE)
+    del read[:], reads[:]
+    assert measure_fvd(kept, ALONE) == first and not reads
+    assert read == [f"{number:05d}" for blocks in (4, 3) for number in range(blocks)]
+    for block in blocks_of(tmp_path):
+        if block.name in ("00002.safetensors", "00003.safetensors"):
+            block.unlink()
+    del read[:]
+    assert measure_fvd(kept, ALONE) == first
+    assert sorted(read) == sorted(f"{number:05d}" for blocks in (4, 3) for number in range(blocks)), "as an interruption leaves them"
+
+
 def test_the_cache_is_found_by_name_or_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KINOFORM_CACHE", str(tmp_path / "a"))
     assert cache_folder("b") == Path("b") and cache_folder() == tmp_path / "a"
@@ -174,7 +193,11 @@ def test_a_cache_that_cannot_be_written_is_said_once(place: Path, tmp_path: Path
 
 
 def test_a_block_that_is_removed_meanwhile_is_told(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One behind a gap: those before are read once."""
     measure_fvd(config(place, cache=str(tmp_path)), ALONE)
+    for block in blocks_of(tmp_path):
+        if block.name == "00001.safetensors":
+            block.unlink()
     plain, seen = FeatureStore.read, []
 
     def read(self: FeatureStore, name: str) -> Any:
@@ -182,7 +205,7 @@ def test_a_block_that_is_removed_meanwhile_is_told(place: Path, tmp_path: Path, 
         return None if name.startswith("moments") or seen.count(name) > 1 else plain(self, name)
 
     monkeypatch.setattr(FeatureStore, "read", read)
-    with pytest.raises(UserError, match="block 0 was removed while it was used; start the same command again"):
+    with pytest.raises(UserError, match="block 2 was removed while it was used; start the same command again"):
         measure_fvd(config(place, cache=str(tmp_path)), ALONE)
 
 
@@ -212,7 +235,9 @@ def test_a_killed_run_goes_on_where_it_was(place: Path, tmp_path: Path, reads: l
 
 def on_a_rank(env: Env, place: str, cache: str) -> list[Any]:
     scores = VisConfig(dir2=f"{place}/fake", c3d=f"{place}/c3d.pt", n_frames=4, batch_size=5, cache=cache, bootstrap=2)
-    return [measure_fvd(config(Path(place), cache=cache, bootstrap=2), env), measure_vis(scores, env)]
+    few = measure_fvd(config(Path(place), cache=cache, num_videos=40), env)
+    assert few["floor_videos"] == [40, 40] and few["noise_floor"] > 0
+    return [few, measure_fvd(config(Path(place), cache=cache, bootstrap=2), env), measure_vis(scores, env)]
 
 
 def test_any_number_of_processes_finds_the_same_bits(place: Path, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_fid_is_the_distance_of_all_frames(place: Path) -> None:
     assert about["id"] == "fid7_4f" and about["name"] == "frames" and about["covariance"] == "unbiased, 1/(n-1)"
     assert about["dim"] == 3 and about["detector"]["options"] == {"return_features": True} and "middle frames" in about["kid"]
     assert found["floor_frames"] == [12, 12] and "floor_videos" not in found
-    assert next(iter(found)) == "fid" and found["noise_floor"] > 0 and found["real_videos"] == 6
+    assert next(iter(found)) == "fid" and found["noise_floor_of_halves"] > 0 and found["real_videos"] == 6
     assert not [note for note in found["notes"] if "singular" in note], "24 frames are more than 3 features"
 
 

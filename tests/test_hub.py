@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from huggingface_hub import HfApi
 
 from pipelines.hub import PATTERNS, fetch
 from pipelines.pretrained import from_pretrained, main
+from pipelines.systems import load_sampling
 from tests.distributed import ROOT, environment
 from tests.pvdm_exports import family
 from utils.errors import UserError
@@ -112,7 +114,10 @@ def test_networks_come_from_the_hub_and_nothing_that_could_run(saved: Path, endp
     assert done.returncode == 0 and (tmp_path / "out/000000.mp4").is_file(), done.stderr
     done = process(str(ROOT / "sample.py"), "me/other", *flags, endpoint=endpoint, home=tmp_path)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert "error: me/other is no folder here, and the hub does not give it: " in done.stderr
+    assert "error: me/other: no such folder; as a repository of the Hugging Face hub: there is no me/other, or it is private" in done.stderr
+    done = process("-c", FETCH, "me/model@v1", endpoint="http://127.0.0.1:9", home=tmp_path, HF_HUB_CACHE=str(tmp_path / "empty"))
+    assert done.returncode == 1 and "me/model@v1: no such folder; as a repository of the Hugging Face hub: not downloaded" in done.stderr
+    assert "the hub cannot be asked (" in done.stderr
 
 
 def test_a_folder_of_that_name_comes_first_and_without_a_network_it_is_one_line(
@@ -126,9 +131,19 @@ def test_a_folder_of_that_name_comes_first_and_without_a_network_it_is_one_line(
         from_pretrained("me/model", revision="v1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"^me/another is no folder here, and the hub does not give it: .+") as caught:
+    with pytest.raises(UserError, match=r"^me/another: no such folder; as a .* hub: not downloaded before, and HF_HUB_OFFLINE") as caught:
         from_pretrained("me/another")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["./me/model", "../me/model", "/me/model", "model", "some/where/else"])
+def test_what_is_no_name_of_a_repository_is_not_asked_for(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pipelines.hub._download", lambda *asked: pytest.fail(f"{asked} was asked for"))
+    with pytest.raises(UserError, match="^" + re.escape(f"{name}: no such folder, and no <owner>/<name> on the Hugging Face hub")):
+        from_pretrained(name)
+    with pytest.raises(UserError, match=r"^--run \S+: no such folder, and no <owner>/<name>"):
+        load_sampling(["--run", name], "sample.py", "")
 
 
 def test_what_is_uploaded(saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,7 +105,7 @@ def test_names_of_one_side_are_listed_and_refused(tmp_path: Path, capsys: pytest
 
     torch.save(good | {f"diffusion_model.extra.{k}": torch.zeros(1) for k in range(12)}, tmp_path / "bad.pt")
     with pytest.raises(
-        UserError, match=r"12 names only the file has, 0 only the network \(listed above\); --allow-unmatched leaves them out"
+        UserError, match=r"12 names only the file has, 0 only the network \(listed above\); --allow-unmatched leaves out those of the file$"
     ):
         main(line)
     said = capsys.readouterr().err
@@ -119,9 +119,38 @@ def test_names_of_one_side_are_listed_and_refused(tmp_path: Path, capsys: pytest
             main([*line, *more])
     state = {name: value for name, value in good.items() if not name.endswith("mid_attn.norm.bias")}
     torch.save(state | {"diffusion_model.extra": torch.zeros(1)}, tmp_path / "bad.pt")
-    with pytest.raises(UserError, match=r"1 names only the file has, 1 only the network \(listed above\)$"):
+    count = r"1 names only the file has, 1 only the network \(listed above\); "
+    with pytest.raises(UserError, match=count + r"--fill-from EXPORT, of the same network, has those that are missing$"):
         main([*line, "--allow-unmatched"])
     assert re.search(r"only the file has extra\nonly the network has mid_attn\.norm\.bias\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("system", "stage"), [("pvdm", "denoiser"), ("cmd", "content"), ("hvdm", "autoencoder")], ids="-".join)
+def test_what_the_file_lacks_comes_from_an_export_that_is_named(
+    tmp_path: Path, system: str, stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = NETWORKS[system, stage][1].split()
+    ours, _ = export(tmp_path / "ours", system, stage, average=False)
+    main(["export", system, stage, str(ours), str(tmp_path / "whole.pt")])
+    lost = {"pvdm": "mid_attn.norm.bias", "cmd": "blocks.0.mlp.fc2.bias", "hvdm": "low_freq_mid.1.bias"}[system]
+
+    def holed(part: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in part.items() if not name.endswith(lost)}
+        states = {name: holed(value) for name, value in kept.items() if isinstance(value, dict)}
+        return states | {f"module.{name}": value for name, value in kept.items() if name not in states}
+
+    torch.save(holed(load_tensors(tmp_path / "whole.pt")), tmp_path / "bad.pt")
+    line = ["import", system, stage, str(tmp_path / "bad.pt"), str(tmp_path / "back"), *flags]
+    with pytest.raises(UserError, match=r"0 names only the file has, 1 only the network \(listed above\); --fill-from EXPORT"):
+        main([*line, "--allow-unmatched"])
+    assert f"only the network has {lost}\n" in capsys.readouterr().err and not (tmp_path / "back").exists()
+    main([*line, "--fill-from", str(ours)])
+    assert same(read_export(tmp_path / "back", "model")[0], read_export(ours, "model")[0])
+    assert read_card(tmp_path / "back")["source"]["filled_from"] == "ours"
+    assert f"only the network has {lost}\n" in capsys.readouterr().err
+    other, _ = export(tmp_path / "other", "vidm", "content", average=False)
+    with pytest.raises(UserError, match=f"is an export of 'vidm content', not of '{system} {stage}'"):
+        main([*line, "--fill-from", str(other)])
 
 
 class _Code:

@@ -1,6 +1,9 @@
 """Pictures that videos begin at as users have them, and videos whose motion is measured."""
 
+import contextlib
+import json
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -9,11 +12,15 @@ import torch
 from PIL import Image
 
 import evaluate
+from evaluation import motion
 from evaluation.motion import measure_motion
+from launch.env import Env
 from launch.run import parse_launch
 from models.layers.motion import motion_energy
 from pipelines.pictures import find_pictures, hash_picture, read_picture
+from tests.distributed import run
 from utils.errors import ConfigError, UserError
+from utils.media import write_mp4
 
 
 def test_a_folder_gives_its_files_alone(tmp_path: Path) -> None:
@@ -57,7 +64,7 @@ def test_an_odd_row_or_column_does_not_count(tmp_path: Path) -> None:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         file.mux(stream.encode(None))
     even = torch.from_numpy(frames[:, :8, :10]).permute(3, 0, 1, 2)[None] / 127.5 - 1
-    assert measure_motion(tmp_path, 4)["motion"] == pytest.approx(motion_energy(even).item(), rel=0.02)
+    assert measure_motion(tmp_path, Env.single(), 4)["motion"] == pytest.approx(motion_energy(even).item(), rel=0.02)
 
 
 def test_the_command_shows_its_settings_and_has_no_system(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,12 +75,27 @@ def test_the_command_shows_its_settings_and_has_no_system(tmp_path: Path, capsys
         evaluate.motion(parse_launch("", [*line, "--system", "hvdm"]))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_of_several_processes_the_first_measures(
-    tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(evaluate, "measure_motion", lambda *_: {"motion": 0.5, "motion_std": 0.0, "videos": 1, "protocol": {"clips": 1}})
-    evaluate.motion(parse_launch("", ["--samples", str(tmp_path), "--out", str(tmp_path / "all.json")]))
-    assert (tmp_path / "motion.json").exists() == (tmp_path / "all.json").exists() == bool(capsys.readouterr().out) == (rank == 0)
+def measured_together(env: Env, folder: str) -> dict[str, Any]:
+    """By the command, as each rank sees it: what rank 0 writes, and which videos this one read."""
+    read: list[str] = []
+    plain = motion.iterate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(motion, "iterate", lambda path, *how: (read.append(path.name), plain(path, *how))[1])
+        patch.setattr(evaluate, "distributed", lambda timeout: contextlib.nullcontext(env))
+        out = Path(folder) / f"{env.world_size}-{env.rank}.json"
+        evaluate.motion(parse_launch("", ["--samples", f"{folder}/videos", "--clip-frames", "4", "--out", str(out)]))
+    return {"read": read, "figures": json.loads(out.read_text()) if out.exists() else None}
+
+
+def test_processes_share_the_videos_and_find_the_same(tmp_path: Path) -> None:
+    """To the last bit; the first writes."""
+    (tmp_path / "videos").mkdir()
+    for number in range(5):
+        video = torch.randint(0, 256, (3, 9, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+        write_mp4(tmp_path / f"videos/{number}.mp4", video, 8.0)
+    alone = measured_together(Env.single(), str(tmp_path))
+    assert alone["read"] == [f"{number}.mp4" for number in range(5)]
+    for processes in (2, 3):
+        first, *others = run(measured_together, processes, folder=str(tmp_path))
+        assert first["figures"] == alone["figures"] and not any(one["figures"] for one in others)
+        assert sorted(name for one in (first, *others) for name in one["read"]) == alone["read"] and all(one["read"] for one in others)

@@ -304,7 +304,7 @@ def test_an_autoencoder_tells_its_system(tmp_path: Path) -> None:
     vae_path, *_ = tutorial_files(tmp_path)
     torch.save({"autoenc": {"to_logit.1.weight": torch.zeros(1)}}, tmp_path / "cmd.pt")
     assert (system_of(str(vae_path)), system_of(str(tmp_path / "cmd.pt")), system_of("")) == ("latte", "cmd", "latte")
-    assert system_of(str(vae_path), "cmd") == "cmd" and system_of(str(export_vae(tmp_path / "run")), "cmd") == "latte"
+    assert system_of(str(vae_path), "cmd") == "cmd" and system_of(str(export_vae(tmp_path / "run")), "latte") == "latte"
     with pytest.raises(UserError, match="does not exist"):
         system_of(str(tmp_path / "none.pth"))
 

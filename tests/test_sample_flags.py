@@ -16,6 +16,7 @@ from torch import Tensor
 
 from evaluation.motion import measure_motion
 from evaluation.videos import open_videos
+from launch.env import Env
 from pipelines import batches
 from pipelines.batches import Batches
 from pipelines.clip_sample import ClipSampleJob
@@ -292,7 +293,7 @@ def test_pictures_hold_the_frames_themselves(runs: dict[str, Path], tmp_path: Pa
     job = SYSTEMS["pvdm"].job(config(*line), CPU)
     clip = to_uint8(job.generate([1])[""][0]).permute(1, 2, 3, 0).numpy()
     assert np.array_equal(found.read(1, range(4)), clip)
-    motion = measure_motion(out)
+    motion = measure_motion(out, Env.single())
     assert motion["protocol"]["frames"] == "as stored, PNG" and motion["motion"] > 0
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name[0] == "0"}
     make(out, *line, "--format", "png")

@@ -278,7 +278,7 @@ def clips(folder: Path, amounts: list[float], frames: int = 8) -> Path:
 
 def test_motion_of_videos_is_measured(tmp_path: Path) -> None:
     still, slow, fast = (clips(tmp_path / name, amounts) for name, amounts in (("a", [0, 0]), ("b", [20, 20]), ("c", [20, 100])))
-    found = [measure_motion(folder, 4) for folder in (still, slow, fast)]
+    found = [measure_motion(folder, Env.single(), 4) for folder in (still, slow, fast)]
     assert found[0]["motion"] == 0 and 0 < found[1]["motion"] < found[2]["motion"] and found[1]["motion_std"] < found[2]["motion_std"]
     assert found[0]["protocol"]["clips"] == 4 and found[0]["videos"] == 2
     video = torch.full((1, 3, 8, 16, 16), 100.0)
@@ -286,16 +286,17 @@ def test_motion_of_videos_is_measured(tmp_path: Path) -> None:
     assert found[1]["motion"] == pytest.approx(float(motion_energy(video / 127.5 - 1)), rel=0.1)
     (fast / "settings.json").write_text(json.dumps({"model": {"latent_frames": 4}, "samples": [{"file": "000000.mp4"}]}))
     write_mp4(fast / "grid.mp4", torch.zeros(3, 8, 16, 16, dtype=torch.uint8), 8.0)
-    assert measure_motion(fast)["motion"] == pytest.approx(found[1]["motion"]) and measure_motion(fast)["protocol"]["clip_frames"] == 4
-    assert measure_motion(still, 8)["protocol"]["clips"] == 2
+    told = measure_motion(fast, Env.single())
+    assert told["motion"] == pytest.approx(found[1]["motion"]) and told["protocol"]["clip_frames"] == 4
+    assert measure_motion(still, Env.single(), 8)["protocol"]["clips"] == 2
     with pytest.raises(UserError, match="has fewer than 16 frames: give --clip-frames"):
-        measure_motion(still)
+        measure_motion(still, Env.single())
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="holds no videos"):
-        measure_motion(tmp_path / "none")
+        measure_motion(tmp_path / "none", Env.single())
     (still / "000002.mp4").write_bytes(b"?")
     with pytest.raises(UserError, match=r"000002.mp4 cannot be read"):
-        measure_motion(still, 4)
+        measure_motion(still, Env.single(), 4)
 
 
 def test_the_command_leaves_its_figures_for_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,8 @@
   python -m models.official export SYSTEM STAGE FOLDER FILE [--weights model] [--release tutorial]
 
 A checkpoint does not say all settings of its network: those that have no default must be given, and the error names them. Its names must
-be those of the network; those that only one side has are listed. Exit status: 0 done; 1 error; 2 wrong settings.
+be those of the network; those that only one side has are listed and refused. --allow-unmatched leaves out what only the file has; what
+only the network has may come from an export of the same network, --fill-from. Exit status: 0 done; 1 error; 2 wrong settings.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import io
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -71,6 +72,9 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
         command.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")
     command.add_argument("--license", default=UNKNOWN, help="of the weights, as their authors say it")
     command.add_argument("--allow-unmatched", action="store_true", help="leave out tensors that the network has no place for")
+    command.add_argument(
+        "--fill-from", type=Path, metavar="EXPORT", help="take tensors that the file lacks from this export of the same network"
+    )
 
 
 def _import(kind: Kind, args: argparse.Namespace) -> None:
@@ -90,6 +94,8 @@ def _import(kind: Kind, args: argparse.Namespace) -> None:
         tensors[name] = {key: state[key] for key in network.state_dict()}
     assert found is not None
     source = {"file": args.source.name, "sha256": sha256_file(args.source)}
+    if args.fill_from:
+        source["filled_from"] = args.fill_from.name
     card = {"system": args.system, "stage": args.stage, "model": to_dict(found[1]), **found[2]}
     write_export(args.target, tensors, {**card, "license": args.license, "source": source})
     _say(sys.stdout, f"{args.target}: {len(tensors[name])} tensors of {args.source} ({' and '.join(tensors)})")
@@ -103,18 +109,10 @@ def _export(kind: Kind, args: argparse.Namespace) -> None:
     made: dict[str, Any] = {}
     digests: set[str] = set()
     for name, which in names.items():
-        state, card, digest = read_export(args.source, "ema" if which == "ema" else "model")
-        if (card.get("system"), card.get("stage")) != (args.system, args.stage):
-            told = f"{card.get('system')} {card.get('stage')}"
-            raise UserError(f"{args.source} is an export of '{told}', not of '{args.system} {args.stage}'")
-        if digest in digests:
-            continue  # there is no average, and the last weights are written already
+        tensors, digest = _written(kind, args.source, "ema" if which == "ema" else "model", args.release, args)
+        if digest not in digests:  # else there is no average, and the last weights are written already
+            made[name] = tensors
         digests.add(digest)
-        try:
-            config = from_dict(kind.config, card["model"], f"{args.source}: model")
-            made[name] = kind.write(state, config, args.release)
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{args.source} cannot be written as a checkpoint of the release: {error}") from None
     bare = args.release == "tutorial" or not kind.entries
     content = io.BytesIO()
     torch.save(next(iter(made.values())) if bare else made, content)
@@ -149,22 +147,52 @@ def _is_state(value: Any) -> bool:
 
 
 def _read(kind: Kind, checkpoint: Mapping[str, Any], known: Mapping[str, Any], args: argparse.Namespace) -> Read:
-    """What a checkpoint holds. Names that only one side has are listed; those of the file are left out where that is allowed."""
-    left_out: set[str] = set()
+    """What a checkpoint holds. Names that only one side has are listed, and left out or filled in where that is allowed."""
+    given = _written(kind, args.fill_from, "model", "official", args)[0] if args.fill_from else {}
+    spare = {_bare(name): value for name, value in given.items()}
+    done: set[str] = set()
     while True:
         try:
-            return kind.read(_without(checkpoint, left_out), **known)
+            return kind.read(checkpoint, **known)
         except NamesError as error:
+            unknown, missing = set(error.unknown), set(error.missing)
             for what, names in (("only the file has", error.unknown), ("only the network has", error.missing)):
                 _say(sys.stderr, *(f"{what} {name}" for name in names))
-            fresh = set(error.unknown) - left_out
-            if error.missing or not args.allow_unmatched or not fresh:
-                cure = "" if error.missing else "; --allow-unmatched leaves them out"
-                count = f"{len(error.unknown)} names only the file has, {len(error.missing)} only the network"
-                raise UserError(f"{args.source} does not match {args.system}'s {args.stage}: {count} (listed above){cure}") from None
-            left_out |= fresh
+            cures = ["--allow-unmatched leaves out those of the file"] * bool(unknown and not args.allow_unmatched)
+            if missing and not args.fill_from:
+                cures.append("--fill-from EXPORT, of the same network, has those that are missing")
+            elif lacking := sorted(missing - spare.keys()):
+                cures.append(f"--fill-from {args.fill_from} lacks {lacking[0]} too")
+            if cures or (unknown | missing) <= done:
+                count = f"{len(unknown)} names only the file has, {len(missing)} only the network"
+                told = "; ".join([f"{count} (listed above)", *cures])
+                raise UserError(f"{args.source} does not match {args.system}'s {args.stage}: {told}") from None
+            done |= unknown | missing
+            checkpoint = _with(_without(checkpoint, unknown), {name: spare[name] for name in missing})
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise UserError(f"{args.source} is no checkpoint of {args.system}'s {args.stage} that can be read: {error}") from None
+
+
+def _written(
+    kind: Kind, folder: Path, weights: Literal["ema", "model"], release: str, args: argparse.Namespace
+) -> tuple[dict[str, Tensor], str]:
+    """The tensors of an export of this network as a release has them, and their digest. Raises UserError."""
+    state, card, digest = read_export(folder, weights)
+    if (card.get("system"), card.get("stage")) != (args.system, args.stage):
+        told = f"{card.get('system')} {card.get('stage')}"
+        raise UserError(f"{folder} is an export of '{told}', not of '{args.system} {args.stage}'")
+    try:
+        return kind.write(state, from_dict(kind.config, card["model"], f"{folder}: model"), release), digest
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{folder} cannot be written as a checkpoint of the release: {error}") from None
+
+
+def _with(checkpoint: Mapping[str, Any], more: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The checkpoint with these tensors in each of its state dicts, under the prefix of its own."""
+    kept = {name: _with(value, more) if _is_state(value) else value for name, value in checkpoint.items()}
+    own = [name for name, value in kept.items() if isinstance(value, Tensor)]
+    prefix = own[0].removesuffix(_bare(own[0])) if own else ""
+    return kept | ({prefix + name: value for name, value in more.items()} if own else {})
 
 
 def _without(checkpoint: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
