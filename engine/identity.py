@@ -11,7 +11,7 @@ from utils.config import from_dict, load_yaml, to_dict
 from utils.errors import UserError
 
 IDENTITY = "identity"
-"""File of a run folder with the digest of the settings that make the run what it is."""
+"""File of a run folder: the digest of the settings that make the run what it is, and its stage."""
 
 FREE = (
     "train.results_dir", "train.max_steps", "train.epochs", "train.resume", "train.accumulation", "train.micro_batch",
@@ -30,12 +30,23 @@ def is_run_of(folder: Path, config: RunConfig) -> bool:
     """Whether a run folder is of these settings. One of an older version counts with the defaults of the settings added since."""
     if not (folder / IDENTITY).is_file():
         return False
-    if (folder / IDENTITY).read_text().strip() == identity(config):
+    if _lines(folder)[0] == identity(config):
         return True
     try:
         return _digest(settings_of(folder, config)) == identity(config)
     except UserError:
         return False
+
+
+def stage_of(folder: Path) -> str:
+    """The stage of a run, <system>-<stage>; nothing where its version did not note it."""
+    return _lines(folder)[1]
+
+
+def _lines(folder: Path) -> tuple[str, str]:
+    """Digest and stage."""
+    digest, _, stage = (folder / IDENTITY).read_text().strip().partition("\n")
+    return digest, stage
 
 
 def settings_of(folder: Path, config: RunConfig) -> dict[str, Any]:

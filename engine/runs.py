@@ -15,7 +15,7 @@ import torch.distributed as dist
 from engine import manifest
 from engine.config import RunConfig
 from engine.heartbeat import announce
-from engine.identity import IDENTITY, differences, identity, is_run_of, settings_of
+from engine.identity import IDENTITY, differences, identity, is_run_of, settings_of, stage_of
 from engine.launches import Launch
 from engine.lock import RunLock
 from launch.agent import leave_start, starter
@@ -57,14 +57,14 @@ def patient_group() -> dist.ProcessGroup:
 def open_run(config: RunConfig, task_name: str, env: Env) -> Run:
     """Find or make the run folder <results-dir>/<NNN>-<name>, as `train.resume` says.
 
-    auto: the newest run of this name and identity, else a new one, unless one of this name has a checkpoint of other settings; none: a
-    new one; a path: that run, or that checkpoint of it, which becomes its newest. A damaged checkpoint is passed over for the one before
-    it, with a warning (auto), or refused (path). Later starts of a launch (`engine.launches`) go on with the run that it has begun: a path
-    that was taken up stands for what the run has written since, none for auto, and no changed settings begin another run.
+    auto: the newest run of this name and identity, else a new one, unless one of this name and stage has a checkpoint of other settings;
+    none: a new one; a path: that run, or that checkpoint of it, which becomes its newest. A damaged checkpoint is passed over for the
+    one before it, with a warning (auto), or refused (path). Later starts of a launch (`engine.launches`) go on with the run that it has
+    begun: a path that was taken up stands for what the run has written since, none for auto, and no changed settings begin another run.
     Raises UserError or ConfigError, the same on every rank; also when another command works on the run.
     """
     lock, group = RunLock(), patient_group() if env.world_size > 1 else None
-    name, results = config.train.name or task_name, config.train.results_dir
+    results = config.train.results_dir
 
     def on_main(decide: Callable[[], T]) -> T:
         def attempt() -> T | None:
@@ -76,7 +76,7 @@ def open_run(config: RunConfig, task_name: str, env: Env) -> Run:
         return cast("T", _together(env, group, attempt)[0])
 
     launch = Launch.of(_together(env, group, starter))
-    found = on_main(lambda: _find(config, name, lock, launch))
+    found = on_main(lambda: _find(config, task_name, lock, launch))
     checkpoint = _first_whole(found, env, group)
     on_main(lambda: _take_up(found, checkpoint, config, launch))
     leave_start(str(checkpoint))
@@ -113,8 +113,9 @@ def _together(env: Env, group: dist.ProcessGroup | None, work: Callable[[], T]) 
     return outcomes
 
 
-def _find(config: RunConfig, name: str, lock: RunLock, launch: Launch) -> _Found:
+def _find(config: RunConfig, task_name: str, lock: RunLock, launch: Launch) -> _Found:
     """Rank 0: the run folder, and its checkpoints, that the settings name."""
+    name = config.train.name or task_name
     if not re.fullmatch(r"[\w.+=-]+", name):
         raise ConfigError(f"--run-name {name!r}: letters, digits and . _ + = - only")
     results, resume = config.train.results_dir, config.train.resume
@@ -128,18 +129,18 @@ def _find(config: RunConfig, name: str, lock: RunLock, launch: Launch) -> _Found
     if found:
         _claim(found, lock)
         return _Found(found, manifest.folders(found)[::-1])
-    if held := begun or [folder for folder in usable if manifest.folders(folder)]:
+    if held := begun or [folder for folder in usable if _holds(folder, task_name)]:
         cure = ", though this launch began it: give" if begun else "; begin a new run with --resume none, or give"
         raise ConfigError(f"{_passed_over(held[-1], config)}{cure} another --run-name, or the same settings again")
     if resume == "none":
-        return _Found(_create(results, name, config, lock))
+        return _Found(_create(results, name, task_name, config, lock))
     note = _passed_over(runs[-1], config) if runs else ""
-    folder = _create(results, name, config, lock)
+    folder = _create(results, name, task_name, config, lock)
     before = _runs(results, name)
     if any(other not in runs and is_run_of(other, config) for other in before[: before.index(folder)]):
         lock.close()  # the same command was started twice at once: the other was quicker
         shutil.rmtree(folder)
-        return _find(config, name, lock, launch)
+        return _find(config, task_name, lock, launch)
     return _Found(folder, note=note)
 
 
@@ -197,6 +198,11 @@ def _number(run: Path) -> int:
     return int(run.name.partition("-")[0])
 
 
+def _holds(run: Path, task_name: str) -> bool:
+    """Whether a run of this name has what this stage could go on with, were its settings the same: stages may share a --run-name."""
+    return bool(manifest.folders(run)) and (not (run / IDENTITY).is_file() or stage_of(run) in ("", task_name))
+
+
 def _passed_over(run: Path, config: RunConfig) -> str:
     """Why a run of this name is not the one to go on with."""
     try:
@@ -206,12 +212,12 @@ def _passed_over(run: Path, config: RunConfig) -> str:
     return f"not going on with {run}, a run with other settings: {changes or 'they cannot be read'}"
 
 
-def _create(results: Path, name: str, config: RunConfig, lock: RunLock) -> Path:
+def _create(results: Path, name: str, task_name: str, config: RunConfig, lock: RunLock) -> Path:
     """A new folder with the next number. It appears under its name by a rename, locked, with its identity inside."""
     temporary = results / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
     temporary.mkdir()
     _claim(temporary, lock)
-    atomic_write_text(temporary / IDENTITY, identity(config) + "\n")
+    atomic_write_text(temporary / IDENTITY, f"{identity(config)}\n{task_name}\n")
     save_yaml(temporary / "config.yaml", to_dict(config))
     while True:
         number = max(map(_number, _runs(results)), default=-1) + 1

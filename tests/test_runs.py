@@ -130,6 +130,7 @@ def test_auto_refuses_changed_settings_where_a_run_has_checkpoints(tmp_path: Pat
     assert begun.name == "002-toy"
     assert open_run(config(tmp_path, depth=6), "toy", ENV).folder == begun, "it goes on, though it has no checkpoint yet"
     assert open_run(config(tmp_path), "toy", ENV).folder == folder, "so does the first"
+    assert open_run(config(tmp_path, depth=7, name="toy"), "other-stage", ENV).folder.name == "003-toy", "stages may share a name"
     (folder / "config.yaml").write_text("[")
     with pytest.raises(ConfigError, match="they cannot be read; begin a new run"):
         open_run(config(tmp_path, depth=7), "toy", ENV)
