@@ -171,10 +171,10 @@ def test_what_cannot_be_read_for_now_is_no_damage(tmp_path: Path, monkeypatch: p
 def test_the_same_command_started_twice_at_once_makes_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create, made = runs._create, []
 
-    def slowly(results: Path, name: str, settings: RunConfig, lock: runs.RunLock) -> Path:
+    def slowly(results: Path, name: str, stage: str, settings: RunConfig, lock: runs.RunLock) -> Path:
         """Another process comes between the look for runs and the making of one."""
-        made.append(create(results, name, settings, runs.RunLock()))
-        return create(results, name, settings, lock)
+        made.append(create(results, name, stage, settings, runs.RunLock()))
+        return create(results, name, stage, settings, lock)
 
     monkeypatch.setattr(runs, "_create", slowly)
     assert start(tmp_path)[0] == made[0]
