@@ -1,6 +1,7 @@
 """What is measured of clips and of their reconstructions: a row of numbers for each pair, and distances of the whole sets (rFVD, rFID)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor
 
 from evaluation.extractors import Extractor, open_extractor
 from evaluation.protocols import PROTOCOLS, Protocol
+from evaluation.quality import meet
 from evaluation.report import too_few
+from launch.env import Env
 from metrics.frame_features import open_inception
 from metrics.frechet import Moments, frechet_distance
 from metrics.resampling import bootstrap_frechet, interval
@@ -43,14 +46,15 @@ class PairedDistance:
         if keep:
             self._rows.append((sides[0], sides[1]))
 
-    def finish(self, bootstrap: int, seed: int) -> tuple[dict[str, float], list[str]]:
-        """The distance, its interval where there are to be resampled sets, and what to know of it."""
+    def finish(self, bootstrap: int, seed: int, env: Env) -> tuple[dict[str, float], list[str]]:
+        """The distance, its interval where there are to be resampled sets, and what to know of it; on rank 0, see `meet`."""
         real, fake = self._sums
         value = frechet_distance(real, fake, unbiased=self.rules.unbiased)
         figures = {self.name: value}
         if bootstrap:
             rows = [torch.cat(side) for side in zip(*self._rows, strict=True)]
-            resampled = bootstrap_frechet(rows[0], rows[1], bootstrap, seed, unbiased=self.rules.unbiased, paired=True)
+            how = {"unbiased": self.rules.unbiased, "paired": True}
+            resampled = bootstrap_frechet(rows[0], rows[1], bootstrap, seed, **how, after_each=partial(meet, env))
             low, high = interval(value, resampled)
             figures |= {f"{self.name}_low": max(low, 0.0), f"{self.name}_high": high}
         return figures, [f"{self.name}: {note}" for note in too_few(real.n, real.dim, self.unit)]

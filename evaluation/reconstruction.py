@@ -10,7 +10,7 @@ from torch import Tensor
 from evaluation.features import Reading, blocks, nameless, open_store
 from evaluation.frame_figures import FrameFigures, means
 from evaluation.paired import Comparison, PairedDistance, open_distances
-from evaluation.quality import Figures, agreed
+from evaluation.quality import Figures, agreed, meet
 from evaluation.reconstruction_config import ReconstructConfig
 from evaluation.report import copies
 from evaluation.sources import SEED, Source, open_source
@@ -41,13 +41,14 @@ def measure_reconstruction(config: ReconstructConfig, env: Env) -> Figures:
             columns.setdefault(name, []).append(part)
         marks.append(block.marks)
     if not env.is_main:
+        meet(env, len(distances) * config.bootstrap)
         return agreed(None, env)
     figures: Figures = {}
     for name, values in columns.items():
         figures |= means(name, torch.cat(values), config.bootstrap, SEED)
     notes = [*source.notes, *copies(len(torch.cat(marks).unique()), len(clips), "clips")]
     for one in distances:
-        found, known = one.finish(config.bootstrap, SEED)
+        found, known = one.finish(config.bootstrap, SEED, env)
         figures, notes = figures | found, notes + known
     for note in notes:
         print(f"note: {note}", file=sys.stderr, flush=True)

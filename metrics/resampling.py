@@ -1,5 +1,6 @@
 """How far figures of sets would be elsewhere: on other videos of the same kind (intervals), and with ever more of them (limit)."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -34,11 +35,19 @@ def resampled_counts(count: int, total: int, seed: int, stream: str) -> np.ndarr
 
 
 def bootstrap_frechet(
-    real: Tensor, generated: Tensor, count: int, seed: int, *, unbiased: bool = True, paired: bool = False
+    real: Tensor,
+    generated: Tensor,
+    count: int,
+    seed: int,
+    *,
+    unbiased: bool = True,
+    paired: bool = False,
+    after_each: Callable[[], object] = lambda: None,
 ) -> list[float]:
     """Distances of sets drawn with replacement from rows (videos, k, dim); all k rows of a video are drawn together.
 
-    `paired`: each video of one side with that of the same place in the other, which was made of it.
+    `paired`: each video of one side with that of the same place in the other, which was made of it. `after_each`: is called after each
+    set, of which one of many wide rows takes seconds.
     """
     streams = ("real", "real" if paired else "generated")
     draws = [resampled_counts(count, len(rows), seed, stream) for rows, stream in zip((real, generated), streams, strict=True)]
@@ -46,6 +55,7 @@ def bootstrap_frechet(
     for picked in zip(*draws, strict=True):
         one, two = (_moments(rows.repeat_interleave(torch.from_numpy(n), dim=0)) for rows, n in zip((real, generated), picked, strict=True))
         found.append(frechet_distance(one, two, unbiased=unbiased))
+        after_each()
     return found
 
 

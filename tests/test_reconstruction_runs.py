@@ -14,12 +14,16 @@ import pytest
 import torch
 
 import evaluate
+from evaluation import reconstruction
+from evaluation.quality import meet
 from evaluation.reconstruction import measure_reconstruction
 from evaluation.reconstruction_config import ReconstructConfig
 from evaluation.store import FeatureStore
 from evaluation.videos import FolderVideos
-from launch.env import Env
+from launch.env import Env, Stopped
 from launch.run import parse_launch
+from metrics import resampling
+from metrics.frechet import frechet_distance
 from pipelines.latte import LattePipeline
 from tests import distributed
 from tests.latte_exports import export_vae
@@ -109,6 +113,32 @@ def on_a_rank(env: Env, place: str, cache: str) -> list[Any]:
 def test_two_processes_find_the_same_bits(place: Path, tmp_path: Path, undisturbed: Any) -> None:
     ranks = distributed.run(on_a_rank, place=str(place), cache=str(tmp_path))
     assert ranks == [[undisturbed, plain(measure_reconstruction(config(place, max_clips=2), ALONE))]] * 2
+
+
+def stopped_on_a_rank(env: Env, place: str) -> list[Any]:
+    """Rank 1 is to stop before it meets rank 0 for the third time. Whether the ranks agreed, and distances that this one computed."""
+    sets: list[None] = []
+
+    def counted(*sums: Any, **how: Any) -> float:
+        sets.append(None)
+        return frechet_distance(*sums, **how)
+
+    def stopping(env: Env, times: int) -> None:
+        meet(env, 2)
+        env.stop.set()
+        meet(env, times - 2)
+
+    resampling.frechet_distance, reconstruction.meet = counted, stopping
+    try:
+        measure_reconstruction(config(Path(place), no_cache=True, max_clips=8, bootstrap=1000), env)
+    except Stopped as stopped:
+        return [stopped.agreed, len(sets)]
+    return [None, len(sets)]
+
+
+def test_ranks_meet_after_each_resampled_set_and_stop_together(place: Path) -> None:
+    """A thousand sets of wide rows take hours, in which nobody is to wait too long for the first rank, nor a signal to be unheard."""
+    assert distributed.run(stopped_on_a_rank, place=str(place)) == [[True, 3], [True, 0]]
 
 
 def test_other_weights_and_settings_are_measured_again(place: Path, tmp_path: Path, reads: list[int]) -> None:
