@@ -13,6 +13,9 @@ from metrics.frames import SSIM_WINDOW, lpips, psnr, quantise, ssim
 from metrics.resampling import interval, resampled_counts
 from utils.files import sha256_file
 
+PER_CLIP = "8 bit, mean squared error per clip, mean over clips, dB"
+"""PSNR of whole clips, in words: another figure than that of single frames."""
+
 
 class FrameFigures:
     """Clips and reconstructions, b 3 t h w in [-1, 1] -> figures by name, each (b,)."""
@@ -44,7 +47,7 @@ class FrameFigures:
     def describe(self) -> dict[str, Any]:
         """How they are measured, in words."""
         return {
-            "psnr": f"8 bit, mean squared error per {'clip' if self.psnr_per_clip else 'frame'}, mean over clips, dB",
+            "psnr": PER_CLIP if self.psnr_per_clip else "8 bit, mean squared error per frame, mean over clips, dB",
             "ssim": "8 bit, Gaussian 11x11 sigma 1.5, per frame, mean over clips",
             "l1": "8 bit, mean absolute difference on [0, 1]",
             **self.identity,

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from evaluation.features import Reading, blocks, nameless, open_store
-from evaluation.frame_figures import FrameFigures, means
+from evaluation.frame_figures import PER_CLIP, FrameFigures, means
 from evaluation.paired import Comparison, PairedDistance, open_distances
+from evaluation.protocols import figure_name
 from evaluation.quality import Figures, agreed, meet
 from evaluation.reconstruction_config import ReconstructConfig
 from evaluation.report import copies
@@ -69,7 +70,7 @@ def _protocol(config: ReconstructConfig, source: Source, distances: list[PairedD
         **source.described,
         "seed": SEED,
         "bootstrap": config.bootstrap,
-        **{one.name: one.describe(len(clips), source.frames) for one in distances},
+        **{one.name: one.describe(len(clips), source.frames, config.stride) for one in distances},
     }
 
 
@@ -81,8 +82,9 @@ def reconstruction_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
         if not isinstance(value, float) or name.endswith(("_low", "_high")):
             continue
         own = protocol.get(name)
-        label = f"{name}_" if name[-1].isdigit() else name
-        described = own if isinstance(own, dict) else {"id": f"{label}{clips}_{protocol['frames']}f", "detector": {}}
+        label = "psnr_per_clip" if name == "psnr" and protocol["psnr"] == PER_CLIP else name
+        named = figure_name(label, clips, protocol["frames"], protocol["stride"])
+        described = own if isinstance(own, dict) else {"id": named, "detector": {}}
         if name == protocol["perceptual"].replace("-", "_"):
             described = described | {"detector": {"sha256": protocol["perceptual_sha256"]}}
         bounds = {key: figures[key] for key in (f"{name}_low", f"{name}_high") if key in figures}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from evaluation.protocols import PRESETS, PROTOCOLS, Preset, Protocol, Size
+from evaluation.protocols import PRESETS, PROTOCOLS, Preset, Protocol, Size, figure_name
 from metrics.inception_score import SPLITS
 from utils.config import flag
 from utils.errors import ConfigError
@@ -98,10 +98,9 @@ class VideosConfig:
         return (side, side) if side else None
 
     def name(self, figure: str, videos: int) -> str:
-        """As published figures are called, fvd2048_16f, fvd2048_128f_subsample8f; another protocol's bears its name."""
-        length = f"{self.frames}f" if self.step == 1 else f"{self.frames * self.step}f_subsample{self.step}f"
-        gap = "_" if figure[-1].isdigit() else ""
-        return f"{figure}{gap}{videos}_{length}" + ("" if self.protocol == next(iter(self.known)) else f"_{self.protocol}")
+        """As `figure_name` says; another protocol's bears its name."""
+        named = figure_name(figure, videos, self.frames, self.step)
+        return named if self.protocol == next(iter(self.known)) else f"{named}_{self.protocol}"
 
     def validate(self) -> None:
         """Raises ConfigError on settings that cannot work."""
