@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
 from evaluation import reconstruction
 from evaluation.quality import meet
 from evaluation.reconstruction import measure_reconstruction
@@ -21,7 +20,6 @@ from evaluation.reconstruction_config import ReconstructConfig
 from evaluation.store import FeatureStore
 from evaluation.videos import FolderVideos
 from launch.env import Env, Stopped
-from launch.run import parse_launch
 from metrics import resampling
 from metrics.frechet import frechet_distance
 from pipelines.latte import LattePipeline
@@ -233,21 +231,6 @@ def test_videos_that_differ_in_their_suffix_alone_are_matched_with_it(tmp_path: 
     assert "mismatch: one.mkv of --recon has no original" in capsys.readouterr().err
 
 
-def test_videos_of_several_sizes_and_lengths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of lengths that differ 16 frames are taken; sizes that differ have to become one, and are told."""
-    write_noise(tmp_path / "a", 2, frames=20)
-    np.save(tmp_path / "a" / "x.npy", np.full((17, 3, 24, 16), 40, dtype=np.uint8))
-    np.save(tmp_path / "a" / "y.npy", np.full((3, 3, 16, 16), 40, dtype=np.uint8))
-    how = {"data_path": str(tmp_path / "a"), "recon": str(tmp_path / "a"), "perceptual": "none"}
-    with pytest.raises(ConfigError, match=r"videos of 2 sizes \(16 x 16, 24 x 16\); say --resolution"):
-        measure_reconstruction(ReconstructConfig(**how), ALONE)
-    found = measure_reconstruction(ReconstructConfig(**how, resolution=16, stride=2, n_frames=8), ALONE)
-    assert (found["clips"], found["protocol"]["frames"], found["protocol"]["stride"]) == (3, 8, 2)
-    found = measure_reconstruction(ReconstructConfig(**how, resolution=16), ALONE)
-    assert (found["clips"], found["protocol"]["frames"], found["psnr"]) == (3, 16, 100.0)
-    assert found["notes"] == ["1 videos are shorter than the clips, and left out"] and "note: 1 videos" in capsys.readouterr().err
-
-
 def test_a_folder_is_measured_as_the_shard_set_of_its_videos(tmp_path: Path) -> None:
     """An autoencoder of clips takes as many frames as it was made for, in its size."""
     export_autoencoder(tmp_path / "ae")
@@ -264,26 +247,3 @@ def test_a_folder_is_measured_as_the_shard_set_of_its_videos(tmp_path: Path) -> 
     for wrong, words in (({"n_frames": 8}, "--n-frames 8: the autoencoder takes clips of 4"), ({"resolution": 8}, "takes 16 x 16; drop")):
         with pytest.raises(ConfigError, match=words):
             measure_reconstruction(ReconstructConfig(data_path=str(tmp_path / "videos"), **how, **wrong), ALONE)
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--data-path", "a"], "which autoencoder"),
-        (["--recon", "a"], "--data-path FOLDER"),
-        (["--dir1", "a", "--dir2", "b", "--ae", "c"], "--ae c: no autoencoder runs with --recon"),
-        (["--dir1", "a", "--dir2", "b", "--weights", "model"], "--weights model: no autoencoder"),
-        (["--dir1", "a", "--dir2", "b", "--stride", "0"], "--stride 0: at least 1"),
-        (["--dir1", "a", "--dir2", "b", "--bootstrap", "-1"], "--bootstrap -1: at least 0"),
-    ],
-)
-def test_settings_that_cannot_work_are_one_line(flags: list[str], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        evaluate.reconstruct(parse_launch("", flags))
-
-
-def test_shard_sets_are_no_pairs(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        write_set(tmp_path / name, [2])
-    with pytest.raises(ConfigError, match="matched by name, of two folders of videos; one of these is a shard set"):
-        measure_reconstruction(ReconstructConfig(data_path=str(tmp_path / "a"), recon=str(tmp_path / "b")), ALONE)
