@@ -55,10 +55,10 @@ class FrameFigures:
 
 
 def means(name: str, values: Tensor, bootstrap: int, seed: int) -> dict[str, float]:
-    """The mean of a figure over clips, and its interval where there are to be resampled sets of clips."""
+    """The mean of a figure over clips, and its interval where there are to be resampled sets of them; one clip has none."""
     each = values.double().numpy()
     found = {name: float(each.mean())}
-    if bootstrap:
+    if bootstrap and len(each) > 1:
         resampled = resampled_counts(bootstrap, len(each), seed, "clips") @ each / len(each)
         found[f"{name}_low"], found[f"{name}_high"] = interval(found[name], resampled.tolist())
     return found

@@ -12,10 +12,11 @@ from evaluation.frame_figures import PER_CLIP, FrameFigures, means
 from evaluation.paired import Comparison, PairedDistance, open_distances
 from evaluation.protocols import figure_name
 from evaluation.quality import Figures, agreed, meet
-from evaluation.reconstruction_config import ReconstructConfig
+from evaluation.reconstruction_config import ORIGINALS, ReconstructConfig
 from evaluation.report import copies
 from evaluation.sources import SEED, Source, open_source
 from evaluation.versions import versions
+from evaluation.videos import ShardVideos
 from launch.env import Env
 from utils.errors import UserError
 
@@ -26,7 +27,7 @@ def measure_reconstruction(config: ReconstructConfig, env: Env) -> Figures:
     source = open_source(config, env)
     clips, frames = source.clips, FrameFigures(config.perceptual, config.perceptual_weights, env, psnr_per_clip=config.psnr_per_clip)
     if distances and len(clips) < 2:
-        raise UserError(f"--data-path {config.data_path}: one clip is measured; {distances[0].name} needs two")
+        raise UserError(f"{ORIGINALS} {config.data_path}: one clip is measured; {distances[0].name} needs two")
     compare = Comparison(source.reconstruct, frames, distances, (source.frames, *clips.size), env.device)
     reading = Reading(config.batch_size, config.num_workers, None if config.no_cache else config.cache)
     networks = {one.name: nameless(one.extractor) for one in distances}
@@ -66,6 +67,7 @@ def _protocol(config: ReconstructConfig, source: Source, distances: list[PairedD
         "size": list(clips.size),
         "resize": rules.resized,
         **rules.describe(clips.role, SEED, config.stride),
+        **({"which": "the first, in the order of the set"} if isinstance(clips.videos, ShardVideos) else {}),
         **clips.videos.identity(),
         **source.described,
         "seed": SEED,

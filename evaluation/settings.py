@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from evaluation.protocols import PRESETS, PROTOCOLS, Preset, Protocol, Size, figure_name
 from metrics.inception_score import SPLITS
+from metrics.resampling import LEAST_SETS
 from utils.config import flag
 from utils.errors import ConfigError
 from utils.schema import suggest
@@ -45,7 +46,7 @@ class VideosConfig:
     seed: int = 0
     """Of all that is drawn: real videos, offsets, halves, subsets, resampling."""
     bootstrap: int = 0
-    """Resampled sets that the 95 % interval of the figure comes from, such as 200; 0: no interval."""
+    """Resampled sets that the 95 % interval of the figure comes from, such as 200, at least 20; 0: no interval."""
     cache: str = ""
     """Folder of features that were computed before; empty: $KINOFORM_CACHE, or ~/.cache/kinoform."""
     no_cache: bool = False
@@ -120,7 +121,9 @@ class VideosConfig:
             raise ConfigError(f"--stride {self.step}: --protocol {self.protocol} spreads frames over the whole video; drop the flag")
         if self.num_videos == 1:
             raise ConfigError("--num-videos 1: at least 2")
-        for name in ("num_videos", "n_frames", "stride", "resolution", "bootstrap", "batch_size", "num_workers"):
+        if self.bootstrap and self.bootstrap < LEAST_SETS:
+            raise ConfigError(f"--bootstrap {self.bootstrap}: 0, or at least {LEAST_SETS} resampled sets")
+        for name in ("num_videos", "n_frames", "stride", "resolution", "batch_size", "num_workers"):
             lowest = int(name in ("batch_size", "num_workers"))
             if getattr(self, name) < lowest:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {lowest}")

@@ -13,7 +13,7 @@ from evaluation.clips import Clips, choose_clips, joined, totals
 from evaluation.folder_pairs import open_pairs
 from evaluation.paired import Reconstruct
 from evaluation.protocols import Protocol, Size
-from evaluation.reconstruction_config import ReconstructConfig
+from evaluation.reconstruction_config import ORIGINALS, ReconstructConfig
 from evaluation.videos import ShardVideos, VideoSet, open_videos
 from launch.env import Env
 from pipelines.encoders import ENCODERS, EncoderOptions, FrameEncoder, system_of
@@ -65,7 +65,7 @@ def _folders(config: ReconstructConfig, env: Env) -> Source:
 
 
 def _autoencoder(config: ReconstructConfig, env: Env) -> Source:
-    videos = open_videos(config.data_path, "--data-path")
+    videos = open_videos(config.data_path, ORIGINALS)
     height, width = videos.read(0, [0]).shape[1:3]
     pipeline = _open(config, config.size or (height, width), env.device)
     by_frame, frames, size = isinstance(pipeline, FrameEncoder), config.n_frames, config.size
@@ -113,7 +113,7 @@ def _refuse_mixed(config: ReconstructConfig, sizes: list[Size]) -> None:
     """ConfigError where videos are of several sizes and nothing says which one they become."""
     if len(sizes) > 1 and config.size is None:
         raise ConfigError(
-            f"--data-path {config.data_path}: videos of {len(sizes)} sizes ({_told(sizes)}); say --resolution, which all become"
+            f"{ORIGINALS} {config.data_path}: videos of {len(sizes)} sizes ({_told(sizes)}); say --resolution, which all become"
         )
 
 

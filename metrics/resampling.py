@@ -13,6 +13,8 @@ from metrics.kernel import weighted_distances
 from utils.rng import derive_seed
 
 LEVEL = 0.95
+LEAST_SETS = 20
+"""Resampled sets that an interval can come from: of fewer its ends are hardly more than the extremes of a few values."""
 FRACTIONS = (0.25, 0.375, 0.5, 0.75, 1.0)
 """Sizes of subsets that the limit is found from, of the smaller side."""
 DRAWS = 4

