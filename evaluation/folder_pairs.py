@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.clips import joined
+from evaluation.reconstruction_config import MADE, ORIGINALS
 from evaluation.videos import FolderVideos, open_videos
 from launch.env import Env
 from utils.errors import ConfigError, UserError
@@ -60,17 +61,17 @@ class FolderPairs:
 
 
 def open_pairs(originals: str, reconstructions: str, env: Env) -> FolderPairs:
-    """Videos of `--data-path` and `--recon`. To be called by all ranks.
+    """Videos of two folders. To be called by all ranks.
 
     UserError where the folders do not hold the same videos in the same shapes; what is missing, left over or of another shape is
     printed, a line each.
     """
-    first, second = open_videos(originals, "--data-path"), open_videos(reconstructions, "--recon")
+    first, second = open_videos(originals, ORIGINALS), open_videos(reconstructions, MADE)
     if not isinstance(first, FolderVideos) or not isinstance(second, FolderVideos):
-        raise ConfigError("--recon: reconstructions are matched by name, of two folders of videos; one of these is a shard set")
+        raise ConfigError(f"{MADE}: reconstructions are matched by name, of two folders of videos; one of these is a shard set")
     one, two = _named(first), _named(second)
-    wrong = [f"{first.videos[number].name} has no reconstruction in --recon" for name, number in one.items() if name not in two]
-    wrong += [f"{second.videos[number].name} of --recon has no original" for name, number in two.items() if name not in one]
+    wrong = [f"{first.videos[number].name} has no reconstruction" for name, number in one.items() if name not in two]
+    wrong += [f"{second.videos[number].name} has no original" for name, number in two.items() if name not in one]
     matches = [(number, two[name]) for name, number in one.items() if name in two]
     shapes = joined([_shapes(first, second, match) for match in matches[env.rank :: env.world_size]], len(matches), env)
     for match, (own, other) in zip(matches, shapes, strict=True):
@@ -80,7 +81,7 @@ def open_pairs(originals: str, reconstructions: str, env: Env) -> FolderPairs:
         shown = wrong[:SHOWN] + [f"and {len(wrong) - SHOWN} more"] * (len(wrong) > SHOWN)
         for line in shown if env.is_main else []:
             print(f"mismatch: {line}", file=sys.stderr, flush=True)
-        raise UserError(f"--recon {reconstructions}: {len(wrong)} videos do not match those of --data-path {originals} (above)")
+        raise UserError(f"{MADE} {reconstructions}: {len(wrong)} videos do not match those of {ORIGINALS} {originals} (above)")
     return FolderPairs(first, second, matches, [own for own, _ in shapes])
 
 

@@ -13,6 +13,9 @@ from metrics.frames import SSIM_WINDOW, lpips, psnr, quantise, ssim
 from metrics.resampling import interval, resampled_counts
 from utils.files import sha256_file
 
+PER_CLIP = "8 bit, mean squared error per clip, mean over clips, dB"
+"""PSNR of whole clips, in words: another figure than that of single frames."""
+
 
 class FrameFigures:
     """Clips and reconstructions, b 3 t h w in [-1, 1] -> figures by name, each (b,)."""
@@ -44,7 +47,7 @@ class FrameFigures:
     def describe(self) -> dict[str, Any]:
         """How they are measured, in words."""
         return {
-            "psnr": f"8 bit, mean squared error per {'clip' if self.psnr_per_clip else 'frame'}, mean over clips, dB",
+            "psnr": PER_CLIP if self.psnr_per_clip else "8 bit, mean squared error per frame, mean over clips, dB",
             "ssim": "8 bit, Gaussian 11x11 sigma 1.5, per frame, mean over clips",
             "l1": "8 bit, mean absolute difference on [0, 1]",
             **self.identity,
@@ -52,10 +55,10 @@ class FrameFigures:
 
 
 def means(name: str, values: Tensor, bootstrap: int, seed: int) -> dict[str, float]:
-    """The mean of a figure over clips, and its interval where there are to be resampled sets of clips."""
+    """The mean of a figure over clips, and its interval where there are to be resampled sets of them; one clip has none."""
     each = values.double().numpy()
     found = {name: float(each.mean())}
-    if bootstrap:
+    if bootstrap and len(each) > 1:
         resampled = resampled_counts(bootstrap, len(each), seed, "clips") @ each / len(each)
         found[f"{name}_low"], found[f"{name}_high"] = interval(found[name], resampled.tolist())
     return found

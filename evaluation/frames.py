@@ -15,7 +15,7 @@ from torch import Tensor
 
 from evaluation.features import Side
 from evaluation.protocols import Protocol
-from evaluation.quality import Figures, agreed, frechet_figures, measure_frechet, measured, more_real, rows_of, sides
+from evaluation.quality import Figures, agreed, frechet_figures, measure_frechet, measured, meet, more_real, rows_of, sides
 from evaluation.settings import FrechetConfig
 from evaluation.videos import VideoSet
 from launch.env import Env
@@ -83,8 +83,9 @@ def measure_fid(config: FidConfig, env: Env, generated: VideoSet | None = None) 
     real, fake = (measured(config, one, extractor, env, keep_rows=True) for one in clips)
     more = more_real(config, *clips, extractor, env)
     if real is None or fake is None:
+        meet(env, config.bootstrap)
         return agreed(None, env)
-    figures = frechet_figures(config, extractor, real, fake, more)
+    figures = frechet_figures(config, extractor, real, fake, more, env)
     kid, deviation = kernel_distance(_middle(real), _middle(fake), seed=config.seed)
     described = {"kid": "(x y / d + 1)^3, unbiased MMD^2 of the middle frames, up to 100 subsets of 1000"}
     kernel = {"kid": kid, "kid_std": deviation}

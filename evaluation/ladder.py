@@ -12,7 +12,7 @@ from evaluation.clips import Clips
 from evaluation.extractors import open_extractor
 from evaluation.generated import GeneratedVideos, open_job
 from evaluation.protocols import PROTOCOLS, Protocol
-from evaluation.quality import Figures, agreed, clips_of, frechet_figures, measured, more_real
+from evaluation.quality import Figures, agreed, clips_of, frechet_figures, measured, meet, more_real
 from evaluation.rungs import RungVideos, clip_shape, frame_interval, labels_of, rungs_of
 from evaluation.settings import FvdConfig
 from evaluation.videos import VideoSet, open_videos
@@ -101,9 +101,11 @@ def measure_ladder(config: LadderConfig, env: Env) -> Figures:
     for name, made in sets.items():
         clips = clips_of(config, made, "generated", env, real.size, 1)
         side = measured(config, clips, extractor, env, keep_rows=keep)
-        if env.is_main:
+        if not env.is_main:
+            meet(env, config.bootstrap)
+        else:
             told = [note for one in rungs.values() for note in one["notes"]]
-            rungs[name] = frechet_figures(config, extractor, truth, side, more, told)
+            rungs[name] = frechet_figures(config, extractor, truth, side, more, env, told)
             rungs[name]["protocol"]["id"] += f"_{name}"
     return agreed(_summary(config, rungs, left_out) if env.is_main else None, env)
 

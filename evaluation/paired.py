@@ -1,14 +1,17 @@
 """What is measured of clips and of their reconstructions: a row of numbers for each pair, and distances of the whole sets (rFVD, rFID)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from evaluation.extractors import Extractor, open_extractor
-from evaluation.protocols import PROTOCOLS, Protocol
+from evaluation.protocols import PROTOCOLS, Protocol, figure_name
+from evaluation.quality import meet
 from evaluation.report import too_few
+from launch.env import Env
 from metrics.frame_features import open_inception
 from metrics.frechet import Moments, frechet_distance
 from metrics.resampling import bootstrap_frechet, interval
@@ -43,21 +46,22 @@ class PairedDistance:
         if keep:
             self._rows.append((sides[0], sides[1]))
 
-    def finish(self, bootstrap: int, seed: int) -> tuple[dict[str, float], list[str]]:
-        """The distance, its interval where there are to be resampled sets, and what to know of it."""
+    def finish(self, bootstrap: int, seed: int, env: Env) -> tuple[dict[str, float], list[str]]:
+        """The distance, its interval where there are to be resampled sets, and what to know of it; on rank 0, see `meet`."""
         real, fake = self._sums
         value = frechet_distance(real, fake, unbiased=self.rules.unbiased)
         figures = {self.name: value}
         if bootstrap:
             rows = [torch.cat(side) for side in zip(*self._rows, strict=True)]
-            resampled = bootstrap_frechet(rows[0], rows[1], bootstrap, seed, unbiased=self.rules.unbiased, paired=True)
+            how = {"unbiased": self.rules.unbiased, "paired": True}
+            resampled = bootstrap_frechet(rows[0], rows[1], bootstrap, seed, **how, after_each=partial(meet, env))
             low, high = interval(value, resampled)
             figures |= {f"{self.name}_low": max(low, 0.0), f"{self.name}_high": high}
         return figures, [f"{self.name}: {note}" for note in too_few(real.n, real.dim, self.unit)]
 
-    def describe(self, clips: int, frames: int) -> dict[str, Any]:
+    def describe(self, clips: int, frames: int, stride: int) -> dict[str, Any]:
         """How it was measured; after `update`."""
-        name = f"{self.name}{clips}_{frames}f" + ("" if self.unit == "frames" else f"_{self.rules.name}")
+        name = figure_name(self.name, clips, frames, stride) + ("" if self.unit == "frames" else f"_{self.rules.name}")
         dim = self._sums[0].dim
         return {"id": name, "covariance": self.rules.covariance, "dim": dim, "detector": self.extractor.identity()}
 
@@ -95,12 +99,14 @@ class Comparison:
     def __call__(self, videos: Tensor, places: range) -> Tensor:
         """uint8 b 3 t h w (2 t with reconstructions) -> rows (b, numbers)."""
         clips = videos.to(self._device)
-        if self._reconstruct is None:
-            clips, others = clips.chunk(2, dim=2)
-            made = to_float(others)
-        else:
-            made = self._reconstruct(to_float(clips), places)
-        return torch.cat([part.reshape(len(clips), -1).float() for part in self._parts(clips, made).values()], dim=1)
+        # What is kept must not depend on a choice of algorithm, nor have the three digits of TF32: of the autoencoder neither.
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            if self._reconstruct is None:
+                clips, others = clips.chunk(2, dim=2)
+                made = to_float(others)
+            else:
+                made = self._reconstruct(to_float(clips), places)
+            return torch.cat([part.reshape(len(clips), -1).float() for part in self._parts(clips, made).values()], dim=1)
 
     def split(self, rows: Tensor) -> dict[str, Tensor]:
         """Rows as they were before they were joined: figures (b,), features of a distance (b, 2, k, dim)."""

@@ -104,6 +104,12 @@ PROTOCOLS = {
 release: VIDM's scripts as they are; their numbers compare with no others."""
 
 
+def figure_name(figure: str, videos: int, frames: int, stride: int) -> str:
+    """As published figures are called: fvd2048_16f, fvd2048_128f_subsample8f."""
+    length = f"{frames}f" if stride == 1 else f"{frames * stride}f_subsample{stride}f"
+    return f"{figure}{'_' if figure[-1].isdigit() else ''}{videos}_{length}"
+
+
 @dataclass(frozen=True)
 class Preset:
     """What the name of a published figure says of the clips: how many of a side, frames of each and the distance between two."""

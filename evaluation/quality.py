@@ -1,8 +1,10 @@
 """Figures of sets of videos, by what networks see in them: Frechet and kernel video distance (FVD, KVD), inception score (VIS)."""
 
 from collections.abc import Container
+from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from evaluation.protocols import Role, Size
 from evaluation.report import report, too_few
 from evaluation.settings import DistanceConfig, FrechetConfig, FvdConfig, KvdConfig, PairConfig, VideosConfig, VisConfig
 from evaluation.videos import VideoSet, open_videos
-from launch.env import Env
+from launch.env import Env, Stopped
 from metrics.frechet import frechet_distance
 from metrics.inception_score import SHUFFLE_SEED, inception_score, is_distribution, probabilities
 from metrics.kernel import kernel_distance
@@ -37,7 +39,10 @@ def measure_frechet(config: FrechetConfig, env: Env, extractor: Extractor, gener
     keep = bool(config.bootstrap or config.fd_inf)
     real, fake = (measured(config, one, extractor, env, keep_rows=keep) for one in clips)
     more = more_real(config, *clips, extractor, env)
-    return agreed(frechet_figures(config, extractor, real, fake, more) if env.is_main else None, env)
+    if not env.is_main:
+        meet(env, config.bootstrap)
+        return agreed(None, env)
+    return agreed(frechet_figures(config, extractor, real, fake, more, env), env)
 
 
 def measure_kvd(config: KvdConfig, env: Env, generated: VideoSet | None = None) -> Figures:
@@ -97,6 +102,19 @@ def more_real(config: FrechetConfig, real: Clips, generated: Clips, extractor: E
     return None if clips is None else measured(config, clips, extractor, env, keep_rows=False)
 
 
+def meet(env: Env, times: int = 1) -> None:
+    """So often the ranks meet: rank 0 after each resampled set, so that the others, who have nothing to do, do not wait too long for it.
+
+    Raises an agreed Stopped after a signal.
+    """
+    for _ in range(times):
+        stop = torch.tensor(env.stop.is_set(), dtype=torch.int32)
+        if env.world_size > 1:
+            dist.all_reduce(stop)
+        if stop:
+            raise Stopped
+
+
 def agreed(figures: Figures | None, env: Env) -> Figures:
     """Rank 0's figures, on all ranks."""
     told = [figures]
@@ -112,9 +130,13 @@ def frechet_figures(
     real: Side | None,
     generated: Side | None,
     more: Side | None,
+    env: Env,
     told: Container[str] = (),
 ) -> Figures:
-    """Distance and all that goes with it, on rank 0. `more`: of `more_real`; `told`: notes that were printed before."""
+    """Distance and all that goes with it, on rank 0; the others call `meet` for each resampled set.
+
+    `more`: of `more_real`; `told`: notes that were printed before.
+    """
     assert real is not None and generated is not None
     unbiased, name = config.rules.unbiased, config.rules.figure
     moments = [side.moments for side in (real, generated)]
@@ -122,7 +144,8 @@ def frechet_figures(
     figures: Figures = {name: value}
     notes = too_few(min(side.n for side in moments), moments[0].dim, config.unit)
     if config.bootstrap:
-        low, high = interval(value, bootstrap_frechet(rows_of(real), rows_of(generated), config.bootstrap, config.seed, unbiased=unbiased))
+        rows, pace = (rows_of(real), rows_of(generated)), partial(meet, env)
+        low, high = interval(value, bootstrap_frechet(*rows, config.bootstrap, config.seed, unbiased=unbiased, after_each=pace))
         figures |= {f"{name}_low": max(low, 0.0), f"{name}_high": high}
     least = min(len(real.clips), len(generated.clips))
     if config.fd_inf and least < LEAST_FOR_LIMIT:

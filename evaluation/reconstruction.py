@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from evaluation.features import Reading, blocks, nameless, open_store
-from evaluation.frame_figures import FrameFigures, means
+from evaluation.frame_figures import PER_CLIP, FrameFigures, means
 from evaluation.paired import Comparison, PairedDistance, open_distances
-from evaluation.quality import Figures, agreed
-from evaluation.reconstruction_config import ReconstructConfig
+from evaluation.protocols import figure_name
+from evaluation.quality import Figures, agreed, meet
+from evaluation.reconstruction_config import ORIGINALS, ReconstructConfig
 from evaluation.report import copies
 from evaluation.sources import SEED, Source, open_source
 from evaluation.versions import versions
+from evaluation.videos import ShardVideos
 from launch.env import Env
 from utils.errors import UserError
 
@@ -25,7 +27,7 @@ def measure_reconstruction(config: ReconstructConfig, env: Env) -> Figures:
     source = open_source(config, env)
     clips, frames = source.clips, FrameFigures(config.perceptual, config.perceptual_weights, env, psnr_per_clip=config.psnr_per_clip)
     if distances and len(clips) < 2:
-        raise UserError(f"--data-path {config.data_path}: one clip is measured; {distances[0].name} needs two")
+        raise UserError(f"{ORIGINALS} {config.data_path}: one clip is measured; {distances[0].name} needs two")
     compare = Comparison(source.reconstruct, frames, distances, (source.frames, *clips.size), env.device)
     reading = Reading(config.batch_size, config.num_workers, None if config.no_cache else config.cache)
     networks = {one.name: nameless(one.extractor) for one in distances}
@@ -41,13 +43,14 @@ def measure_reconstruction(config: ReconstructConfig, env: Env) -> Figures:
             columns.setdefault(name, []).append(part)
         marks.append(block.marks)
     if not env.is_main:
+        meet(env, len(distances) * config.bootstrap)
         return agreed(None, env)
     figures: Figures = {}
     for name, values in columns.items():
         figures |= means(name, torch.cat(values), config.bootstrap, SEED)
     notes = [*source.notes, *copies(len(torch.cat(marks).unique()), len(clips), "clips")]
     for one in distances:
-        found, known = one.finish(config.bootstrap, SEED)
+        found, known = one.finish(config.bootstrap, SEED, env)
         figures, notes = figures | found, notes + known
     for note in notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
@@ -64,11 +67,12 @@ def _protocol(config: ReconstructConfig, source: Source, distances: list[PairedD
         "size": list(clips.size),
         "resize": rules.resized,
         **rules.describe(clips.role, SEED, config.stride),
+        **({"which": "the first, in the order of the set"} if isinstance(clips.videos, ShardVideos) else {}),
         **clips.videos.identity(),
         **source.described,
         "seed": SEED,
         "bootstrap": config.bootstrap,
-        **{one.name: one.describe(len(clips), source.frames) for one in distances},
+        **{one.name: one.describe(len(clips), source.frames, config.stride) for one in distances},
     }
 
 
@@ -80,8 +84,9 @@ def reconstruction_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
         if not isinstance(value, float) or name.endswith(("_low", "_high")):
             continue
         own = protocol.get(name)
-        label = f"{name}_" if name[-1].isdigit() else name
-        described = own if isinstance(own, dict) else {"id": f"{label}{clips}_{protocol['frames']}f", "detector": {}}
+        label = "psnr_per_clip" if name == "psnr" and protocol["psnr"] == PER_CLIP else name
+        named = figure_name(label, clips, protocol["frames"], protocol["stride"])
+        described = own if isinstance(own, dict) else {"id": named, "detector": {}}
         if name == protocol["perceptual"].replace("-", "_"):
             described = described | {"detector": {"sha256": protocol["perceptual_sha256"]}}
         bounds = {key: figures[key] for key in (f"{name}_low", f"{name}_high") if key in figures}

@@ -4,9 +4,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from evaluation.protocols import Size
-from pipelines.loading import SD_SCALE
+from metrics.resampling import LEAST_SETS
+from pipelines.loading import SD_SCALE, is_official
 from utils.config import flag
 from utils.errors import ConfigError
+
+ORIGINALS = "--data-path (--dir1)"
+MADE = "--recon (--dir2)"
+"""The two folders in messages: either flag may have been typed."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class ReconstructConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of an autoencoder of clips; those of single frames know fp32 alone."""
     bootstrap: int = 0
-    """Resampled sets that the 95 % intervals of the figures come from, such as 200; 0: no intervals."""
+    """Resampled sets that the 95 % intervals of the figures come from, such as 200, at least 20; 0: no intervals."""
     cache: str = ""
     """Folder of what was measured before, from where the same command goes on after it was stopped; empty: $KINOFORM_CACHE, or
     ~/.cache/kinoform."""
@@ -73,21 +78,34 @@ class ReconstructConfig:
     """Seconds that a process waits for the others."""
 
     def validate(self) -> None:
-        """Raises ConfigError on settings that cannot work."""
+        """Raises ConfigError on settings that cannot work, and on those that would change nothing."""
         if not self.ae and not self.vae and not self.recon:
             raise ConfigError(
-                "which autoencoder? give --ae FOLDER, the run or export folder of train_ae.py, or --recon FOLDER, what one made already"
+                f"which autoencoder? give --ae FOLDER, the run or export folder of train_ae.py, or {MADE} FOLDER, what one made already"
             )
         if not self.data_path:
-            raise ConfigError("measured on what? give --data-path FOLDER, a shard set made by preprocess.py, or a folder of videos")
+            raise ConfigError(f"measured on what? give {ORIGINALS} FOLDER, a shard set made by preprocess.py, or a folder of videos")
         for name in ("ae", "vae", "system", "scale_factor", "weights", "precision") if self.recon else ():
             if (value := getattr(self, name)) != getattr(ReconstructConfig, name):
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: no autoencoder runs with --recon; drop one of the two")
-        lowest = {"n_frames": 1, "batch_size": 1, "num_workers": 1, "stride": 1, "max_clips": 0, "resolution": 0, "bootstrap": 0}
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: no autoencoder runs with {MADE}; drop one of the two")
+        self._refuse_ignored()
+        if self.bootstrap and self.bootstrap < LEAST_SETS:
+            raise ConfigError(f"--bootstrap {self.bootstrap}: 0, or at least {LEAST_SETS} resampled sets")
+        lowest = {"n_frames": 1, "batch_size": 1, "num_workers": 1, "stride": 1, "max_clips": 0, "resolution": 0}
         for name, least in lowest.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: at least {least}")
+
+    def _refuse_ignored(self) -> None:
+        if self.perceptual == "none" and self.perceptual_weights:
+            raise ConfigError(f"--perceptual-weights {self.perceptual_weights}: --perceptual none has no network; drop one of the two")
+        if self.scale_factor != SD_SCALE and not (self.ae and self.vae):
+            raise ConfigError(f"--scale-factor {self.scale_factor}: it is of latents between --ae and --vae, not both given; drop the flag")
+        if self.cache and self.no_cache:
+            raise ConfigError(f"--cache {self.cache}: --no-cache neither reads nor keeps it; drop one of the two")
+        if self.weights != "ema" and (not self.ae or is_official(self.ae)):
+            raise ConfigError(f"--weights {self.weights}: {self.ae or f'--vae {self.vae}'} has one kind of weights; drop the flag")
 
     @property
     def size(self) -> Size | None:

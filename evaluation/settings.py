@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from evaluation.protocols import PRESETS, PROTOCOLS, Preset, Protocol, Size
+from evaluation.protocols import PRESETS, PROTOCOLS, Preset, Protocol, Size, figure_name
 from metrics.inception_score import SPLITS
+from metrics.resampling import LEAST_SETS
 from utils.config import flag
 from utils.errors import ConfigError
 from utils.schema import suggest
@@ -45,7 +46,7 @@ class VideosConfig:
     seed: int = 0
     """Of all that is drawn: real videos, offsets, halves, subsets, resampling."""
     bootstrap: int = 0
-    """Resampled sets that the 95 % interval of the figure comes from, such as 200; 0: no interval."""
+    """Resampled sets that the 95 % interval of the figure comes from, such as 200, at least 20; 0: no interval."""
     cache: str = ""
     """Folder of features that were computed before; empty: $KINOFORM_CACHE, or ~/.cache/kinoform."""
     no_cache: bool = False
@@ -98,10 +99,9 @@ class VideosConfig:
         return (side, side) if side else None
 
     def name(self, figure: str, videos: int) -> str:
-        """As published figures are called, fvd2048_16f, fvd2048_128f_subsample8f; another protocol's bears its name."""
-        length = f"{self.frames}f" if self.step == 1 else f"{self.frames * self.step}f_subsample{self.step}f"
-        gap = "_" if figure[-1].isdigit() else ""
-        return f"{figure}{gap}{videos}_{length}" + ("" if self.protocol == next(iter(self.known)) else f"_{self.protocol}")
+        """As `figure_name` says; another protocol's bears its name."""
+        named = figure_name(figure, videos, self.frames, self.step)
+        return named if self.protocol == next(iter(self.known)) else f"{named}_{self.protocol}"
 
     def validate(self) -> None:
         """Raises ConfigError on settings that cannot work."""
@@ -121,7 +121,9 @@ class VideosConfig:
             raise ConfigError(f"--stride {self.step}: --protocol {self.protocol} spreads frames over the whole video; drop the flag")
         if self.num_videos == 1:
             raise ConfigError("--num-videos 1: at least 2")
-        for name in ("num_videos", "n_frames", "stride", "resolution", "bootstrap", "batch_size", "num_workers"):
+        if self.bootstrap and self.bootstrap < LEAST_SETS:
+            raise ConfigError(f"--bootstrap {self.bootstrap}: 0, or at least {LEAST_SETS} resampled sets")
+        for name in ("num_videos", "n_frames", "stride", "resolution", "batch_size", "num_workers"):
             lowest = int(name in ("batch_size", "num_workers"))
             if getattr(self, name) < lowest:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {lowest}")

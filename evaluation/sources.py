@@ -1,5 +1,6 @@
 """Where clips and their reconstructions come from: an autoencoder runs on a set of videos, or there are two folders."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.clips import Clips, choose_clips, totals
+from evaluation.clips import Clips, choose_clips, joined, totals
 from evaluation.folder_pairs import open_pairs
 from evaluation.paired import Reconstruct
 from evaluation.protocols import Protocol, Size
-from evaluation.reconstruction_config import ReconstructConfig
-from evaluation.videos import VideoSet, open_videos
+from evaluation.reconstruction_config import ORIGINALS, ReconstructConfig
+from evaluation.videos import ShardVideos, VideoSet, open_videos
 from launch.env import Env
 from pipelines.encoders import ENCODERS, EncoderOptions, FrameEncoder, system_of
 from utils.errors import ConfigError, UserError
@@ -59,18 +60,15 @@ def open_source(config: ReconstructConfig, env: Env) -> Source:
 def _folders(config: ReconstructConfig, env: Env) -> Source:
     pairs = open_pairs(config.data_path, config.recon, env)
     sizes = sorted({shape[1:] for shape in pairs.shapes})
-    if len(sizes) > 1 and config.size is None:
-        told = ", ".join("{} x {}".format(*size) for size in sizes[:3])
-        raise ConfigError(f"--data-path {config.data_path}: videos of {len(sizes)} sizes ({told}); say --resolution, which all become")
+    _refuse_mixed(config, sizes)
     return Source(*_chosen(config, pairs, config.n_frames, config.size or sizes[0], env))
 
 
 def _autoencoder(config: ReconstructConfig, env: Env) -> Source:
-    videos = open_videos(config.data_path, "--data-path")
+    videos = open_videos(config.data_path, ORIGINALS)
     height, width = videos.read(0, [0]).shape[1:3]
-    size = config.size or (height, width)
-    pipeline = _open(config, size, env.device)
-    by_frame, frames = isinstance(pipeline, FrameEncoder), config.n_frames
+    pipeline = _open(config, config.size or (height, width), env.device)
+    by_frame, frames, size = isinstance(pipeline, FrameEncoder), config.n_frames, config.size
     if by_frame and config.precision != "fp32":
         raise ConfigError(f"--precision {config.precision}: autoencoders of single frames run in fp32; drop the flag")
     if not by_frame:
@@ -81,27 +79,63 @@ def _autoencoder(config: ReconstructConfig, env: Env) -> Source:
             raise ConfigError(f"--n-frames {config.n_frames}: the autoencoder takes clips of {frames} frames; drop the flag")
         size = (taken[0], taken[1])
     identity = pipeline.identity()
+    clips, frames = _chosen(config, videos, frames, size, env)
+    sizes = _sizes(clips, env)
+    if by_frame:
+        _refuse_mixed(config, sorted(sizes))
 
     def reconstruct(clips: Tensor, places: range) -> Tensor:
         made: Tensor = pipeline.reconstruct(clips, SampleRng(SEED, torch.tensor(places), env.device))
         return made
 
     return Source(
-        *_chosen(config, videos, frames, size, env),
+        clips,
+        frames,
         reconstruct,
         {name: value for name, value in identity.items() if name != "path"} | {"precision": config.precision, "seed": SEED},
         {"autoencoder_sha256": identity["sha256"], "weights": _kind(config.ae, identity["sha256"]), "precision": config.precision}
         | ({"latents": "samples of the posteriors"} if by_frame else {}),
-        "" if size == (height, width) else f"videos of {height} x {width} became {size[0]} x {size[1]}",
+        _resized(sizes, clips.size),
     )
 
 
-def _chosen(config: ReconstructConfig, videos: VideoSet, frames: int | None, size: Size, env: Env) -> tuple[Clips, int]:
-    """Clips of so many frames, and how many these are. None: all where all videos are of one length."""
+def _sizes(clips: Clips, env: Env) -> Counter[Size]:
+    """How many of the clips are of which height and width in their videos; each rank looks at its share. To be called by all ranks."""
+    videos = clips.videos
+    if isinstance(videos, ShardVideos):
+        return Counter({videos.shards.size: len(clips)})
+    mine = range(len(clips))[env.rank :: env.world_size]
+    found = [videos.read(clips.numbers[place], clips.picks[place][:1]).shape[1:3] for place in mine]
+    return Counter(joined(found, len(clips), env))
+
+
+def _refuse_mixed(config: ReconstructConfig, sizes: list[Size]) -> None:
+    """ConfigError where videos are of several sizes and nothing says which one they become."""
+    if len(sizes) > 1 and config.size is None:
+        raise ConfigError(
+            f"{ORIGINALS} {config.data_path}: videos of {len(sizes)} sizes ({_told(sizes)}); say --resolution, which all become"
+        )
+
+
+def _resized(sizes: Mapping[Size, int], size: Size) -> str:
+    """What became of videos of other sizes."""
+    others = sorted(other for other in sizes if other != size)
+    if not others:
+        return ""
+    count, total = sum(sizes[other] for other in others), sum(sizes.values())
+    return (f"{count} of {total} " if count < total else "") + f"videos of {_told(others)} became {_told([size])}"
+
+
+def _told(sizes: list[Size]) -> str:
+    return ", ".join("{} x {}".format(*size) for size in sizes[:3]) + (" and others" if len(sizes) > 3 else "")
+
+
+def _chosen(config: ReconstructConfig, videos: VideoSet, frames: int | None, size: Size | None, env: Env) -> tuple[Clips, int]:
+    """Clips of so many frames, and how many these are. None: all where the videos that may be measured are of one length."""
+    count = min(config.max_clips or len(videos), len(videos))
     if frames is None:
-        lengths = set(totals(videos, list(range(len(videos))), env))
+        lengths = set(totals(videos, list(range(count)), env))
         frames = -(-lengths.pop() // config.stride) if len(lengths) == 1 else FRAMES
-    count = config.max_clips or len(videos)
     return choose_clips(videos, RULES, "real", env, count=count, frames=frames, size=size, seed=SEED, stride=config.stride), frames
 
 

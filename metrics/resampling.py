@@ -1,5 +1,6 @@
 """How far figures of sets would be elsewhere: on other videos of the same kind (intervals), and with ever more of them (limit)."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +13,8 @@ from metrics.kernel import weighted_distances
 from utils.rng import derive_seed
 
 LEVEL = 0.95
+LEAST_SETS = 20
+"""Resampled sets that an interval can come from: of fewer its ends are hardly more than the extremes of a few values."""
 FRACTIONS = (0.25, 0.375, 0.5, 0.75, 1.0)
 """Sizes of subsets that the limit is found from, of the smaller side."""
 DRAWS = 4
@@ -34,11 +37,19 @@ def resampled_counts(count: int, total: int, seed: int, stream: str) -> np.ndarr
 
 
 def bootstrap_frechet(
-    real: Tensor, generated: Tensor, count: int, seed: int, *, unbiased: bool = True, paired: bool = False
+    real: Tensor,
+    generated: Tensor,
+    count: int,
+    seed: int,
+    *,
+    unbiased: bool = True,
+    paired: bool = False,
+    after_each: Callable[[], object] = lambda: None,
 ) -> list[float]:
     """Distances of sets drawn with replacement from rows (videos, k, dim); all k rows of a video are drawn together.
 
-    `paired`: each video of one side with that of the same place in the other, which was made of it.
+    `paired`: each video of one side with that of the same place in the other, which was made of it. `after_each`: is called after each
+    set, of which one of many wide rows takes seconds.
     """
     streams = ("real", "real" if paired else "generated")
     draws = [resampled_counts(count, len(rows), seed, stream) for rows, stream in zip((real, generated), streams, strict=True)]
@@ -46,6 +57,7 @@ def bootstrap_frechet(
     for picked in zip(*draws, strict=True):
         one, two = (_moments(rows.repeat_interleave(torch.from_numpy(n), dim=0)) for rows, n in zip((real, generated), picked, strict=True))
         found.append(frechet_distance(one, two, unbiased=unbiased))
+        after_each()
     return found
 
 

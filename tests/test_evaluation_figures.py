@@ -293,7 +293,7 @@ def test_strides_take_frames_that_far_apart(place: Path, tmp_path: Path) -> None
         ({"preset": "fvd2048_16f", "num_videos": 0, "n_frames": 8}, "--n-frames 8 is not --preset fvd2048_16f, which says 16"),
         ({"protocol": "release", "stride": 2}, "spreads frames over the whole video"),
         ({"protocol": "release", "real_stride": 2}, "--real-stride 2"),
-        ({"bootstrap": -1}, "--bootstrap -1: at least 0"),
+        ({"bootstrap": -1}, "--bootstrap -1: 0, or at least 20"),
         ({"num_videos": 1}, "--num-videos 1: at least 2"),
     ],
 )

