@@ -148,7 +148,7 @@ def test_processes_however_joined_agree_with_a_plain_loop(root: Path, tmp_path: 
 def test_pixel_shards_and_latent_shards_train_alike(root: Path, tmp_path: Path) -> None:
     """Windows, images and draws are the same; even a scale that nobody gave, measured on all clips here."""
     latents = make(root / "pixels", root / "ae", tmp_path / "latents", "--dtype", "float32")
-    automatic = ["--n-frames", "8", "--num-images", "1"]
+    automatic = ["--n-frames", "8", "--num-images", "1", "--run-name", "automatic"]
     for argv, tolerance in (([*JOINT, "--latent-scale", "2"], 1e-5), (automatic, 1e-4)):
         encoded = alone(arguments(root, *argv), tmp_path / "encoded")
         read = alone([*arguments(root, *argv), "--data-path", str(latents)], tmp_path / "read")

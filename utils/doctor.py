@@ -20,6 +20,7 @@ PACKAGES = {
     "torchvision": "torchvision",
     "numpy": "numpy",
     "einops": "einops",
+    "scipy": "scipy",
     "timm": "timm",
     "PyWavelets": "pywt",
     "lpips": "lpips",
