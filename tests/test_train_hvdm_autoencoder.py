@@ -85,7 +85,7 @@ def test_the_adversarial_run_starts_from_the_first_and_trains_both_sides(tmp_pat
     """In the release the discriminators of such a run would stay the random networks that they begin as."""
     with distributed(60) as env:
         first = train(env, tmp_path, "--max-steps 3")
-        flags = f"--adversarial --init-from {first} --eval-every 2 --best-metric psnr --max-steps 6"
+        flags = f"--adversarial --init-from {first} --run-name second --eval-every 2 --best-metric psnr --max-steps 6"
         second = train(env, tmp_path, flags, held_out=True)
     turns = [("loss" in line, "loss/disc" in line) for line in lines(second) if "loss" in line or "loss/disc" in line]
     assert turns == [(True, False), (False, True)] * 3

@@ -124,7 +124,7 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
 def test_the_second_run_starts_from_the_first_and_keeps_its_best(tmp_path: Path) -> None:
     with distributed(60) as env:
         first = train(env, tmp_path, "--max-steps 4")
-        flags = f"--adversarial --init-from {first} --eval-every 1 --best-metric psnr --lr 1e-2 --max-steps 6"
+        flags = f"--adversarial --init-from {first} --resume none --eval-every 1 --best-metric psnr --lr 1e-2 --max-steps 6"
         second = train(env, tmp_path, flags, held_out=True)
     assert (first.name, second.name) == ("000-pvdm-autoencoder", "001-pvdm-autoencoder")
     found = {line["step"]: line["eval/psnr"] for line in lines(second) if "eval/psnr" in line}
