@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.clips import Clips, Look
+from evaluation.clips import Clips, Look, raise_together
 from evaluation.extractors import Extractor
 from evaluation.store import FeatureStore, cache_folder
 from evaluation.versions import package_versions
@@ -67,7 +67,9 @@ class Side:
 
 
 def measure_side(clips: Clips, extractor: Extractor, env: Env, reading: Reading, seed: int, *, keep_rows: bool = False) -> Side | None:
-    """Features of all clips, on rank 0; the others work along and get None. Raises Stopped after a signal.
+    """Features of all clips, on rank 0; the others work along and get None.
+
+    Raises Stopped after a signal, AgreedError where a clip that is not made cannot be read.
 
     `seed`: of the halves. To be called by all ranks.
     """
@@ -174,8 +176,13 @@ def _made(clips: Clips, compute: Compute, env: Env, reading: Reading, store: Fea
             numbers = missing[first : first + env.world_size]
             if shared:
                 read = iter(_shared(clips, numbers, size, env, bar))
-            number = numbers[env.rank] if env.rank < len(numbers) else None
-            block = None if number is None else _computed(number, _places(number, clips), read, compute, env)
+            block, wrong = None, None
+            try:
+                if env.rank < len(numbers):
+                    block = _computed(numbers[env.rank], _places(numbers[env.rank], clips), read, compute, env)
+            except UserError as error:
+                wrong = error
+            raise_together(wrong, env)
             for found in _gathered(block, env):
                 if store is not None:
                     store.write(f"{found.number:05d}", found.tensors())

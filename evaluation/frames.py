@@ -15,7 +15,7 @@ from torch import Tensor
 
 from evaluation.features import Side
 from evaluation.protocols import Protocol
-from evaluation.quality import Figures, agreed, frechet_figures, measure_frechet, measured, more_real, rows_of, sides
+from evaluation.quality import Figures, agreed, frechet_figures, measure_frechet, measured, more_real, other_real, rows_of, sides
 from evaluation.settings import FrechetConfig
 from evaluation.videos import VideoSet
 from launch.env import Env
@@ -80,8 +80,9 @@ def measure_fid(config: FidConfig, env: Env, generated: VideoSet | None = None) 
     if not config.kid:
         return measure_frechet(config, env, extractor, generated)
     clips = sides(config, env, generated)
+    extra = other_real(config, *clips, env)
     real, fake = (measured(config, one, extractor, env, keep_rows=True) for one in clips)
-    more = more_real(config, *clips, extractor, env)
+    more = more_real(config, extra, extractor, env)
     if real is None or fake is None:
         return agreed(None, env)
     figures = frechet_figures(config, extractor, real, fake, more)

@@ -18,7 +18,7 @@ from evaluation.quality import measure_fvd, measure_kvd, measure_vis
 from evaluation.report import append_row, digits, row
 from evaluation.settings import FvdConfig, KvdConfig, VisConfig
 from evaluation.similarity import ClipsimConfig
-from evaluation.videos import open_videos
+from evaluation.videos import FolderVideos, open_videos
 from launch.env import Env
 from launch.run import parse_launch
 from metrics.detectors import Detector
@@ -173,11 +173,16 @@ def test_the_floor_is_of_as_many_other_real_videos_as_there_are_generated_ones(p
     assert "noise_floor_of_halves" in measure_fvd(fvd_config(place, num_videos=25), ALONE), "48 are not 50"
 
 
-def test_other_clips_are_long_enough(place: Path, tmp_path: Path) -> None:
+def test_other_clips_are_long_enough(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no video is looked at twice for its length."""
+    looked: list[int] = []
+    plain = FolderVideos.total
+    monkeypatch.setattr(FolderVideos, "total", lambda self, number: (looked.append(number), plain(self, number))[1])
     write_arrays(tmp_path, [4, 8] * 6)
     clips = choose_clips(open_videos(tmp_path, ""), PROTOCOLS["stylegan-v"], "real", ALONE, count=3, frames=5, size=None, seed=0)
     other = other_clips(clips, ALONE, count=3, frames=5, seed=0)
     assert other is not None and sorted(clips.numbers + other.numbers) == [1, 3, 5, 7, 9, 11]
+    assert len(looked) == len(set(looked))
     assert other_clips(clips, ALONE, count=4, frames=5, seed=0) is None
 
 
