@@ -7,6 +7,7 @@ pip package carries: a figure for machines without a network, called fd_content_
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -122,4 +123,4 @@ def open_effl0(given: str = "", device: torch.device | str = "cpu") -> FrameFeat
 
     identity: dict[str, Any] = {"file": path.name, "sha256": sha256_file(path), "kind": "efficientnet-lite0", "features": net.num_features}
     resize = f"stretched to {EFFL0_SIZE} x {EFFL0_SIZE}, bilinear with antialias"
-    return FrameFeatures(rows, identity | {"pixels": "[-1, 1]", "resize": resize}, device)
+    return FrameFeatures(rows, identity | {"pixels": "[-1, 1]", "resize": resize, "timm": version("timm")}, device)

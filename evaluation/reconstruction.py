@@ -14,7 +14,7 @@ from evaluation.quality import Figures, agreed
 from evaluation.reconstruction_config import ReconstructConfig
 from evaluation.report import copies
 from evaluation.sources import SEED, Source, open_source
-from evaluation.versions import versions
+from evaluation.versions import made_by, versions
 from launch.env import Env
 from utils.errors import UserError
 
@@ -29,7 +29,7 @@ def measure_reconstruction(config: ReconstructConfig, env: Env) -> Figures:
     compare = Comparison(source.reconstruct, frames, distances, (source.frames, *clips.size), env.device)
     reading = Reading(config.batch_size, config.num_workers, None if config.no_cache else config.cache)
     networks = {one.name: nameless(one.extractor) for one in distances}
-    about = {"reconstructions": source.depends, **frames.describe(), **networks}
+    about = {"reconstructions": source.depends, **frames.describe(), **networks, "made_by": made_by()}
     digest = clips.digest(env)
     columns: dict[str, list[Tensor]] = {}
     marks: list[Tensor] = []

@@ -16,7 +16,7 @@ from evaluation.clips import other_clips
 from evaluation.quality import measure_fvd, measure_vis, sides
 from evaluation.settings import FvdConfig, VisConfig
 from evaluation.store import FeatureStore, cache_folder
-from evaluation.versions import package_versions
+from evaluation.versions import SOURCES, package_versions, source_sha256
 from evaluation.videos import FolderVideos, open_videos
 from launch.env import Env
 from tests import distributed
@@ -145,7 +145,24 @@ def test_features_of_other_versions_are_measured_again(
     measure_fvd(how, ALONE)
     assert len(reads) == 32
     about = [json.loads(path.read_text())["versions"] for path in tmp_path.glob("features/*/about.json")]
-    assert len(about) == 4 and all(set(one) == {"torch", "av", "pillow"} for one in about)
+    assert len(about) == 4 and all(set(one) == {"torch", "av", "pillow", "numpy", "scipy"} for one in about)
+
+
+def test_another_source_is_another_key(tmp_path: Path) -> None:
+    """By contents and place of each file."""
+    for number, name in enumerate(SOURCES):
+        path = tmp_path / name if name.endswith(".py") else tmp_path / name / "deep" / "a.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(number))
+    found = [source_sha256(tmp_path)]
+    for change in (lambda: (tmp_path / "models/deep/a.py").write_text("mended"), lambda: (tmp_path / "utils/rng.py").write_text("1")):
+        source_sha256.cache_clear()
+        change()
+        found.append(source_sha256(tmp_path))
+    (tmp_path / "losses/deep/a.py").rename(tmp_path / "losses/a.py")
+    source_sha256.cache_clear()
+    found.append(source_sha256(tmp_path))
+    assert len(set(found)) == 4 and source_sha256() != found[0]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "empty"])

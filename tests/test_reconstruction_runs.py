@@ -111,7 +111,9 @@ def test_two_processes_find_the_same_bits(place: Path, tmp_path: Path, undisturb
     assert ranks == [[undisturbed, plain(measure_reconstruction(config(place, max_clips=2), ALONE))]] * 2
 
 
-def test_other_weights_and_settings_are_measured_again(place: Path, tmp_path: Path, reads: list[int]) -> None:
+def test_other_weights_settings_and_code_are_measured_again(
+    place: Path, tmp_path: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another autoencoder, figure or network; not another name of the same files, nor another number of resampled sets."""
     export_vae(tmp_path / "other", seed=3)
     how = {"cache": str(tmp_path / "cache"), "max_clips": 4}
@@ -124,6 +126,9 @@ def test_other_weights_and_settings_are_measured_again(place: Path, tmp_path: Pa
         del reads[:]
         found = measure_reconstruction(config(place, **{**how, **other}), ALONE)
         assert len(reads) == 4 and (found["psnr"] != first["psnr"]) == ("inception" not in other), other
+    monkeypatch.setattr("evaluation.versions.source_sha256", lambda: "mended")
+    del reads[:]
+    assert measure_reconstruction(config(place, **how), ALONE)["psnr"] == first["psnr"] and len(reads) == 4
     with pytest.raises(ConfigError, match="--precision bf16: autoencoders of single frames run in fp32"):
         measure_reconstruction(config(place, precision="bf16"), ALONE)
 
