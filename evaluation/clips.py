@@ -99,15 +99,15 @@ class Clips:
                 raise UserError(f"{found[1]}, {found[0]}: this protocol takes what there is, which only -b 1 can batch")
         return list(looks), torch.stack(list(clips))
 
-    def digest(self, env: Env) -> str | None:
-        """SHA-256 of the videos' contents, of which frames are taken and what is done to them; None where a video has no digest.
+    def contents(self, env: Env) -> list[str | None]:
+        """Digests of the videos. To be called by all ranks: each reads its share. Raises AgreedError where a video cannot be read."""
+        return shared(self.videos.digest, self.numbers, env)
 
-        To be called by all ranks: each reads its share. Raises AgreedError where a video cannot be read.
-        """
-        digests = shared(self.videos.digest, self.numbers, env)
+    def digest(self, digests: Sequence[str | None]) -> str | None:
+        """SHA-256 of `contents`, of which frames are taken and what is done to them; None where a video has no digest."""
         if any(digest is None for digest in digests):
             return None
-        parts = [digests, self.picks, list(self.size), self.protocol.resized]
+        parts = [list(digests), self.picks, list(self.size), self.protocol.resized]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -162,6 +162,8 @@ def frechet_figures(
         figures |= {"fd_inf": limit, "fd_by_size": {str(size): one for size, one in by_size.items()}}
     if config.noise_floor:
         figures |= _floor(config, real, generated, extra.side)
+    if f"floor_{config.unit}" in figures:
+        notes += _low_floor(real, extra.side)
     notes += filter(None, [extra.note])
     described = {"id": config.name(name, len(generated.clips)), "covariance": config.rules.covariance, "dim": moments[0].dim}
     if extra.side is not None:
@@ -186,6 +188,20 @@ def _floor(config: FrechetConfig, real: Side, generated: Side, more: Side | None
         f"{name}_of_halves": frechet_distance(real.halves[0], generated.halves[0], unbiased=unbiased),
         f"half_{config.unit}": [side.halves[0].n for side in (real, generated)],
     }
+
+
+def _low_floor(real: Side, more: Side | None) -> list[str]:
+    """What to know of a floor whose clips are copies of one another, or of the clips that they are compared with."""
+    seen: set[int | str | None] = set()
+    copied = 0
+    for side in (real,) if more is None else (real, more):
+        copied = 0  # of the last side: copies among the real clips alone are noted with them
+        for own in zip(side.marks.tolist(), side.contents, strict=True):
+            copied += not seen.isdisjoint(own)
+            seen.update(name for name in own if name is not None)
+    if not copied:
+        return []
+    return [f"{copied} of {len((more or real).clips)} real clips of the noise floor are of videos that are there twice: it is too low"]
 
 
 def _kernel_figures(config: KvdConfig, extractor: Extractor, real: Side | None, generated: Side | None) -> Figures:

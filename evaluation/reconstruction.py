@@ -30,7 +30,7 @@ def measure_reconstruction(config: ReconstructConfig, env: Env) -> Figures:
     reading = Reading(config.batch_size, config.num_workers, None if config.no_cache else config.cache)
     networks = {one.name: nameless(one.extractor) for one in distances}
     about = {"reconstructions": source.depends, **frames.describe(), **networks, "made_by": made_by()}
-    digest = clips.digest(env)
+    digest = clips.digest(clips.contents(env))
     columns: dict[str, list[Tensor]] = {}
     marks: list[Tensor] = []
     for block in blocks(clips, compare, env, reading, open_store(digest, about, env, reading)):

@@ -1,6 +1,7 @@
 """Figures of sets of videos: protocols, presets, what grows with damage to videos, intervals, floors, tables, temporal checks."""
 
 import json
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -171,6 +172,18 @@ def test_the_floor_is_of_as_many_other_real_videos_as_there_are_generated_ones(p
     assert other_clips(clips, ALONE, count=COUNT - 19, frames=FRAMES, seed=0) is None
     assert other_clips(clips, ALONE, count=COUNT - 20, frames=FRAMES, seed=0) is not None
     assert "noise_floor_of_halves" in measure_fvd(fvd_config(place, num_videos=25), ALONE), "48 are not 50"
+
+
+def test_a_floor_of_videos_that_are_there_twice_is_noted(place: Path, tmp_path: Path) -> None:
+    """Also where other frames of them are seen; and one of halves."""
+    for name, length in (("short", FRAMES), ("long", 40)):
+        write_arrays(tmp_path / name / "a", [length] * 12, first=5)
+        shutil.copytree(tmp_path / name / "a", tmp_path / name / "b")
+        for count, note in ((10, " of 10 real clips of the noise floor are"), (24, "12 of 24 real clips of the noise floor are")):
+            found = measure_fvd(fvd_config(place, dir1=str(tmp_path / name), num_videos=count), ALONE)
+            assert ("noise_floor" in found) == (count == 10)
+            assert len([one for one in found["notes"] if note in one and one.endswith("twice: it is too low")]) == 1, found["notes"]
+    assert not [one for one in measure_fvd(fvd_config(place, num_videos=20), ALONE)["notes"] if "too low" in one]
 
 
 def test_other_clips_are_long_enough(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
