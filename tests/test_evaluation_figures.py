@@ -413,3 +413,7 @@ def test_a_table_of_other_columns_ends_where_rows_of_these_begin(tmp_path: Path)
     append_row(path, figures)
     lines = path.read_text().splitlines()
     assert lines[3] == "" and lines[4].startswith("| figure | value | 95 % interval | noise floor |") and len(lines) == 8
+    path.write_text("\n".join([*lines, "", *lines[:3], ""]))
+    append_row(path, figures)
+    lines = path.read_text().splitlines()
+    assert lines[12:14] == ["", lines[4]] and len(lines) == 16, "the last table counts"
