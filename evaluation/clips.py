@@ -4,11 +4,11 @@ import dataclasses
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,12 @@ from evaluation.videos import VideoSet
 from launch.env import Env
 from utils.errors import UserError
 from utils.rng import hash_indices
+
+T = TypeVar("T")
+
+
+class AgreedError(UserError):
+    """What one rank or more have found, raised by all at the same place: who catches it goes on together with the others."""
 
 
 @dataclass(frozen=True)
@@ -93,16 +99,15 @@ class Clips:
                 raise UserError(f"{found[1]}, {found[0]}: this protocol takes what there is, which only -b 1 can batch")
         return list(looks), torch.stack(list(clips))
 
-    def digest(self, env: Env) -> str | None:
-        """SHA-256 of the videos' contents, of which frames are taken and what is done to them; None where a video has no digest.
+    def contents(self, env: Env) -> list[str | None]:
+        """Digests of the videos. To be called by all ranks: each reads its share. Raises AgreedError where a video cannot be read."""
+        return shared(self.videos.digest, self.numbers, env)
 
-        To be called by all ranks: each reads its share.
-        """
-        mine = [self.videos.digest(number) for number in self.numbers[env.rank :: env.world_size]]
-        digests = joined(mine, len(self), env)
+    def digest(self, digests: Sequence[str | None]) -> str | None:
+        """SHA-256 of `contents`, of which frames are taken and what is done to them; None where a video has no digest."""
         if any(digest is None for digest in digests):
             return None
-        parts = [digests, self.picks, list(self.size), self.protocol.resized]
+        parts = [list(digests), self.picks, list(self.size), self.protocol.resized]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -147,13 +152,13 @@ def choose_clips(
 def other_clips(clips: Clips, env: Env, *, count: int, frames: int, seed: int, stride: int = 1) -> Clips | None:
     """`count` drawn clips of the same set and settings, of other videos than these; None where there are not so many.
 
-    To be called by all ranks.
+    To be called by all ranks. Raises AgreedError where a video that is looked at cannot be read.
     """
-    if len(clips.videos) - len(clips) - clips.dropped < count:
+    looked = len(clips) + clips.dropped
+    if len(clips.videos) - looked < count:
         return None
     order = np.argsort(hash_indices(seed, f"{clips.role} order", np.arange(len(clips.videos))), kind="stable")
-    order = order[~np.isin(order, clips.numbers)]
-    lengths, dropped = _long_enough(clips.videos, order, count, (frames - 1) * stride + 1, env)
+    lengths, dropped = _long_enough(clips.videos, order[looked:], count, (frames - 1) * stride + 1, env)
     if len(lengths) < count:
         return None
     numbers, picks = _picked(clips.videos, clips.protocol, clips.role, lengths, frames, seed, stride)
@@ -182,8 +187,30 @@ def _picked(
 
 
 def totals(videos: VideoSet, numbers: list[int], env: Env) -> list[int]:
-    """Frames of each of the videos; each rank looks at its share. To be called by all ranks."""
-    return joined([videos.total(number) for number in numbers[env.rank :: env.world_size]], len(numbers), env)
+    """Frames of each of the videos; each rank looks at its share. To be called by all ranks. Raises AgreedError for one it cannot read."""
+    return shared(videos.total, numbers, env)
+
+
+def shared(work: Callable[[int], T], numbers: Sequence[int], env: Env) -> list[T]:
+    """What `work` gives of each number, of which each rank does its share. To be called by all ranks.
+
+    A UserError of one rank is raised by all, as AgreedError.
+    """
+    mine: list[T] = []
+    wrong: UserError | None = None
+    try:
+        mine = [work(number) for number in numbers[env.rank :: env.world_size]]
+    except UserError as error:
+        wrong = error
+    raise_together(wrong, env)
+    return joined(mine, len(numbers), env)
+
+
+def raise_together(error: UserError | None, env: Env) -> None:
+    """Raises AgreedError on all ranks where one has an error, that of the first one. To be called by all ranks."""
+    found = joined([None if error is None else str(error)], env.world_size, env)
+    for text in filter(None, found):
+        raise AgreedError(text) from None
 
 
 def joined(mine: list[Any], count: int, env: Env) -> list[Any]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.clips import Clips, Look
+from evaluation.clips import Clips, Look, raise_together
 from evaluation.extractors import Extractor
 from evaluation.store import FeatureStore, cache_folder
 from evaluation.versions import package_versions
@@ -57,8 +57,15 @@ class Side:
     """Mean absolute difference of consecutive frames, on [0, 1]; the mean over the clips."""
     static: float
     """Share of pixel values that hardly change from frame to frame."""
-    unique: int
-    """Clips of which no two are equal."""
+    marks: Tensor
+    """(clips,) int64, of their pixels."""
+    contents: list[str | None]
+    """Digests of their videos."""
+
+    @property
+    def unique(self) -> int:
+        """Clips of which no two are equal."""
+        return len(self.marks.unique())
 
     @property
     def moments(self) -> Moments:
@@ -67,17 +74,20 @@ class Side:
 
 
 def measure_side(clips: Clips, extractor: Extractor, env: Env, reading: Reading, seed: int, *, keep_rows: bool = False) -> Side | None:
-    """Features of all clips, on rank 0; the others work along and get None. Raises Stopped after a signal.
+    """Features of all clips, on rank 0; the others work along and get None.
+
+    Raises Stopped after a signal, AgreedError where a clip that is not made cannot be read.
 
     `seed`: of the halves. To be called by all ranks.
     """
-    digest = clips.digest(env)
+    contents = clips.contents(env)
+    digest = clips.digest(contents)
     store = open_store(digest, {"network": nameless(extractor)}, env, reading)
     kept = store.read(f"moments-{seed}") if store is not None and env.is_main and not keep_rows else None
     if _agreed(kept is not None, env):
-        return _from_kept(clips, digest, kept) if kept is not None else None
+        return _from_kept(clips, contents, kept) if kept is not None else None
     found = blocks(clips, lambda videos, _: extractor(videos), env, reading, store)
-    side = _summed(clips, digest, found, seed, keep_rows, env)
+    side = _summed(clips, contents, found, seed, keep_rows, env)
     if store is not None and side is not None:
         store.write(f"moments-{seed}", _to_keep(side), {"protocol": clips.protocol.name, "role": clips.role})
     return side
@@ -174,8 +184,13 @@ def _made(clips: Clips, compute: Compute, env: Env, reading: Reading, store: Fea
             numbers = missing[first : first + env.world_size]
             if shared:
                 read = iter(_shared(clips, numbers, size, env, bar))
-            number = numbers[env.rank] if env.rank < len(numbers) else None
-            block = None if number is None else _computed(number, _places(number, clips), read, compute, env)
+            block, wrong = None, None
+            try:
+                if env.rank < len(numbers):
+                    block = _computed(numbers[env.rank], _places(numbers[env.rank], clips), read, compute, env)
+            except UserError as error:
+                wrong = error
+            raise_together(wrong, env)
             for found in _gathered(block, env):
                 if store is not None:
                     store.write(f"{found.number:05d}", found.tensors())
@@ -240,7 +255,7 @@ def halves(count: int, seed: int) -> np.ndarray:
     return first
 
 
-def _summed(clips: Clips, digest: str | None, found: Iterator[Block], seed: int, keep_rows: bool, env: Env) -> Side | None:
+def _summed(clips: Clips, contents: list[str | None], found: Iterator[Block], seed: int, keep_rows: bool, env: Env) -> Side | None:
     """Sums up blocks as they come; on rank 0."""
     half = halves(len(clips), seed)
     parts: list[Moments] = []
@@ -255,22 +270,23 @@ def _summed(clips: Clips, digest: str | None, found: Iterator[Block], seed: int,
     if not env.is_main:
         return None
     seen = torch.cat(looks).mean(dim=0)
-    counted = torch.cat(marks)
-    assert len(counted) == len(clips), f"{len(counted)} videos were measured, {len(clips)} are there"
+    whole = torch.cat(marks)
+    assert len(whole) == len(clips), f"{len(whole)} videos were measured, {len(clips)} are there"
     kept = torch.cat(rows) if keep_rows else None
-    return Side(clips, digest, (parts[0], parts[1]), kept, float(seen[0]), float(seen[1]), len(counted.unique()))
+    digest = clips.digest(contents)
+    return Side(clips, digest, (parts[0], parts[1]), kept, float(seen[0]), float(seen[1]), whole, contents)
 
 
 def _to_keep(side: Side) -> dict[str, Tensor]:
-    tensors = {"seen": torch.tensor([side.change, side.static, side.unique], dtype=torch.float64)}
+    tensors = {"seen": torch.tensor([side.change, side.static], dtype=torch.float64), "marks": side.marks}
     for name, half in zip("ab", side.halves, strict=True):
         tensors |= {f"{name}.{label}": value for label, value in half.state().items()}
     return tensors
 
 
-def _from_kept(clips: Clips, digest: str | None, kept: dict[str, Tensor]) -> Side:
+def _from_kept(clips: Clips, contents: list[str | None], kept: dict[str, Tensor]) -> Side:
     first, second = (
         Moments.from_state({label[2:]: value for label, value in kept.items() if label.startswith(f"{name}.")}) for name in "ab"
     )
-    change, static, unique = kept["seen"].tolist()
-    return Side(clips, digest, (first, second), None, change, static, int(unique))
+    change, static = kept["seen"].tolist()
+    return Side(clips, clips.digest(contents), (first, second), None, change, static, kept["marks"], contents)

@@ -7,6 +7,7 @@ pip package carries: a figure for machines without a network, called fd_content_
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from evaluation.features import Side
 from evaluation.protocols import Protocol
-from evaluation.quality import Figures, agreed, frechet_figures, measure_frechet, measured, meet, more_real, rows_of, sides
+from evaluation.quality import Figures, agreed, frechet_figures, measure_frechet, measured, meet, more_real, other_real, rows_of, sides
 from evaluation.settings import FrechetConfig
 from evaluation.videos import VideoSet
 from launch.env import Env
@@ -80,8 +81,9 @@ def measure_fid(config: FidConfig, env: Env, generated: VideoSet | None = None) 
     if not config.kid:
         return measure_frechet(config, env, extractor, generated)
     clips = sides(config, env, generated)
+    extra = other_real(config, *clips, env)
     real, fake = (measured(config, one, extractor, env, keep_rows=True) for one in clips)
-    more = more_real(config, *clips, extractor, env)
+    more = more_real(config, extra, extractor, env)
     if real is None or fake is None:
         meet(env, config.bootstrap)
         return agreed(None, env)
@@ -122,4 +124,4 @@ def open_effl0(given: str = "", device: torch.device | str = "cpu") -> FrameFeat
 
     identity: dict[str, Any] = {"file": path.name, "sha256": sha256_file(path), "kind": "efficientnet-lite0", "features": net.num_features}
     resize = f"stretched to {EFFL0_SIZE} x {EFFL0_SIZE}, bilinear with antialias"
-    return FrameFeatures(rows, identity | {"pixels": "[-1, 1]", "resize": resize}, device)
+    return FrameFeatures(rows, identity | {"pixels": "[-1, 1]", "resize": resize, "timm": version("timm")}, device)

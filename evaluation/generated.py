@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from evaluation.versions import made_by
 from pipelines.jobs import SampleConfig, SampleJob
 from pipelines.long import LongJob, chain, count_clips
 from pipelines.systems import SYSTEMS, load_sampling
@@ -59,7 +60,7 @@ class GeneratedVideos:
 
     @functools.cached_property
     def _digest(self) -> str:
-        text = json.dumps(self._told | {"torch": torch.__version__}, sort_keys=True)
+        text = json.dumps(self._told | {"made_by": made_by()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _make(self, number: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from evaluation.clips import Clips
 from evaluation.extractors import open_extractor
 from evaluation.generated import GeneratedVideos, open_job
 from evaluation.protocols import PROTOCOLS, Protocol
-from evaluation.quality import Figures, agreed, clips_of, frechet_figures, measured, meet, more_real
+from evaluation.quality import Figures, agreed, clips_of, frechet_figures, measured, meet, more_real, other_real
 from evaluation.rungs import RungVideos, clip_shape, frame_interval, labels_of, rungs_of
 from evaluation.settings import FvdConfig
 from evaluation.videos import VideoSet, open_videos
@@ -95,8 +95,9 @@ def measure_ladder(config: LadderConfig, env: Env) -> Figures:
         raise UserError(f"--data-path {config.data_path}: one video of at least {config.frames} frames; a distance needs two")
     sets, left_out = _sets(job, sampling, real, env)
     keep = bool(config.bootstrap or config.fd_inf)
+    extra = other_real(config, real, real, env)  # every rung has a clip for each real one
     truth = measured(config, real, extractor, env, keep_rows=keep)
-    more = more_real(config, real, real, extractor, env)  # every rung has a clip for each real one
+    more = more_real(config, extra, extractor, env)
     rungs: dict[str, Figures] = {}
     for name, made in sets.items():
         clips = clips_of(config, made, "generated", env, real.size, 1)

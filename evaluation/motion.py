@@ -12,7 +12,7 @@ from av.error import FFmpegError
 
 from evaluation.clips import joined
 from evaluation.videos import OVERVIEWS, sample_settings
-from launch.env import Env
+from launch.env import Env, Stopped
 from models.layers.motion import motion_energy
 from pipelines.video_files import form_of, iterate
 from utils.errors import ConfigError, UserError
@@ -52,7 +52,7 @@ def measure_motion(folder: Path, env: Env, clip_frames: int = 0) -> dict[str, An
 
     Clips follow one another; what is left at the end of a video is left out, and an odd last row or column. `clip_frames` 0: as many as
     the model makes at a time, by the settings beside the videos. The processes share the videos; to be called by all ranks, which all get
-    the figures. Raises UserError for a folder without videos, and for a file that is none.
+    the figures. Raises UserError for a folder without videos, and for a file that is none; Stopped after a signal.
     """
     settings = sample_settings(folder)
     frames = clip_frames or settings.get("model", {}).get("latent_frames") or settings.get("n_frames") or CLIP_FRAMES
@@ -62,7 +62,11 @@ def measure_motion(folder: Path, env: Env, clip_frames: int = 0) -> dict[str, An
     if not videos:
         raise UserError(f"{folder} holds no videos (*.mp4): give the --out of sample.py, or any folder of mp4 files")
     forms = sorted({form_of(path) for path in videos})
-    mine = [list(_energies(path, frames, settings.get("fps") or 10)) for path in videos[env.rank :: env.world_size]]
+    mine = []
+    for path in videos[env.rank :: env.world_size]:
+        mine.append(list(_energies(path, frames, settings.get("fps") or 10)))
+        if env.stop:
+            raise Stopped(agreed=False)
     found = joined(mine, len(videos), env)
     if short := [path for path, energies in zip(videos, found, strict=True) if not energies]:
         raise UserError(f"{short[0]} has fewer than {frames} frames: give --clip-frames")

@@ -1,6 +1,7 @@
 """Figures of sets of videos, by what networks see in them: Frechet and kernel video distance (FVD, KVD), inception score (VIS)."""
 
 from collections.abc import Container
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from evaluation.clips import Clips, choose_clips, other_clips
+from evaluation.clips import AgreedError, Clips, choose_clips, other_clips
 from evaluation.extractors import Extractor, open_extractor
 from evaluation.features import Reading, Side, measure_side
 from evaluation.protocols import Role, Size
@@ -27,6 +28,18 @@ LEAST_FOR_FLOOR = 4
 Figures = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Extra:
+    """Other real clips, in place of generated ones, for the noise floor: a perfect generator's."""
+
+    clips: Clips | None = None
+    """None where there are not so many, or none are wanted."""
+    side: Side | None = None
+    """What came of them, on rank 0, once they are measured."""
+    note: str = ""
+    """Why there are none, where a reader of the figures has to know it."""
+
+
 def measure_fvd(config: FvdConfig, env: Env, generated: VideoSet | None = None) -> Figures:
     """Figures and protocol, on all ranks; the processes share the videos, each is counted once. `generated`: in place of --dir2."""
     extractor = _extractor(config, env)
@@ -36,9 +49,10 @@ def measure_fvd(config: FvdConfig, env: Env, generated: VideoSet | None = None) 
 def measure_frechet(config: FrechetConfig, env: Env, extractor: Extractor, generated: VideoSet | None = None) -> Figures:
     """As `measure_fvd`, by a network that is there already. To be called by all ranks."""
     clips = sides(config, env, generated)
+    extra = other_real(config, *clips, env)
     keep = bool(config.bootstrap or config.fd_inf)
     real, fake = (measured(config, one, extractor, env, keep_rows=keep) for one in clips)
-    more = more_real(config, *clips, extractor, env)
+    more = more_real(config, extra, extractor, env)
     if not env.is_main:
         meet(env, config.bootstrap)
         return agreed(None, env)
@@ -90,16 +104,32 @@ def measured(config: VideosConfig, clips: Clips, extractor: Extractor, env: Env,
     return measure_side(clips, extractor, env, reading, config.seed, keep_rows=keep_rows)
 
 
-def more_real(config: FrechetConfig, real: Clips, generated: Clips, extractor: Extractor, env: Env) -> Side | None:
-    """As many other real clips as there are generated ones, on rank 0: a perfect generator's, for the noise floor.
+def other_real(config: FrechetConfig, real: Clips, generated: Clips, env: Env) -> Extra:
+    """As many other real clips as there are generated ones, to be chosen before anything is measured. To be called by all ranks.
 
     None where there are not so many, and of protocols that take videos by name, of which the next would be of other classes.
     """
     if not (config.noise_floor and config.rules.drawn):
-        return None
+        return Extra()
     stride = config.real_stride or config.step
-    clips = other_clips(real, env, count=len(generated), frames=config.frames, seed=config.seed, stride=stride)
-    return None if clips is None else measured(config, clips, extractor, env, keep_rows=False)
+    try:
+        return Extra(other_clips(real, env, count=len(generated), frames=config.frames, seed=config.seed, stride=stride))
+    except AgreedError as error:
+        return _without(error)
+
+
+def more_real(config: FrechetConfig, extra: Extra, extractor: Extractor, env: Env) -> Extra:
+    """Measures them, where there are any: one that cannot be read costs the floor, and not the figure. To be called by all ranks."""
+    if extra.clips is None:
+        return extra
+    try:
+        return Extra(extra.clips, measured(config, extra.clips, extractor, env, keep_rows=False))
+    except AgreedError as error:
+        return _without(error)
+
+
+def _without(error: AgreedError) -> Extra:
+    return Extra(note=f"no noise floor of other real videos: {error}")
 
 
 def meet(env: Env, times: int = 1) -> None:
@@ -129,13 +159,13 @@ def frechet_figures(
     extractor: Extractor,
     real: Side | None,
     generated: Side | None,
-    more: Side | None,
+    extra: Extra,
     env: Env,
     told: Container[str] = (),
 ) -> Figures:
     """Distance and all that goes with it, on rank 0; the others call `meet` for each resampled set.
 
-    `more`: of `more_real`; `told`: notes that were printed before.
+    `extra`: of `more_real`; `told`: notes that were printed before.
     """
     assert real is not None and generated is not None
     unbiased, name = config.rules.unbiased, config.rules.figure
@@ -154,10 +184,13 @@ def frechet_figures(
         limit, by_size = frechet_limit(rows_of(real), rows_of(generated), config.seed, unbiased=unbiased)
         figures |= {"fd_inf": limit, "fd_by_size": {str(size): one for size, one in by_size.items()}}
     if config.noise_floor:
-        figures |= _floor(config, real, generated, more)
+        figures |= _floor(config, real, generated, extra.side)
+    if f"floor_{config.unit}" in figures:
+        notes += _low_floor(real, extra.side)
+    notes += filter(None, [extra.note])
     described = {"id": config.name(name, len(generated.clips)), "covariance": config.rules.covariance, "dim": moments[0].dim}
-    if more is not None:
-        described["floor"] = {"videos": len(more.clips), "content_sha256": more.digest}
+    if extra.side is not None:
+        described["floor"] = {"videos": len(extra.side.clips), "content_sha256": extra.side.digest}
     return report(config, figures, notes, described, extractor, [real, generated], told)
 
 
@@ -178,6 +211,20 @@ def _floor(config: FrechetConfig, real: Side, generated: Side, more: Side | None
         f"{name}_of_halves": frechet_distance(real.halves[0], generated.halves[0], unbiased=unbiased),
         f"half_{config.unit}": [side.halves[0].n for side in (real, generated)],
     }
+
+
+def _low_floor(real: Side, more: Side | None) -> list[str]:
+    """What to know of a floor whose clips are copies of one another, or of the clips that they are compared with."""
+    seen: set[int | str | None] = set()
+    copied = 0
+    for side in (real,) if more is None else (real, more):
+        copied = 0  # of the last side: copies among the real clips alone are noted with them
+        for own in zip(side.marks.tolist(), side.contents, strict=True):
+            copied += not seen.isdisjoint(own)
+            seen.update(name for name in own if name is not None)
+    if not copied:
+        return []
+    return [f"{copied} of {len((more or real).clips)} real clips of the noise floor are of videos that are there twice: it is too low"]
 
 
 def _kernel_figures(config: KvdConfig, extractor: Extractor, real: Side | None, generated: Side | None) -> Figures:

@@ -15,7 +15,7 @@ from evaluation.quality import Figures, agreed, meet
 from evaluation.reconstruction_config import ORIGINALS, ReconstructConfig
 from evaluation.report import copies
 from evaluation.sources import SEED, Source, open_source
-from evaluation.versions import versions
+from evaluation.versions import made_by, versions
 from evaluation.videos import ShardVideos
 from launch.env import Env
 from utils.errors import UserError
@@ -31,8 +31,8 @@ def measure_reconstruction(config: ReconstructConfig, env: Env) -> Figures:
     compare = Comparison(source.reconstruct, frames, distances, (source.frames, *clips.size), env.device)
     reading = Reading(config.batch_size, config.num_workers, None if config.no_cache else config.cache)
     networks = {one.name: nameless(one.extractor) for one in distances}
-    about = {"reconstructions": source.depends, **frames.describe(), **networks}
-    digest = clips.digest(env)
+    about = {"reconstructions": source.depends, **frames.describe(), **networks, "made_by": made_by()}
+    digest = clips.digest(clips.contents(env))
     columns: dict[str, list[Tensor]] = {}
     marks: list[Tensor] = []
     for block in blocks(clips, compare, env, reading, open_store(digest, about, env, reading)):

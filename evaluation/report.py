@@ -124,7 +124,7 @@ def _line(cells: list[str]) -> str:
 
 
 def append_row(path: Path, figures: Mapping[str, Any]) -> None:
-    """Adds the row to a file, which is whole at any time; a new file gets the heading, and one with another heading of ours a new table.
+    """Adds the row to a file, which is whole at any time; a new file gets the heading, one whose last table has other columns a new one.
 
     Who adds at the same time waits.
     """
@@ -134,9 +134,11 @@ def append_row(path: Path, figures: Mapping[str, Any]) -> None:
         before = path.read_text(encoding="utf-8")
         if before and not before.endswith("\n"):
             before += "\n"
-        heading = f"{_line(list(COLUMNS))}\n{_line(['---'] * len(COLUMNS))}\n"
+        columns = _line(list(COLUMNS))
+        heading = f"{columns}\n{_line(['---'] * len(COLUMNS))}\n"
+        ours = [line for line in before.splitlines() if line.startswith(f"| {COLUMNS[0]} | {COLUMNS[1]} |")]
         if not before:
             before = heading
-        elif heading not in before and any(line.startswith(f"| {COLUMNS[0]} | {COLUMNS[1]} |") for line in before.splitlines()):
+        elif ours and ours[-1] != columns:
             before += "\n" + heading
         atomic_write_text(path, f"{before}{row(figures)}\n")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from evaluation.clips import Clips
+from evaluation.versions import made_by
 from evaluation.videos import ShardVideos
 from pipelines.cmd_sample import CMDSampleJob
 from pipelines.hvdm_sample import HVDMSampleJob
@@ -156,7 +157,7 @@ class RungVideos:
             return None
         label = None if self.labels is None else self.labels[number]
         seen = [content, self.real.picks[number], list(self.real.size), self.real.protocol.resized]
-        text = json.dumps([seen, source, label, self._name, dict(self.rung.depends), torch.__version__], sort_keys=True)
+        text = json.dumps([seen, source, label, self._name, dict(self.rung.depends), made_by()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def identity(self) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from scipy import linalg
 from scipy.linalg.blas import dsyrk
 from torch import Tensor
@@ -129,19 +128,6 @@ class Moments:
         if self._waiting:
             self._mean, self._lower = _joined(self._joined, self._mean, self._lower, self._slab[: self._waiting + 1])
             self._joined, self._waiting = self.n, 0
-
-    def reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Every rank comes to hold the moments of all ranks' vectors. To be called by all, also by one that has seen nothing."""
-        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
-            return
-        self._join()
-        weighted = torch.from_numpy(np.concatenate([[self._joined], self._joined * self._mean]))
-        dist.all_reduce(weighted, group=group)
-        total = int(weighted[0])
-        mean = weighted[1:].numpy() / max(total, 1)
-        lower = _with_products(self._lower, self._joined**0.5 * (self._mean - mean)[None])
-        dist.all_reduce(torch.from_numpy(lower.T), group=group)
-        self._joined, self._mean, self._lower = total, mean, lower
 
     def covariance(self, *, unbiased: bool = True) -> Tensor:
         """(dim, dim): the scatter over n - 1, or over n. ValueError for fewer than two vectors."""

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -87,21 +88,20 @@ class DistanceScorer:
 
     def _merged(self, mine: Moments | None) -> Moments | None:
         """The sums of all ranks, on rank 0, which gets them rank by rank and holds no more than two; None on the others."""
-        whole: Moments | None = None
-        for rank in range(self._env.world_size):
+        if not self._env.is_main:
             # Copies: a tensor takes all of its memory along, of which these are parts.
-            told = [{name: value.clone() for name, value in mine.state().items()} if mine is not None and rank == self._env.rank else None]
-            if self._env.world_size > 1:
-                dist.broadcast_object_list(told, src=rank)
-            if self._env.is_main and told[0] is not None:
-                found = Moments.from_state(told[0])
-                if whole is None:
-                    whole = found
-                else:
-                    whole.merge(found)
-        assert not self._env.is_main or (whole is not None and whole.n == self.count * self._rows), (
-            f"{whole.n if whole is not None else 0} rows were measured"
-        )
+            dist.send_object_list([None if mine is None else {name: value.clone() for name, value in mine.state().items()}], dst=0)
+            return None
+        whole = mine
+        for rank in range(1, self._env.world_size):
+            told: list[Any] = [None]
+            dist.recv_object_list(told, src=rank)
+            found = None if told[0] is None else Moments.from_state(told[0])
+            if whole is None:
+                whole = found
+            elif found is not None:
+                whole.merge(found)
+        assert whole is not None and whole.n == self.count * self._rows, f"{whole.n if whole is not None else 0} rows were measured"
         return whole
 
 
@@ -131,7 +131,10 @@ def open_scorer(config: RunConfig, task: Task, source: ClipSource, env: Env) -> 
 
 
 def plan_scorer(config: RunConfig, task: Task, source: ClipSource) -> Scorer | None:
-    """The same for a dry run: it says what is compared with what and raises what a start would, and has looked at no real video."""
+    """The same for a dry run: it says what is compared with what and raises what a start would.
+
+    The network sees one black clip, and of real videos the lengths are read (those of a folder by opening each), and no frame.
+    """
     plan = _planned(config, task, source, Env.single())
     return None if plan is None else plan.scorer
 

@@ -1,6 +1,7 @@
 """Figures of sets of videos: protocols, presets, what grows with damage to videos, intervals, floors, tables, temporal checks."""
 
 import json
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from evaluation.quality import measure_fvd, measure_kvd, measure_vis
 from evaluation.report import append_row, digits, row
 from evaluation.settings import FvdConfig, KvdConfig, VisConfig
 from evaluation.similarity import ClipsimConfig
-from evaluation.videos import open_videos
+from evaluation.videos import FolderVideos, open_videos
 from launch.env import Env
 from launch.run import parse_launch
 from metrics.detectors import Detector
@@ -173,11 +174,28 @@ def test_the_floor_is_of_as_many_other_real_videos_as_there_are_generated_ones(p
     assert "noise_floor_of_halves" in measure_fvd(fvd_config(place, num_videos=25), ALONE), "48 are not 50"
 
 
-def test_other_clips_are_long_enough(place: Path, tmp_path: Path) -> None:
+def test_a_floor_of_videos_that_are_there_twice_is_noted(place: Path, tmp_path: Path) -> None:
+    """Also where other frames of them are seen; and one of halves."""
+    for name, length in (("short", FRAMES), ("long", 40)):
+        write_arrays(tmp_path / name / "a", [length] * 12, first=5)
+        shutil.copytree(tmp_path / name / "a", tmp_path / name / "b")
+        for count, note in ((10, " of 10 real clips of the noise floor are"), (24, "12 of 24 real clips of the noise floor are")):
+            found = measure_fvd(fvd_config(place, dir1=str(tmp_path / name), num_videos=count), ALONE)
+            assert ("noise_floor" in found) == (count == 10)
+            assert len([one for one in found["notes"] if note in one and one.endswith("twice: it is too low")]) == 1, found["notes"]
+    assert not [one for one in measure_fvd(fvd_config(place, num_videos=20), ALONE)["notes"] if "too low" in one]
+
+
+def test_other_clips_are_long_enough(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no video is looked at twice for its length."""
+    looked: list[int] = []
+    plain = FolderVideos.total
+    monkeypatch.setattr(FolderVideos, "total", lambda self, number: (looked.append(number), plain(self, number))[1])
     write_arrays(tmp_path, [4, 8] * 6)
     clips = choose_clips(open_videos(tmp_path, ""), PROTOCOLS["stylegan-v"], "real", ALONE, count=3, frames=5, size=None, seed=0)
     other = other_clips(clips, ALONE, count=3, frames=5, seed=0)
     assert other is not None and sorted(clips.numbers + other.numbers) == [1, 3, 5, 7, 9, 11]
+    assert len(looked) == len(set(looked))
     assert other_clips(clips, ALONE, count=4, frames=5, seed=0) is None
 
 
@@ -359,7 +377,8 @@ def test_kvd_prints_a_row_and_appends_it_to_a_table(place: Path, tmp_path: Path,
     assert f"| {found['protocol']['id']} | {digits(found['kvd'])} |" in lines[3]
     assert len({line.count("|") for line in lines}) == 1
     protocol = found["protocol"]
-    assert set(protocol["versions"]) == {"python", "torch", "numpy", "av", "pillow"} and protocol["seed"] == 1 and protocol["dim"] == 16
+    always = {"python", "torch", "numpy", "scipy", "av", "pillow", "lpips", "timm"}
+    assert set(protocol["versions"]) - {"diffusers", "transformers"} == always and protocol["seed"] == 1 and protocol["dim"] == 16
     assert protocol["real"] | {"measured": 48, "unique": 48, "too_short": 0, "stride": 1} == protocol["real"]
 
 
@@ -394,3 +413,7 @@ def test_a_table_of_other_columns_ends_where_rows_of_these_begin(tmp_path: Path)
     append_row(path, figures)
     lines = path.read_text().splitlines()
     assert lines[3] == "" and lines[4].startswith("| figure | value | 95 % interval | noise floor |") and len(lines) == 8
+    path.write_text("\n".join([*lines, "", *lines[:3], ""]))
+    append_row(path, figures)
+    lines = path.read_text().splitlines()
+    assert lines[12:14] == ["", lines[4]] and len(lines) == 16, "the last table counts"

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.quality import measure_fvd, measure_vis
+from evaluation.clips import other_clips
+from evaluation.quality import measure_fvd, measure_vis, sides
 from evaluation.settings import FvdConfig, VisConfig
 from evaluation.store import FeatureStore, cache_folder
-from evaluation.versions import package_versions
+from evaluation.versions import SOURCES, package_versions, source_sha256
 from evaluation.videos import FolderVideos, open_videos
 from launch.env import Env
 from tests import distributed
@@ -144,7 +145,24 @@ def test_features_of_other_versions_are_measured_again(
     measure_fvd(how, ALONE)
     assert len(reads) == 32
     about = [json.loads(path.read_text())["versions"] for path in tmp_path.glob("features/*/about.json")]
-    assert len(about) == 4 and all(set(one) == {"torch", "av", "pillow"} for one in about)
+    assert len(about) == 4 and all(set(one) == {"torch", "av", "pillow", "numpy", "scipy"} for one in about)
+
+
+def test_another_source_is_another_key(tmp_path: Path) -> None:
+    """By contents and place of each file."""
+    for number, name in enumerate(SOURCES):
+        path = tmp_path / name if name.endswith(".py") else tmp_path / name / "deep" / "a.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(number))
+    found = [source_sha256(tmp_path)]
+    for change in (lambda: (tmp_path / "models/deep/a.py").write_text("mended"), lambda: (tmp_path / "utils/rng.py").write_text("1")):
+        source_sha256.cache_clear()
+        change()
+        found.append(source_sha256(tmp_path))
+    (tmp_path / "losses/deep/a.py").rename(tmp_path / "losses/a.py")
+    source_sha256.cache_clear()
+    found.append(source_sha256(tmp_path))
+    assert len(set(found)) == 4 and source_sha256() != found[0]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "empty"])
@@ -253,6 +271,30 @@ def test_any_number_of_processes_finds_the_same_bits(place: Path, tmp_path: Path
             path.unlink()
         if processes == 2:
             assert distributed.run(on_a_rank, place=str(place), cache=str(cache))[1] == alone
+
+
+def beside_a_damaged_video(env: Env, place: str, real: str) -> Any:
+    return measure_fvd(config(Path(place), dir1=real, num_videos=20, no_cache=True), env)
+
+
+@pytest.mark.parametrize("damage", ["its header", "its pixels"])
+def test_a_damaged_video_among_the_other_real_ones_costs_the_floor_alone(place: Path, tmp_path: Path, damage: str) -> None:
+    """Whether it is found when they are chosen or when they are read, by whichever rank."""
+    shutil.copytree(place / "real", tmp_path / "real")
+    how = config(place, num_videos=20)
+    real, fake = sides(how, ALONE, None)
+    other = other_clips(real, ALONE, count=len(fake), frames=4, seed=0)
+    assert other is not None
+    bad = tmp_path / "real" / f"{other.numbers[7]:03d}.npy"
+    bad.write_bytes(b"nothing")
+    if damage == "its pixels":
+        np.save(bad, np.full((8, 3, 8, 8), np.nan))
+    whole = json.loads(json.dumps(measure_fvd(config(place, num_videos=20, no_cache=True), ALONE)))
+    for processes in (1, 2):
+        for found in distributed.run(beside_a_damaged_video, processes=processes, place=str(place), real=str(tmp_path / "real")):
+            assert found["fvd"] == whole["fvd"] and "noise_floor" not in found and found["noise_floor_of_halves"] > 0
+            notes = [note for note in found["notes"] if str(bad) in note]
+            assert len(notes) == 1 and notes[0].startswith("no noise floor of other real videos: --dir1") and notes[0] not in whole["notes"]
 
 
 def made_on_a_rank(env: Env, place: str, cache: str) -> Any:

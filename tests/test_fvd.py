@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from metrics.frechet import Moments, frechet_distance
 from metrics.fvd import fvd, moments, preprocess
 from metrics.i3d import I3D, load_i3d, pool, same
-from tests import distributed
 from utils.errors import UserError
 
 
@@ -90,23 +89,6 @@ def test_wrong_features_are_refused():
         found.update(torch.tensor([[1.0, 2.0, float("nan"), 0.0]]))
     found.update(torch.zeros(0, 4))
     assert found.n == 0
-
-
-def on_a_rank(env, counts):
-    rows = features(sum(counts), 5, 0, 100.0)
-    found = Moments(5)
-    found.update(rows.split(counts)[env.rank])
-    found.reduce()
-    return [found.n, found.mean.tolist(), found.scatter.tolist()]
-
-
-@pytest.mark.parametrize("counts", [[7, 3], [10, 0]])
-def test_ranks_that_saw_unequal_parts_agree_with_one_process(counts):
-    whole = moments_of(features(10, 5, 0, 100.0))
-    for n, mean, scatter in distributed.run(on_a_rank, counts=counts):
-        assert n == 10
-        np.testing.assert_allclose(mean, whole.mean, rtol=1e-13)
-        np.testing.assert_allclose(scatter, whole.scatter, rtol=1e-10, atol=1e-10)
 
 
 # ---- clips

@@ -10,7 +10,7 @@ import torch
 
 import evaluate
 from evaluation.clips import Clips, choose_clips
-from evaluation.generated import open_job
+from evaluation.generated import GeneratedVideos, open_job
 from evaluation.ladder import LadderConfig, measure_ladder
 from evaluation.protocols import PROTOCOLS
 from evaluation.rungs import RungVideos, labels_of, rungs_of
@@ -95,7 +95,9 @@ def test_the_rungs_are_the_pipeline_s(place: Path) -> None:
             assert np.array_equal(rungs[name].read(row, range(4)), to_uint8(wanted)[0].permute(1, 2, 3, 0).numpy()), name
 
 
-def test_a_digest_names_what_a_rung_depends_on(place: Path, tmp_path: Path) -> None:
+def test_a_digest_names_what_a_rung_depends_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the code, of generated videos too."""
+
     def digests(*flags: str) -> dict[str, str | None]:
         return {name: videos.digest(0) for name, videos in made(place, real_clips(place), *flags).items()}
 
@@ -108,6 +110,11 @@ def test_a_digest_names_what_a_rung_depends_on(place: Path, tmp_path: Path) -> N
     assert digests("--content", str(other)) == first
     rungs = made(place, real_clips(place))
     assert len({videos.digest(number) for videos in rungs.values() for number in range(CLIPS)}) == 2 * CLIPS
+    generated = GeneratedVideos(*open_job(str(place / "runs"), [], CPU), 1).digest(0)
+    monkeypatch.setattr("evaluation.versions.source_sha256", lambda: "mended")
+    mended = digests()
+    assert not set(mended.values()) & set(first.values())
+    assert GeneratedVideos(*open_job(str(place / "runs"), [], CPU), 1).digest(0) != generated
 
 
 def test_a_second_run_generates_nothing(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

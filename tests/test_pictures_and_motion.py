@@ -14,7 +14,7 @@ from PIL import Image
 import evaluate
 from evaluation import motion
 from evaluation.motion import measure_motion
-from launch.env import Env
+from launch.env import Env, Stopped
 from launch.run import parse_launch
 from models.layers.motion import motion_energy
 from pipelines.pictures import find_pictures, hash_picture, read_picture
@@ -73,6 +73,16 @@ def test_the_command_shows_its_settings_and_has_no_system(tmp_path: Path, capsys
     assert f"- {tmp_path}\nclip_frames: 0" in capsys.readouterr().out and not (tmp_path / "motion.json").exists()
     with pytest.raises(ConfigError, match="unknown flag '--system'"):
         evaluate.motion(parse_launch("", [*line, "--system", "hvdm"]))
+
+
+def test_a_signal_ends_a_measurement_after_the_video_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        write_mp4(tmp_path / f"{number}.mp4", torch.zeros(3, 4, 16, 16, dtype=torch.uint8), 8.0)
+    env, read, plain = Env.single(), [], motion.iterate
+    monkeypatch.setattr(motion, "iterate", lambda path, *how: (read.append(path.name), env.stop.set(), plain(path, *how))[2])
+    with pytest.raises(Stopped):
+        measure_motion(tmp_path, env, 4)
+    assert read == ["0.mp4"]
 
 
 def measured_together(env: Env, folder: str) -> dict[str, Any]:
