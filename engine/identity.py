@@ -15,8 +15,9 @@ IDENTITY = "identity"
 
 FREE = (
     "train.results_dir", "train.max_steps", "train.epochs", "train.resume", "train.accumulation", "train.micro_batch",
-    "train.max_bad_steps", "train.license", "log", "checkpoint", "parallel", "score", "best.patience", "data.num_workers", "data.prefetch",
-    "data.on_bad_sample", "data.max_bad_share", "data.cache_dir", "data.cache_gib", "data.fetch_timeout", "data.fetch_retries",
+    "train.max_bad_steps", "train.license", "log", "checkpoint", "parallel", "score", "preview.guidance", "best.patience",
+    "data.num_workers", "data.prefetch", "data.on_bad_sample", "data.max_bad_share", "data.cache_dir", "data.cache_gib",
+    "data.fetch_timeout", "data.fetch_retries",
 )  # fmt: skip
 """Settings, or groups of them, that may change when a run goes on: they say how far, how often, where and on what it runs."""
 

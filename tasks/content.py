@@ -115,7 +115,7 @@ class CMDContentTask:
 
     def _drawn(self, networks: Networks, own: SampleRng, stream: str, steps: int, given: dict[str, Tensor]) -> Tensor:
         """Content frames b 3 h w in [-1, 1] for the samples of `own`."""
-        guidance = self.config.preview.guidance if self.condition.dropout > 0 else 1.0
+        guidance = self.condition.guidance(self.config.preview)
         sampling = Sampling(steps=steps, guidance=guidance, clip=self.first.vae is None)
         shape = (self.first.channels, *self.first.size)
         frames = sample(networks["content"], self.config.diffusion, shape, own, stream, sampling, condition=given)

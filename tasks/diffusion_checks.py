@@ -26,11 +26,10 @@ def check_settings(
         raise ConfigError(f"condition.dropout {condition.dropout}: a share in [0, 1) is wanted")
     if condition.num_classes < -1:
         raise ConfigError(f"--num-classes {condition.num_classes}: -1 (those of the shard set), 0 (no classes) or their number")
-    usual = PreviewConfig.guidance
     untold = condition.num_classes == 0 and not condition.use_text_embed
-    if (untold or not condition.dropout) and preview.guidance not in (1.0, usual):
+    if (untold or not condition.dropout) and preview.guidance not in (None, 1.0):
         why = "without classes (--num-classes 0)" if untold else "with condition.dropout 0"
-        raise ConfigError(f"--preview-guidance {preview.guidance:g}: {why} there is nothing to guide by; drop the flag")
+        raise ConfigError(f"--preview-guidance {preview.guidance:g}: {why} there is nothing to guide by; give --preview-guidance 1")
     check_process(preview, diffusion, best)
 
 

@@ -58,8 +58,8 @@ class DrawConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PreviewConfig(DrawConfig):
-    guidance: float = flag(4.0, "preview-guidance")
-    """Guidance scale of a preview; 1: none."""
+    guidance: float | None = flag(None, "preview-guidance")
+    """Guidance scale of a preview; 1: none. none: 4, where there is something to guide by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +229,11 @@ class Condition:
         if self.cond_dim:
             return {"cond": batch["cond"][turn % len(batch["cond"])]}
         return {"y": turn % self.num_classes} if self.num_classes else {}
+
+    def guidance(self, preview: PreviewConfig) -> float:
+        """The scale of previews: 1 where no condition is dropped in training."""
+        usual = 4.0 if preview.guidance is None else preview.guidance
+        return usual if self.dropout > 0 else 1.0
 
     def overrides(self) -> dict[str, int | float]:
         """Settings of the denoiser that follow from the condition."""

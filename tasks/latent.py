@@ -147,7 +147,7 @@ class LatentTask:
         """A draw for each of the samples of `own`, (b, *shape), from the noise that belongs to the stream. `given`, `told`: as `condition`
         and `always` of `pipelines.sampling.sample`. `steps` 0: those of previews."""
         setting = self.config.preview
-        guidance = setting.guidance if isinstance(setting, PreviewConfig) and self.condition.dropout > 0 else 1.0
+        guidance = self.condition.guidance(setting) if isinstance(setting, PreviewConfig) else 1.0
         sampling = dataclasses.replace(self.sampling, steps=steps or setting.steps, guidance=guidance)
         return sample(model, self.config.diffusion, self.space.shape, own, stream, sampling, condition=given, always=told)
 

@@ -128,7 +128,7 @@ class CMDMotionTask:
     def _drawn(self, networks: Networks, batch: Batch, content: Tensor, own: SampleRng, stream: str, steps: int) -> Tensor:
         """Clips b 3 t h w in [-1, 1] with generated motion, of content frames b C h w."""
         ae = self.first.ae.config
-        guidance = self.config.preview.guidance if self.condition.dropout > 0 else 1.0
+        guidance = self.condition.guidance(self.config.preview)
         latents = sample(
             networks["motion"],
             self.config.diffusion,

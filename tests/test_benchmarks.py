@@ -7,6 +7,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ from engine.checkpoint import latest
 from engine.config import EmaConfig, OptimConfig, ParallelConfig
 from engine.manifest import find_damage
 from launch.env import Env, distributed
+from models.transformers.dit import DiTBlock
 from models.unets.vidm_motion import MotionUNet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,10 +142,15 @@ def test_wavelet_forms_are_the_same(output: Callable[..., str], monkeypatch: pyt
         output(wavelet.main, *tiny)
 
 
-def test_train_step_compiles(output: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a compiler makes of the graphs takes a minute, and is looked at in `test_engine_loop`."""
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_train_step_compiles(backend: str, output: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor makes code of the trained block alone: of everything it takes minutes."""
     original = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: original(self, backend="aot_eager", **how))
+
+    def compiled(self: nn.Module, **how: Any) -> None:
+        original(self, backend=backend if isinstance(self, DiTBlock) else "aot_eager", **how)
+
+    monkeypatch.setattr(nn.Module, "compile", compiled)
     torch._dynamo.utils.counters.clear()
     tiny = ("--size", "tiny", "--device", "cpu", "--rounds", "1", "--stages", "content")
     text = output(train_step.main, *tiny, "--variants", "compiled bf16")
@@ -151,6 +158,7 @@ def test_train_step_compiles(output: Callable[..., str], monkeypatch: pytest.Mon
     assert len(ratios(text)) == 2
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert not torch._dynamo.utils.counters["graph_break"]
+    assert bool(torch._dynamo.utils.counters["inductor"]) == (backend == "inductor")
 
 
 @pytest.mark.parametrize("stage", train_step.STAGES)

@@ -20,6 +20,7 @@ from tests import hvdm_exports, latte_exports, pvdm_exports, vidm_exports
 from tests.latte_exports import randomised
 from utils.config import from_dict, to_dict
 from utils.errors import ConfigError, UserError
+from utils.files import sha256_file
 from utils.weights import load_tensors, read_card, read_export, write_export
 
 SMALL_DIT = {"hidden_size": 32, "depth": 1, "num_heads": 2}
@@ -146,11 +147,43 @@ def test_what_the_file_lacks_comes_from_an_export_that_is_named(
     assert f"only the network has {lost}\n" in capsys.readouterr().err and not (tmp_path / "back").exists()
     main([*line, "--fill-from", str(ours)])
     assert same(read_export(tmp_path / "back", "model")[0], read_export(ours, "model")[0])
-    assert read_card(tmp_path / "back")["source"]["filled_from"] == "ours"
+    told = {"from": "ours", "sha256": sha256_file(ours / "model.safetensors"), "tensors": [lost]}
+    assert read_card(tmp_path / "back")["source"]["filled"] == {"model": told}
+    assert "| tensors of model that the file lacked | 1 of ours (sha256 " in (tmp_path / "back" / "README.md").read_text()
     assert f"only the network has {lost}\n" in capsys.readouterr().err
     other, _ = export(tmp_path / "other", "vidm", "content", average=False)
     with pytest.raises(UserError, match=f"is an export of 'vidm content', not of '{system} {stage}'"):
         main([*line, "--fill-from", str(other)])
+
+    torch.save(load_tensors(tmp_path / "whole.pt"), tmp_path / "bad.pt")
+    with pytest.raises(UserError, match=rf"--fill-from {ours}: .*bad.pt lacks nothing; drop the flag"):
+        main([*line, "--fill-from", str(ours)])
+
+
+def test_averaged_weights_are_filled_with_averaged_ones_of_the_same_network(tmp_path: Path) -> None:
+    flags = NETWORKS["cmd", "content"][1].split()
+    ours, _ = export(tmp_path / "ours", "cmd", "content")
+    main(["export", "cmd", "content", str(ours), str(tmp_path / "whole.pt")])
+    whole, lost = load_tensors(tmp_path / "whole.pt"), "blocks.0.mlp.fc2.bias"
+    line = ["import", "cmd", "content", str(tmp_path / "bad.pt"), str(tmp_path / "back"), *flags, "--fill-from"]
+    for parts in (("cdiff_model", "ema"), ("ema",)):  # the second time the last weights are whole
+        holed = {part: {name: value for name, value in state.items() if part not in parts or name != lost} for part, state in whole.items()}
+        torch.save(holed, tmp_path / "bad.pt")
+        main([*line, str(ours)])
+        for name in ("model", "ema"):
+            assert same(read_export(tmp_path / "back", name)[0], read_export(ours, name)[0]), name
+        filled = read_card(tmp_path / "back")["source"]["filled"]
+        assert list(filled) == (["model", "ema"] if len(parts) == 2 else ["ema"])
+        assert all(told["sha256"] == sha256_file(ours / f"{name}.safetensors") for name, told in filled.items())
+
+    card, other, config = read_card(ours), tmp_path / "other", NETWORKS["cmd", "content"][0]
+    write_export(other, {"model": read_export(ours)[0]}, {**card, "model": to_dict(dataclasses.replace(config, num_heads=4))})
+    with pytest.raises(
+        UserError, match=r"other is of another network: its num_heads is 4, that of .*bad.pt is 2; give an export of the same$"
+    ):
+        main([*line, str(other)])
+    write_export(other, {"model": read_export(ours)[0]}, {**card, "model": to_dict(dataclasses.replace(config, class_dropout_prob=0.3))})
+    main([*line, str(other)])
 
 
 class _Code:

@@ -1,5 +1,7 @@
 """Settings that would be without effect, or contradict what is there: refused at the start, in one line."""
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +11,33 @@ import torch
 from diffusion import DiffusionConfig
 from diffusion import build as build_process
 from engine.config import BestConfig
+from engine.identity import identity
 from pipelines.encoders import ENCODERS, EncoderOptions, system_of
 from pipelines.image_vae import vae_of
 from tasks.autoencoder_config import CMDAutoencoderConfig
 from tasks.content import CMDContentConfig
+from tasks.diffusion_task import Condition, PreviewConfig
 from tasks.frame_vae_config import FrameVAERunConfig
 from tasks.hvdm_config import HVDMRunConfig
 from tasks.latent_config import LatteRunConfig
+from tasks.motion import CMDMotionConfig
 from tasks.pvdm_autoencoder_config import PVDMAutoencoderConfig
 from tasks.pvdm_config import PVDMRunConfig
 from tasks.vidm_config import VIDMContentConfig
 from tests import hvdm_exports, latte_exports, pvdm_exports
-from utils.config import load_config
+from utils.config import load_config, load_yaml
 from utils.errors import ConfigError
 from utils.rng import SampleRng
 
 ON_LATENTS = (LatteRunConfig, PVDMRunConfig, HVDMRunConfig)
+DENOISERS = (*ON_LATENTS, CMDContentConfig, CMDMotionConfig)
+RECIPES = [
+    (path, schema)
+    for path in sorted((Path(__file__).resolve().parent.parent / "configs").glob("*/*.yaml"))
+    for schema in DENOISERS
+    if schema.system == path.parent.name and schema.stage in load_yaml(path).get("stages", [load_yaml(path).get("stage")])
+]
+"""Recipes of stages that previews of theirs can be guided in, and the stages."""
 
 
 def settings(schema: type[Any], *argv: str) -> Any:
@@ -72,21 +85,45 @@ def test_a_process_says_what_its_loss_is_made_of(how: dict[str, Any]) -> None:
 @pytest.mark.parametrize("schema", ON_LATENTS)
 def test_guidance_with_nothing_to_guide_by(schema: type[Any]) -> None:
     refused(
-        r"--preview-guidance 3: without classes \(--num-classes 0\) there is nothing to guide by; drop the flag",
+        r"--preview-guidance 3: without classes \(--num-classes 0\) there is nothing to guide by; give --preview-guidance 1",
         schema, "--preview-guidance", "3", "--num-classes", "0",
     )  # fmt: skip
+    refused("--preview-guidance 4: without classes", schema, "--preview-guidance", "4", "--num-classes", "0")
     refused(
         "--preview-guidance 3: with condition.dropout 0 there",
-        schema,
-        "--preview-guidance",
-        "3",
-        "--num-classes",
-        "4",
-        "--condition.dropout",
-        "0",
-    )
+        schema, "--preview-guidance", "3", "--num-classes", "4", "--condition.dropout", "0",
+    )  # fmt: skip
     assert settings(schema, "--preview-guidance", "3", "--num-classes", "-1"), "those of the shards"
     assert settings(schema, "--num-classes", "0") and settings(schema, "--preview-guidance", "1")
+
+
+@pytest.mark.parametrize(("path", "schema"), RECIPES, ids=lambda value: getattr(value, "stem", "") or value.__name__)
+def test_without_a_condition_a_recipe_serves_or_the_cure_that_it_is_refused_with_does(path: Path, schema: type[Any]) -> None:
+    argv = ["--config", str(path)]
+    assert settings(schema, *argv)
+    for more in (["--num-classes", "0"], ["--condition.dropout", "0"], ["--num-classes", "0", "--preview-guidance", "4"]):
+        try:
+            settings(schema, *argv, *more)
+            refusal = ""
+        except ConfigError as error:
+            refusal = str(error)
+        assert bool(refusal) == (load_config({"": schema}, [*argv, *more], prog="").preview.guidance not in (None, 1.0))
+        if refusal:
+            cure = re.fullmatch(r"--preview-guidance .* nothing to guide by; give (--[\w-]+ \S+)", refusal)
+            assert cure, refusal
+            assert settings(schema, *argv, *more, *cure[1].split())
+
+
+def test_recipes_of_every_system_with_a_condition_are_looked_at() -> None:
+    assert {schema for _, schema in RECIPES} == set(DENOISERS) and len(RECIPES) > 20
+
+
+def test_the_guidance_of_previews() -> None:
+    usual, classes = settings(CMDContentConfig), Condition(3)
+    assert classes.guidance(usual.preview) == 4 and Condition(3, 0, 0.0).guidance(usual.preview) == 1
+    assert classes.guidance(PreviewConfig(guidance=2.5)) == 2.5
+    told = dataclasses.replace(usual, preview=PreviewConfig(guidance=4.0))
+    assert identity(told) == identity(usual), "runs whose settings have the usual one as a number go on"
 
 
 def test_motion_that_the_network_is_not_told() -> None:

@@ -102,6 +102,9 @@ def _training(card: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows += [(name, f"{training[key]}") for key, name in _TRAINING.items() if training.get(key)]
     if "source" in card:
         rows.append(("converted from", f"{card['source'].get('file', '')} (sha256 {card['source'].get('sha256', '')[:12]}...)"))
+        for name, told in (card["source"].get("filled") or {}).items():
+            what = f"{len(told['tensors'])} of {told['from']} (sha256 {told['sha256'][:12]}...)"
+            rows.append((f"tensors of {name} that the file lacked", what))
     return rows
 
 

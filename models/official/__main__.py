@@ -34,6 +34,10 @@ _NUMBERS = (
 )  # fmt: skip
 _AVERAGES = ("ema", "ema_state_dict")
 _PREFIXES = ("module.", "_orig_mod.", "diffusion_model.")
+_OF_TRAINING = ("dropout", "class_dropout_prob")
+"""Settings that change nothing of a network beyond its tensors, and that no checkpoint tells."""
+
+Weights = Literal["ema", "model"]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -81,9 +85,10 @@ def _import(kind: Kind, args: argparse.Namespace) -> None:
     known = _known(kind, args)
     checkpoint = load_tensors(args.source)
     tensors: dict[str, dict[str, Tensor]] = {}
+    filled: dict[str, dict[str, Any]] = {}
     found: Read | None = None
     for name, part in _parts(checkpoint, kind):
-        found = _read(kind, part, known, args)
+        found, filled[name] = _read(kind, part, known, name, args)
         state, config, _ = found
         with torch.device("meta"):
             network = kind.network(config)
@@ -93,9 +98,11 @@ def _import(kind: Kind, args: argparse.Namespace) -> None:
             raise UserError(f"{args.source} does not fit the network that it tells of: {str(error).splitlines()[-1].strip()}") from None
         tensors[name] = {key: state[key] for key in network.state_dict()}
     assert found is not None
-    source = {"file": args.source.name, "sha256": sha256_file(args.source)}
+    source: dict[str, Any] = {"file": args.source.name, "sha256": sha256_file(args.source)}
     if args.fill_from:
-        source["filled_from"] = args.fill_from.name
+        source["filled"] = {name: told for name, told in filled.items() if told}
+        if not source["filled"]:
+            raise UserError(f"--fill-from {args.fill_from}: {args.source} lacks nothing; drop the flag")
     card = {"system": args.system, "stage": args.stage, "model": to_dict(found[1]), **found[2]}
     write_export(args.target, tensors, {**card, "license": args.license, "source": source})
     _say(sys.stdout, f"{args.target}: {len(tensors[name])} tensors of {args.source} ({' and '.join(tensors)})")
@@ -109,7 +116,7 @@ def _export(kind: Kind, args: argparse.Namespace) -> None:
     made: dict[str, Any] = {}
     digests: set[str] = set()
     for name, which in names.items():
-        tensors, digest = _written(kind, args.source, "ema" if which == "ema" else "model", args.release, args)
+        tensors, digest, _ = _written(kind, args.source, "ema" if which == "ema" else "model", args.release, args)
         if digest not in digests:  # else there is no average, and the last weights are written already
             made[name] = tensors
         digests.add(digest)
@@ -131,7 +138,7 @@ def _known(kind: Kind, args: argparse.Namespace) -> dict[str, Any]:
     return {name: tuple(value) if name in _SIZES else value for name, value in given.items()}
 
 
-def _parts(checkpoint: Mapping[str, Any], kind: Kind) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parts(checkpoint: Mapping[str, Any], kind: Kind) -> Iterator[tuple[Weights, Mapping[str, Any]]]:
     """The last weights of a checkpoint and the averaged ones, by the names of their files; a single state dict is `model`."""
     averaged = {name: value for name, value in checkpoint.items() if name in _AVERAGES and _is_state(value)}
     plain = {name: value for name, value in checkpoint.items() if name not in averaged}
@@ -146,14 +153,19 @@ def _is_state(value: Any) -> bool:
     return isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values())
 
 
-def _read(kind: Kind, checkpoint: Mapping[str, Any], known: Mapping[str, Any], args: argparse.Namespace) -> Read:
-    """What a checkpoint holds. Names that only one side has are listed, and left out or filled in where that is allowed."""
-    given = _written(kind, args.fill_from, "model", "official", args)[0] if args.fill_from else {}
+def _read(
+    kind: Kind, checkpoint: Mapping[str, Any], known: Mapping[str, Any], weights: Weights, args: argparse.Namespace
+) -> tuple[Read, dict[str, Any]]:
+    """What a checkpoint holds, and what of it was filled in, of which file. Names that only one side has are listed, and left out or filled
+    in where that is allowed."""
+    given, digest, config = _written(kind, args.fill_from, weights, "official", args) if args.fill_from else ({}, "", None)
     spare = {_bare(name): value for name, value in given.items()}
     done: set[str] = set()
+    filled: set[str] = set()
     while True:
         try:
-            return kind.read(checkpoint, **known)
+            found = kind.read(checkpoint, **known)
+            break
         except NamesError as error:
             unknown, missing = set(error.unknown), set(error.missing)
             for what, names in (("only the file has", error.unknown), ("only the network has", error.missing)):
@@ -168,21 +180,28 @@ def _read(kind: Kind, checkpoint: Mapping[str, Any], known: Mapping[str, Any], a
                 told = "; ".join([f"{count} (listed above)", *cures])
                 raise UserError(f"{args.source} does not match {args.system}'s {args.stage}: {told}") from None
             done |= unknown | missing
+            filled |= missing
             checkpoint = _with(_without(checkpoint, unknown), {name: spare[name] for name in missing})
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise UserError(f"{args.source} is no checkpoint of {args.system}'s {args.stage} that can be read: {error}") from None
+    if not filled:
+        return found, {}
+    theirs, ours = to_dict(config), to_dict(found[1])
+    if other := [name for name, value in ours.items() if value != theirs[name] and name not in _OF_TRAINING]:
+        told = f"its {other[0]} is {theirs[other[0]]}, that of {args.source} is {ours[other[0]]}"
+        raise UserError(f"--fill-from {args.fill_from} is of another network: {told}; give an export of the same")
+    return found, {"from": args.fill_from.name, "sha256": digest, "tensors": sorted(filled)}
 
 
-def _written(
-    kind: Kind, folder: Path, weights: Literal["ema", "model"], release: str, args: argparse.Namespace
-) -> tuple[dict[str, Tensor], str]:
-    """The tensors of an export of this network as a release has them, and their digest. Raises UserError."""
+def _written(kind: Kind, folder: Path, weights: Weights, release: str, args: argparse.Namespace) -> tuple[dict[str, Tensor], str, Any]:
+    """The tensors of an export of this network as a release has them, their file's digest, and its config. Raises UserError."""
     state, card, digest = read_export(folder, weights)
     if (card.get("system"), card.get("stage")) != (args.system, args.stage):
         told = f"{card.get('system')} {card.get('stage')}"
         raise UserError(f"{folder} is an export of '{told}', not of '{args.system} {args.stage}'")
     try:
-        return kind.write(state, from_dict(kind.config, card["model"], f"{folder}: model"), release), digest
+        config = from_dict(kind.config, card["model"], f"{folder}: model")
+        return kind.write(state, config, release), digest, config
     except (ValueError, KeyError) as error:
         raise UserError(f"{folder} cannot be written as a checkpoint of the release: {error}") from None
 
