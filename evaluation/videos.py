@@ -32,6 +32,10 @@ _FORMS = (".npy", "", ".gif")
 """Of several files of one name the first is read: arrays are exact, "" are pictures and videos, a GIF has 256 colours."""
 
 
+_HEADER = threading.Lock()
+"""NumPy reads the header of an array by `ast`, which Python 3.11 may fail to do in two threads at once (recursion depth mismatch)."""
+
+
 class VideoSet(Protocol):
     """Numbered videos of any lengths and sizes. Methods may be called from several threads, where the videos are not made."""
 
@@ -256,7 +260,8 @@ def _picture(path: Path) -> np.ndarray:
 
 def _array(path: Path) -> np.ndarray:
     """An array on disk, of which only what is asked for is read. ValueError for one that is no video."""
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    with _HEADER:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     if array.ndim != 4 or array.shape[1] != 3 or array.dtype.kind not in "fiu" or not array.size:
         raise ValueError(f"{array.dtype} {list(array.shape)}: (frames, 3, height, width), numbers 0..255, are wanted")
     return array
