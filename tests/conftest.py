@@ -2,9 +2,10 @@
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 _NUMBERS = itertools.count()
@@ -30,3 +31,20 @@ def _own_cache(_caches: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     """Features that one test computes are not there for the next."""
     monkeypatch.setenv("KINOFORM_CACHE", str(_caches / str(next(_NUMBERS))))
     yield
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the videos of folders that were read for their frames."""
+    from evaluation.videos import FolderVideos  # here, as most tests need none of what it imports
+
+    found: list[int] = []
+    plain = FolderVideos.read
+
+    def counted(self: FolderVideos, number: int, picks: Sequence[int]) -> np.ndarray:
+        if len(picks) > 1:  # one frame is read for the size
+            found.append(number)
+        return plain(self, number, picks)
+
+    monkeypatch.setattr(FolderVideos, "read", counted)
+    return found

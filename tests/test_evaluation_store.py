@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +36,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_script(ToyI3D(), folder / "i3d.pt")
     save_script(ToyC3D(), folder / "c3d.pt")
     return folder
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Numbers of the videos that were read for their frames."""
-    found: list[int] = []
-    plain = FolderVideos.read
-
-    def counted(self: FolderVideos, number: int, picks: Any) -> np.ndarray:
-        if len(picks) > 1:  # one frame is read for the size
-            found.append(number)
-        return plain(self, number, picks)
-
-    monkeypatch.setattr(FolderVideos, "read", counted)
-    yield found
 
 
 def config(place: Path, **how: Any) -> FvdConfig:

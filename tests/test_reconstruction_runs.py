@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from evaluation.quality import meet
 from evaluation.reconstruction import measure_reconstruction
 from evaluation.reconstruction_config import ReconstructConfig
 from evaluation.store import FeatureStore
-from evaluation.videos import FolderVideos
 from launch.env import Env, Stopped
 from metrics import resampling
 from metrics.frechet import frechet_distance
@@ -59,21 +57,6 @@ def plain(figures: dict[str, Any]) -> Any:
 @pytest.fixture(scope="module")
 def undisturbed(place: Path) -> Any:
     return plain(measure_reconstruction(config(place, no_cache=True), ALONE))
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Numbers of the videos that were read for their frames."""
-    found: list[int] = []
-    read = FolderVideos.read
-
-    def counted(self: FolderVideos, number: int, picks: Any) -> np.ndarray:
-        if len(picks) > 1:  # one frame is read for the size
-            found.append(number)
-        return read(self, number, picks)
-
-    monkeypatch.setattr(FolderVideos, "read", counted)
-    yield found
 
 
 def blocks_of(cache: Path) -> list[Path]:
