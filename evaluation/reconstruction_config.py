@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from evaluation.protocols import Size
+from evaluation.store import check_cache
 from metrics.resampling import LEAST_SETS
 from pipelines.loading import SD_SCALE, is_official
 from utils.config import flag
@@ -102,8 +103,7 @@ class ReconstructConfig:
             raise ConfigError(f"--perceptual-weights {self.perceptual_weights}: --perceptual none has no network; drop one of the two")
         if self.scale_factor != SD_SCALE and not (self.ae and self.vae):
             raise ConfigError(f"--scale-factor {self.scale_factor}: it is of latents between --ae and --vae, not both given; drop the flag")
-        if self.cache and self.no_cache:
-            raise ConfigError(f"--cache {self.cache}: --no-cache neither reads nor keeps it; drop one of the two")
+        check_cache(self.cache, self.no_cache)
         if self.weights != "ema" and (not self.ae or is_official(self.ae)):
             raise ConfigError(f"--weights {self.weights}: {self.ae or f'--vae {self.vae}'} has one kind of weights; drop the flag")
 

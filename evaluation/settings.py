@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from evaluation.protocols import PRESETS, PROTOCOLS, Preset, Protocol, Size, figure_name
+from evaluation.store import check_cache
 from metrics.inception_score import SPLITS
 from metrics.resampling import LEAST_SETS
 from utils.config import flag
@@ -117,6 +118,7 @@ class VideosConfig:
                 if getattr(self, name) not in (0, wanted):
                     told = f"--{name.replace('_', '-')} {getattr(self, name)}"
                     raise ConfigError(f"{told} is not --preset {self.preset}, which says {wanted}: drop one of the two")
+        check_cache(self.cache, self.no_cache)
         if self.rules.spread and self.step != 1:
             raise ConfigError(f"--stride {self.step}: --protocol {self.protocol} spreads frames over the whole video; drop the flag")
         if self.num_videos == 1:

@@ -17,9 +17,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from utils.errors import ConfigError
 from utils.files import atomic_write_bytes, atomic_write_text
 
 SCHEMA = 1
+
+
+def check_cache(cache: str, no_cache: bool) -> None:
+    """Raises ConfigError on a folder that would not be used."""
+    if cache and no_cache:
+        raise ConfigError(f"--cache {cache}: --no-cache neither reads nor keeps it; drop one of the two")
 
 
 def cache_folder(chosen: str = "") -> Path:

@@ -306,6 +306,7 @@ def test_strides_take_frames_that_far_apart(place: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("how", "words"),
     [
+        ({"cache": "c", "no_cache": True}, "--cache c: --no-cache neither"),
         ({"protocol": "styleganv"}, r"--protocol styleganv: known are .*stylegan-v"),
         ({"preset": "fvd2048"}, "--preset fvd2048: known are fvd2048_16f"),
         ({"preset": "fvd2048_16f", "num_videos": 0, "n_frames": 8}, "--n-frames 8 is not --preset fvd2048_16f, which says 16"),
