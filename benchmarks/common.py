@@ -29,7 +29,7 @@ VARIANTS: dict[str, tuple[bool, dict[str, Any]]] = {
     "compiled bf16": (True, {"precision": "bf16", "compile": "on"}),
 }
 """Name -> whether the network is ours (or the one written down plainly), and how it is trained."""
-BASELINE = "plain bf16"
+BASELINE, OURS = "plain bf16", "eager bf16"
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import CLOCKS, VARIANTS, StepTrainer, alternate, machine, processes, ratio_lines, seconds
+from benchmarks.common import CLOCKS, OURS, VARIANTS, StepTrainer, alternate, machine, processes, ratio_lines, seconds
+from benchmarks.products import bound_line
 from diffusion import DiffusionConfig, build
 from engine.config import EmaConfig, OptimConfig
 from launch.env import Env
@@ -165,6 +166,8 @@ def measure(config: LatteConfig, args: argparse.Namespace, env: Env) -> None:
         notes[name] = f"   {memory[name] / 2**30:.1f} GiB   MFU {mfu:.1%}"
     for line in ratio_lines(medians, args.steps, args.batch_size, first, notes):
         print(line, flush=True)
+    if OURS in trainers and not cuda:
+        print(bound_line(trainers[OURS].step, medians, args.steps, CLOCKS[args.clock]), flush=True)
 
 
 def main() -> None:

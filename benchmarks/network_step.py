@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import CLOCKS, VARIANTS, StepTrainer, alternate, machine, processes, ratio_lines, seconds
+from benchmarks.common import CLOCKS, OURS, VARIANTS, StepTrainer, alternate, machine, processes, ratio_lines, seconds
+from benchmarks.products import bound_line
 from engine.config import EmaConfig
 from launch.env import Env
 
@@ -66,6 +67,8 @@ def measure(subject: Subject, args: argparse.Namespace, env: Env) -> None:
     medians = alternate(rounds, args.rounds, env.device, CLOCKS[args.clock])
     for line in ratio_lines(medians, args.steps, args.batch_size, first, {}):
         print(line, flush=True)
+    if OURS in trainers and env.device.type == "cpu":
+        print(bound_line(trainers[OURS].step, medians, args.steps, CLOCKS[args.clock]), flush=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,12 +5,15 @@ import json
 import re
 import sys
 import tarfile
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import (
@@ -22,6 +25,7 @@ from benchmarks import (
     long_video,
     plain_tokens,
     preprocess,
+    products,
     pvdm_step,
     stream,
     task_step,
@@ -91,7 +95,7 @@ def test_vidm_s_release_size_is_the_release_s() -> None:
 def test_latte_step_compares_equal_networks(output: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = ("--device", "cpu", "--size", "4", "--frames", "2", "--depth", "2", "--rounds", "1", "--variants", "plain bf16", "eager bf16")
     text = output(latte_step.main, *tiny)
-    assert text.count("ms/step") == 2 and "1.00 times as fast as plain bf16" in text
+    assert text.count("ms/step") == 3 and text.count("products alone") == 1 and "1.00 times as fast as plain bf16" in text
     assert "Latte-S/2, 1 clip(s) of 2x4x4 latents" in text
     monkeypatch.setattr(latte_step.PlainBlock, "attention", lambda self, x: x)
     with pytest.raises(AssertionError, match="not the same"):
@@ -102,7 +106,7 @@ def test_pvdm_step_compares_equal_networks(output: Callable[..., str], monkeypat
     tiny = ("--device", "cpu", "--size", "32", "--frames", "4", "--rounds", "1", "--variants", "plain bf16", "eager bf16")
     tiny += ("--ae-dim", "32", "--ae-depth", "1", "--channel-mult", "1", "--res-blocks", "1")
     text = output(pvdm_step.main, *tiny)
-    assert text.count("ms/step") == 4 and text.count("1.00 times as fast as plain bf16") == 2
+    assert text.count("ms/step") == 6 and text.count("1.00 times as fast as plain bf16") == text.count("products alone") == 2
     assert "planes 4x4, 4x4, 4x4" in text
     for module, name in ((pvdm_step, "plain_block"), (plain_tokens, "plain_feed_forward")):
         with monkeypatch.context() as broken:
@@ -115,11 +119,38 @@ def test_hvdm_step_compares_equal_networks(output: Callable[..., str], monkeypat
     tiny = ("--device", "cpu", "--size", "16", "--frames", "4", "--rounds", "1", "--variants", "plain bf16", "eager bf16")
     tiny += ("--dim", "32", "--depth", "1", "--freq-widths", "4", "4", "4", "4")
     text = output(hvdm_step.main, *tiny)
-    assert text.count("ms/step") == 2 and "1.00 times as fast as plain bf16" in text
+    assert text.count("ms/step") == 3 and "1.00 times as fast as plain bf16" in text
     assert "autoencoder, 1 clip(s) of 4x16x16, width 32, depth 1" in text
     monkeypatch.setattr(plain_tokens, "plain_cross", lambda layer, x, keys, values, tables: x)
     with pytest.raises(AssertionError, match="not the same"):
         output(hvdm_step.main, *tiny)
+
+
+def test_products_of_a_step_are_counted_and_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, conv = nn.Linear(8, 24), nn.Conv2d(3, 8, 3)
+    q, k, v = torch.randn(3, 2, 4, 100, 8, requires_grad=True).unbind(0)
+    with products.Products() as recorded:
+        F.scaled_dot_product_attention(q, k, v).sum().backward()
+        layer(torch.randn(5, 8, requires_grad=True)).sum().backward()
+        conv(torch.randn(2, 3, 12, 12)).sum().backward()
+    counted = Counter[str]()
+    for (func, _), count in recorded.calls.items():
+        counted[func.__name__.removesuffix(".default")] += count
+    # A linear layer's product and two gradients; a convolution and its gradients in one; two products of attention, four backward.
+    assert counted == {"addmm": 1, "mm": 2, "convolution": 1, "convolution_backward": 1, "bmm": 6}
+
+    shapes = set[tuple[int, ...]]()
+
+    def computed(work: Callable[[], Any], device: torch.device, clock: Callable[[], float]) -> float:
+        out = work()
+        shapes.add(tuple((out if isinstance(out, torch.Tensor) else out[1]).shape))
+        return 2.0
+
+    monkeypatch.setattr(products, "seconds", computed)
+    line = products.bound_line(lambda: layer(torch.ones(5, 8)), {"plain bf16": 6.0}, 1, time.perf_counter)
+    assert "2000.0 ms/step   3.00 times as fast as plain bf16" in line
+    assert recorded.seconds(time.perf_counter) == 2.0 * 11
+    assert shapes == {(5, 24), (24, 8), (5, 8), (2, 8, 10, 10), (8, 3, 3, 3), (8, 100, 100), (8, 100, 8)}
 
 
 def test_frames_of_vidm_are_the_same_with_shared_work(output: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
