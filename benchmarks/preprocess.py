@@ -44,6 +44,17 @@ def processor_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
+def program_line(runs: int = 5) -> str:
+    """Which ffmpeg program the baselines run, and the processor time that it takes to start."""
+    program = ffmpeg_program()
+    assert program is not None
+    command, started = [program, "-version"], processor_seconds()
+    for _ in range(runs):
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    start = (processor_seconds() - started) / runs
+    return f"ffmpeg program: {program}, {' '.join(text.split()[:3])}; {start * 1e3:.0f} ms of processor time to start"
+
+
 def make_videos(folder: Path, kind: str, count: int, frames: int) -> None:
     """Videos of drifting textures with some noise, about as costly to decode as filmed ones."""
     encoder, container_name, (height, width) = KINDS[kind]
@@ -186,6 +197,7 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     print(machine(torch.device("cpu")))
+    print(program_line(), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folders = {"own videos": args.videos} if args.videos else {kind: Path(temporary) / kind for kind in KINDS}
         for name, folder in folders.items():

@@ -260,6 +260,7 @@ def test_stream_baselines_read_every_clip(tmp_path: Path) -> None:
 def test_preprocess_prints_ratios_and_every_variant_cuts_all_clips(output: Callable[..., str]) -> None:
     text = output(preprocess.main, "--count", "2", "--frames", "40", "--sizes", "32", "--rounds", "1")
     assert [line.split(":")[0] for line in text.splitlines() if "videos to" in line] == list(preprocess.KINDS)
+    assert re.search(r"^ffmpeg program: \S+, ffmpeg version \S+; \d+ ms", text, re.MULTILINE)
     assert [int(count) for count in re.findall(r"(\d+) clips ", text)] == [4] * 12
     assert ratios(text)[::6] == [1.0, 1.0]
     reached = re.findall(r"--decoder ffmpeg: ([\d.]+), and ([\d.]+) if it only decoded", text)
