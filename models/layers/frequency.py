@@ -20,12 +20,11 @@ class VolumeNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, clips: int) -> Tensor:
-        """(b t, C, h, w) with channels last in memory -> the same; statistics in float32."""
-        rows = x.permute(0, 2, 3, 1).reshape(clips, -1, x.shape[1]).to(torch.promote_types(x.dtype, torch.float32))  # (b, t h w, C)
-        variance, mean = torch.var_mean(rows, dim=1, correction=0, keepdim=True)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        out = (rows * scale + (self.bias - mean * scale)).tanh().to(x.dtype)
-        return out.view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+        """(b t, C, h, w) -> the same; statistics in float32."""
+        clip = x.unflatten(0, (clips, -1)).to(torch.promote_types(x.dtype, torch.float32))  # (b, t, C, h, w)
+        variance, mean = torch.var_mean(clip, dim=(1, 3, 4), correction=0, keepdim=True)
+        scale = self.weight[:, None, None] * (variance + self.eps).rsqrt()
+        return (clip * scale + (self.bias[:, None, None] - mean * scale)).tanh().to(x.dtype).flatten(0, 1)
 
 
 class FrequencyStem(nn.Module):
@@ -41,7 +40,9 @@ class FrequencyStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, C, t, h, w) -> tokens (t, b, h' w', d)."""
         clips, frames = x.shape[0], x.shape[2]
-        x = x.transpose(1, 2).flatten(0, 1).to(self.dtype, memory_format=torch.channels_last)
+        # Tensor cores want channels last; a CPU would turn the weights round for it in every step, and their gradients back.
+        layout = torch.channels_last if x.is_cuda else torch.contiguous_format
+        x = x.transpose(1, 2).flatten(0, 1).to(self.dtype, memory_format=layout)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = norm(conv(x), clips)
         rows = x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, (clips, frames)).transpose(0, 1)
