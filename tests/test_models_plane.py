@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.pvdm_step import PlainUNet
 from engine.shard import _compile
@@ -122,6 +123,30 @@ def test_gradients_lie_in_memory_as_their_weights_do() -> None:
         loss = model(x, t, previous).square().sum()
     loss.backward()
     assert [name for name, weight in model.named_parameters() if weight.grad is None or weight.grad.stride() != weight.stride()] == []
+
+
+class Convolved(TorchDispatchMode):
+    """Whether the inputs of all convolutions lie in the order of their axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_order: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            self.in_order.append(args[0].is_contiguous())
+        return func(*args, **(kwargs or {}))
+
+
+def test_convolutions_on_a_cpu_need_not_turn_their_weights_round() -> None:
+    """With channels last torch copies weights and gradients, each several times a step."""
+    model = unet(attention_resolutions=(2, 1))
+    with Convolved() as seen, torch.autocast("cpu", torch.bfloat16):
+        model(*latents(model.config))
+        last = torch.randn(2, 8, 8, 32).movedim(-1, 1)
+        Downsample(32)(last)
+        Upsample(32)(last, (4, 4))
+    assert len(seen.in_order) > 10 and all(seen.in_order)
 
 
 def test_all_positions_reach_all_planes() -> None:

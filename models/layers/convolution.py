@@ -1,7 +1,20 @@
-"""Convolutions that give right gradients everywhere."""
+"""Convolutions that give right gradients everywhere, and the memory layout that they are quick with."""
 
 import torch
 from torch import Tensor, nn
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """What convolutions of (B, C, *S) are quick with: channels last on a GPU, whose tensor cores read them so. On a CPU, torch would turn
+    the weights round for it and their gradients back in every step, which takes a third of a step of wide layers on small pictures.
+    """
+    last = {4: torch.channels_last, 5: torch.channels_last_3d} if x.is_cuda else {}
+    return last.get(x.dim(), torch.contiguous_format)
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """The same numbers in that layout."""
+    return x.contiguous(memory_format=layout(x))
 
 
 class Conv3d(nn.Conv3d):

@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from models.layers.convolution import laid_out
+
 
 class VolumeNorm(nn.Module):
     """Instance norm over time, height and width, with a scale and an offset a channel, then tanh."""
@@ -40,9 +42,7 @@ class FrequencyStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, C, t, h, w) -> tokens (t, b, h' w', d)."""
         clips, frames = x.shape[0], x.shape[2]
-        # Tensor cores want channels last; a CPU would turn the weights round for it in every step, and their gradients back.
-        layout = torch.channels_last if x.is_cuda else torch.contiguous_format
-        x = x.transpose(1, 2).flatten(0, 1).to(self.dtype, memory_format=layout)
+        x = laid_out(x.transpose(1, 2).flatten(0, 1).to(self.dtype))
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = norm(conv(x), clips)
         rows = x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, (clips, frames)).transpose(0, 1)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers.attention import sdpa
-from models.layers.convolution import Conv3d
+from models.layers.convolution import Conv3d, laid_out, layout
 
 Rows = tuple[int, ...]
 Resample = Literal["", "down", "up"]
@@ -36,9 +36,8 @@ class GroupNorm(nn.GroupNorm):
     """Group norm that is quick for bf16 features on a CPU too: with channels side by side torch's kernels take up to 12 times as long."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dtype is not torch.bfloat16 or input.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(input)
-        return super().forward(input.contiguous()).contiguous(memory_format=_format(input))
+        slow = input.dtype is torch.bfloat16 and input.device.type == "cpu" and not torch.compiler.is_compiling()
+        return super().forward(input.contiguous() if slow else input)
 
 
 def group_norm(width: int) -> GroupNorm:
@@ -66,21 +65,12 @@ def conv_each(layer: nn.Module, x: Tensor, rows: Rows) -> Tensor:
     """A convolution of each picture of a sheet (B, C, *S), in one call: empty rows keep the pictures apart, as padding does."""
     assert isinstance(layer, Convolution)
     if len(rows) < 2 or layer.kernel_size[0] == 1:
-        return layer(x)
+        return layer(laid_out(x))
     step = layer.stride[0]  # as many empty rows as a step, so that every picture starts on one
-    gap = x.new_zeros(*x.shape[:2], step, *x.shape[3:]).to(memory_format=_format(x))
+    gap = x.new_zeros(*x.shape[:2], step, *x.shape[3:]).to(memory_format=layout(x))
     parts = [piece for part in x.split(rows, dim=2) for piece in (part, gap)][:-1]
     sizes = [size for height in rows for size in (height // step, 1)][:-1]
     return torch.cat(layer(torch.cat(parts, dim=2)).split(sizes, dim=2)[::2], dim=2)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """(B, C, *S) with the channels side by side in memory, which convolutions and attention both like."""
-    return x.contiguous(memory_format=_format(x))
-
-
-def _format(x: Tensor) -> torch.memory_format:
-    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
 
 
 def resample(x: Tensor, kind: Resample, factors: Sequence[int]) -> Tensor:

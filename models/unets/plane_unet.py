@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from models.layers.convolution import laid_out
 from models.layers.embeddings import LabelEmbedder, TimestepEmbedder
 from models.layers.planes import plane_shapes
 from models.layers.previous import with_previous
-from models.unets.adm import AttentionBlock, Rows, channels_last
+from models.unets.adm import AttentionBlock, Rows
 from models.unets.config import ClipUNetConfig
 from models.unets.plane_stages import PlaneHead, Sheets, Stage
 from models.unets.stages import Layers, Plan, check_rates, steered
@@ -117,7 +118,7 @@ class PlaneUNet(nn.Module):
         """(B, C, L) -> sheets (B, C, rows of all its planes, columns)."""
         sizes = [(sum(rows), width) for rows, width in self.config.sheets]
         parts = x.split([math.prod(size) for size in sizes], dim=2)
-        return tuple(channels_last(part.unflatten(2, size)) for part, size in zip(parts, sizes, strict=True))
+        return tuple(laid_out(part.unflatten(2, size)) for part, size in zip(parts, sizes, strict=True))
 
     def _stage(self, layers: Layers, across: bool = True) -> Stage:
         """The first stage, a convolution, is the only one without attention across planes."""

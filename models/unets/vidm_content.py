@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from models.layers.convolution import laid_out
 from models.layers.embeddings import LabelEmbedder, TimestepEmbedder
-from models.unets.adm import channels_last
 from models.unets.pixel import FACTORS, PixelUNetConfig, check_picture
 from models.unets.stages import Head, Stage, steered
 
@@ -60,7 +60,7 @@ class ContentUNet(nn.Module):
             raise ValueError(f"labels: the model has {config.num_classes} classes, and {'none' if y is None else 'some'} were given")
         if self.y_embedder is not None:
             emb = emb + self.y_embedder(y)
-        x = channels_last(torch.cat([x, self.constant.to(x.dtype).expand_as(x)], dim=1))
+        x = laid_out(torch.cat([x, self.constant.to(x.dtype).expand_as(x)], dim=1))
         skips = []
         for stage in self.input_blocks:
             x = stage(x, emb)

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.layers.convolution import laid_out
 from models.layers.spynet import InputRange, SpyNet
-from models.unets.adm import Resample, channels_last
+from models.unets.adm import Resample
 from models.unets.pixel import PixelUNetConfig, check_picture
 from models.unets.positional import Maps, Place, PosResBlock, PosStage, Size
 from models.unets.stages import Head, Plan, check_halvings
@@ -72,7 +73,7 @@ class FrameEncoder(nn.Module):
 
     def forward(self, first: Tensor, steer: Sequence[Steer]) -> list[Tensor]:
         """(b, 3, h, w) -> features (b, C, h', w') of each block."""
-        features, x = [], channels_last(first)
+        features, x = [], laid_out(first)
         for stage, where in zip(self.input_blocks, steer, strict=True):
             x = stage(x, where)
             features.append(x)
@@ -107,7 +108,7 @@ class PosUNet(nn.Module):
 
     def descend(self, x: Tensor, steer: Sequence[Steer], features: Sequence[Tensor] | None = None) -> list[Tensor]:
         """What the input blocks give, with the features added: the skips."""
-        skips, x = [], channels_last(x)
+        skips, x = [], laid_out(x)
         for k, (stage, where) in enumerate(zip(self.input_blocks, steer, strict=True)):
             x = stage(x, where)
             x = x if features is None else features[k] + self.residual * x

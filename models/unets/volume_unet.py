@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from models.layers.convolution import laid_out
 from models.layers.embeddings import LabelEmbedder, TimestepEmbedder
 from models.layers.previous import with_previous
 from models.layers.tables import TableConfig, add_told, tables
-from models.unets.adm import channels_last
 from models.unets.config import ClipUNetConfig
 from models.unets.stages import Head, Plan, Stage, steered
 
@@ -80,7 +80,7 @@ class VolumeUNet(nn.Module):
         if self.y_embedder is not None:
             emb = emb + (self.y_embedder.null_label(len(t)) if y is None else self.y_embedder(y, drop))
         emb = add_told(emb, task=(self.task_emb, task), dynamics=(self.dynamics_emb, dynamics), stride=(self.stride_emb, stride))
-        x, skips = channels_last(x), []
+        x, skips = laid_out(x), []
         for stage in self.input_blocks:
             x = stage(x, emb)
             skips.append(x)
