@@ -164,12 +164,13 @@ def test_stems_are_convolutions_of_one_frame():
     torch.testing.assert_close(stem(x), expected.permute(2, 0, 3, 4, 1).flatten(2, 3), atol=1e-5, rtol=1e-5)
 
 
-def test_half_precision_statistics_are_float32():
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_half_precision_statistics_are_float32(layout):
     norm = VolumeNorm(4)
-    x = (100 + torch.randn(6, 4, 16, 16)).bfloat16().to(memory_format=torch.channels_last)
+    x = (100 + torch.randn(6, 4, 16, 16)).bfloat16().to(memory_format=layout)
     out = norm(x, 2)
     exact = norm(x.float(), 2)
-    assert out.dtype == torch.bfloat16 and out.is_contiguous(memory_format=torch.channels_last)
+    assert out.dtype == torch.bfloat16 and out.is_contiguous(memory_format=layout)
     torch.testing.assert_close(out.float(), exact, atol=5e-3, rtol=0)
 
 

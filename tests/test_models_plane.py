@@ -1,12 +1,14 @@
 """Denoisers of three-plane latents: blocks on sheets, the UNet and the DiT, their inputs, settings that cannot be, checkpoints."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.pvdm_step import PlainUNet
@@ -126,27 +128,31 @@ def test_gradients_lie_in_memory_as_their_weights_do() -> None:
 
 
 class Convolved(TorchDispatchMode):
-    """Whether the inputs of all convolutions lie in the order of their axes."""
+    """Counts convolutions by the layout of their input."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.in_order: list[bool] = []
+        self.layouts = Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is torch.ops.aten.convolution.default:
-            self.in_order.append(args[0].is_contiguous())
+            last = args[0].is_contiguous(memory_format=torch.channels_last)
+            self.layouts["last" if last else "apart" if args[0].is_contiguous() else "neither"] += 1
         return func(*args, **(kwargs or {}))
 
 
-def test_convolutions_on_a_cpu_need_not_turn_their_weights_round() -> None:
-    """With channels last torch copies weights and gradients, each several times a step."""
-    model = unet(attention_resolutions=(2, 1))
-    with Convolved() as seen, torch.autocast("cpu", torch.bfloat16):
-        model(*latents(model.config))
+@pytest.mark.parametrize(("device", "rounded", "expected"), [("cpu", True, "apart"), ("cpu", False, "last"), ("cuda", False, "last")])
+def test_features_lie_as_convolutions_are_quick_with(device: str, rounded: bool, expected: str) -> None:
+    """In bf16 on a CPU torch would copy weights and gradients, each several times a step, were channels last."""
+    with FakeTensorMode(), torch.device(device):  # a GPU without one
+        model = PlaneUNet(PlaneUNetConfig(**UNET | {"attention_resolutions": (2, 1)}))
         last = torch.randn(2, 8, 8, 32).movedim(-1, 1)
-        Downsample(32)(last)
-        Upsample(32)(last, (4, 4))
-    assert len(seen.in_order) > 10 and all(seen.in_order)
+        down, up = Downsample(32), Upsample(32)
+        with Convolved() as seen, torch.autocast(device, torch.bfloat16, enabled=rounded):
+            model(torch.randn(2, model.config.in_channels, model.config.length), torch.zeros(2))
+            down(last if rounded else last.contiguous())
+            up(last if rounded else last.contiguous(), (4, 4))
+    assert set(seen.layouts) == {expected} and seen.layouts[expected] > 10
 
 
 def test_all_positions_reach_all_planes() -> None:

@@ -70,7 +70,7 @@ def conv_each(layer: nn.Module, x: Tensor, rows: Rows) -> Tensor:
     gap = x.new_zeros(*x.shape[:2], step, *x.shape[3:]).to(memory_format=layout(x))
     parts = [piece for part in x.split(rows, dim=2) for piece in (part, gap)][:-1]
     sizes = [size for height in rows for size in (height // step, 1)][:-1]
-    return torch.cat(layer(torch.cat(parts, dim=2)).split(sizes, dim=2)[::2], dim=2)
+    return torch.cat(layer(laid_out(torch.cat(parts, dim=2))).split(sizes, dim=2)[::2], dim=2)
 
 
 def resample(x: Tensor, kind: Resample, factors: Sequence[int]) -> Tensor:
@@ -163,13 +163,13 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, rows: Rows = ()) -> Tensor:
         """(B, C, *S) -> (B, C, *S), each picture of a sheet for itself."""
-        tokens = x.flatten(2).transpose(1, 2)  # a view of a tensor whose channels are last
+        tokens = x.flatten(2).transpose(1, 2)  # a view in either layout
         lengths = tuple(height * (tokens.shape[1] // x.shape[2]) for height in rows)
         return self.attend(tokens, lengths).transpose(1, 2).unflatten(2, x.shape[2:])
 
     def attend(self, tokens: Tensor, lengths: Rows = ()) -> Tensor:
         """(B, N, C) -> (B, N, C); `lengths`: several sequences one after the other that do not see each other."""
-        h = norm_each(self.norm, tokens.transpose(1, 2).unsqueeze(3), lengths)  # (B, C, N, 1): the kernel knows it as channels last
+        h = norm_each(self.norm, tokens.transpose(1, 2).unsqueeze(3), lengths)  # (B, C, N, 1)
         qkv = self.qkv(h.squeeze(3).transpose(1, 2))
         qkv = qkv.unflatten(2, (3, self.heads, -1)).transpose(2, 3) if self.new_order else qkv.unflatten(2, (self.heads, 3, -1))
         parts = qkv.split(lengths, dim=1) if len(lengths) > 1 else (qkv,)
@@ -201,7 +201,7 @@ class Upsample(nn.Module):
         self.conv = conv(dims, channels, channels)
 
     def forward(self, x: Tensor, rows: Rows = ()) -> Tensor:
-        return conv_each(self.conv, resample(x, "up", self.factors), self.rows_after(rows))
+        return conv_each(self.conv, resample(laid_out(x), "up", self.factors), self.rows_after(rows))
 
     def rows_after(self, rows: Rows) -> Rows:
         return resampled_sides(rows, "up", self.factors[0])

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers.convolution import laid_out
 from models.layers.precision import without_autocast
 from models.unets.adm import Pointwise, Resample, conv, group_norm, resample, resampled_sides, zeroed
 from models.unets.stages import Layers
@@ -95,7 +96,7 @@ class PosResBlock(nn.Module):
     def forward(self, x: Tensor, steer: Place | Maps) -> Tensor:
         """x (b, before, h, w) -> (b, after, h, w), with halved or doubled sides where the block does that."""
         norm, activation, convolution = self.in_layers
-        h = convolution(resample(activation(norm(x)), self.kind, (2, 2)))
+        h = convolution(laid_out(resample(activation(norm(x)), self.kind, (2, 2))))
         return self.skip_connection(resample(x, self.kind, (2, 2))) + self.emb_layers(h, steer)
 
 
