@@ -1,6 +1,7 @@
-"""What is left of a training step when all else costs nothing: its matrix products and convolutions, each repeated by itself.
+"""What is left of a training step when all else costs nothing: its matrix products and convolutions, each repeated by itself, warm.
 
-No rewriting of the rest makes a step quicker than this, so it says how much faster than its baseline a step can become on a machine.
+They are those of the step as it runs, in its types and layouts, so this says about how much faster than its baseline the step can become
+on a machine by changes to the rest.
 """
 
 from collections import Counter
