@@ -20,9 +20,8 @@ from datasets.sources.base import Video
 from datasets.stored_video import decode_window
 from datasets.transforms import resize_clip
 from datasets.video import VideoError, decode, ffmpeg_program, probe
-from tests.videos import noise_frames, write_video
+from tests.videos import DECODERS, noise_frames, write_video
 
-DECODERS = ["pyav", pytest.param("ffmpeg", marks=pytest.mark.skipif(ffmpeg_program() is None, reason="no ffmpeg program"))]
 RULES = ClipRules(size=(20, 36), clip_length=4, clip_stride=4, decoder="pyav")
 
 

@@ -19,10 +19,8 @@ from datasets.video import (
     probe,
     to_rgb,
 )
-from tests.videos import noise_frames, write_video
+from tests.videos import DECODERS, needs_ffmpeg, noise_frames, write_video
 from utils.media import encode_mp4
-
-DECODERS = ["pyav", pytest.param("ffmpeg", marks=pytest.mark.skipif(ffmpeg_program() is None, reason="no ffmpeg program"))]
 
 
 def read(path: Path, decoder: str) -> np.ndarray:
@@ -40,7 +38,7 @@ def test_all_frames_come_in_order(tmp_path: Path, decoder: str, name: str, codec
     assert errors.max() < 8 < off_by_one.min()
 
 
-@pytest.mark.skipif(ffmpeg_program() is None, reason="no ffmpeg program")
+@needs_ffmpeg
 def test_both_decoders_give_the_same_pixels(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", noise_frames(20), bf="2")
     assert (read(path, "ffmpeg") == read(path, "pyav")).all()
@@ -63,7 +61,7 @@ def test_conversion_does_not_depend_on_the_number_of_threads(pixels: str, size: 
             assert (VideoReformatter().reformat(frame, width, height, "rgb24", **options).to_ndarray() == found).all()
 
 
-@pytest.mark.skipif(ffmpeg_program() is None, reason="no ffmpeg program")
+@needs_ffmpeg
 @pytest.mark.parametrize("angle", [90, 180, 270])
 def test_rotation_is_that_of_ffmpeg_in_both_decoders(tmp_path: Path, angle: int) -> None:
     plain = write_video(tmp_path / "plain.mp4", noise_frames(3, (32, 48)))
@@ -72,6 +70,7 @@ def test_rotation_is_that_of_ffmpeg_in_both_decoders(tmp_path: Path, angle: int)
     ways = ["-display_rotation", str(angle), "-i", plain], ["-i", plain, "-metadata:s:v", f"rotate={angle}"]  # the second until ffmpeg 5
     runs = (subprocess.run([*tool, *way, "-c", "copy", "-y", turned], capture_output=True, timeout=60) for way in ways)
     assert any(run.returncode == 0 for run in runs)
+    assert not np.array_equal(read(turned, "pyav"), read(plain, "pyav"))
     raw = subprocess.run(
         [*tool, "-i", turned, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"], check=True, capture_output=True, timeout=60
     ).stdout
@@ -84,12 +83,12 @@ def test_rotation_is_that_of_ffmpeg_in_both_decoders(tmp_path: Path, angle: int)
         assert np.abs(found.astype(int) - upright).mean() < 2
 
 
+@needs_ffmpeg
 def test_the_command_names_one_stream_and_cannot_be_misread() -> None:
     from datasets.video import VideoInfo
 
     program = ffmpeg_program()
-    if program is None:
-        pytest.skip("no ffmpeg program")
+    assert program is not None
     command = ffmpeg_command(program, Path("-x:y.mp4"), VideoInfo(3, 4, 4, 0, 25.0, 1))
     assert f"file:{Path('-x:y.mp4').absolute()}" in command
     assert command[command.index("-map") + 1] == "0:3"
@@ -137,9 +136,8 @@ def test_damage_is_found_and_named(tmp_path: Path, decoder: str, kind: str) -> N
     assert "\n" not in str(caught.value) and " 0x" not in str(caught.value)
 
 
+@needs_ffmpeg
 def test_a_cut_with_an_edit_list_is_whole(tmp_path: Path) -> None:
-    if ffmpeg_program() is None:
-        pytest.skip("no ffmpeg program")
     path = write_video(tmp_path / "a.mp4", 100)
     cut = tmp_path / "cut.mp4"
     subprocess.run([ffmpeg_program(), "-v", "error", "-nostdin", "-ss", "1.0", "-i", path, "-c", "copy", cut], check=True, timeout=60)
@@ -185,7 +183,7 @@ def test_the_system_has_a_decoder_program_or_says_so() -> None:
     assert ffmpeg_program() is None or shutil.which(ffmpeg_program())
 
 
-@pytest.mark.skipif(ffmpeg_program() is None, reason="no ffmpeg program")
+@needs_ffmpeg
 def test_an_ffmpeg_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", 5)
     monkeypatch.setattr(video, "ffmpeg_command", lambda program, path, info: ["sleep", "60"])

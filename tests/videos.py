@@ -6,6 +6,12 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pytest
+
+from datasets.video import ffmpeg_program
+
+needs_ffmpeg = pytest.mark.skipif(ffmpeg_program() is None, reason="no ffmpeg program: pip install imageio-ffmpeg, or install ffmpeg")
+DECODERS = ["pyav", pytest.param("ffmpeg", marks=needs_ffmpeg)]
 
 
 def noise_frames(count: int, size: tuple[int, int] = (48, 64), seed: int = 0) -> np.ndarray:
